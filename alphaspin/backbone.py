@@ -1,0 +1,365 @@
+"""One frozen base, many LoRA adapters: rows of a batch are routed to adapters, or to none.
+
+The policy, its predecessors and the base differ by a low-rank update of the same weights, so one
+pass reads the frozen weights once for all of them: y = W x, and then, for the rows of each adapter
+only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; only the layer's
+forward pass is ours.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from alphaspin import rng
+from alphaspin.batching import Batch, Segment
+from alphaspin.config import InputError, LoraConfig, packaged
+from alphaspin.runs import file_hash, folder_hash
+
+POLICY = "policy"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Route:
+    """Which rows of the batch in flight run under which adapter; one object shared by all layers.
+
+    It stays in force until the next forward pass, because activation checkpointing runs layers
+    again during the backward pass.
+    """
+
+    segments: tuple[Segment, ...] = ()
+
+
+class RoutedLinear(LoraLinear):
+    """PEFT's LoRA layer with rows routed to adapters, in training mode too."""
+
+    route: Route
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus, for each segment's rows, that adapter's update.
+
+        Args:
+            x: [R, S, in], any floating dtype.
+            args: not used.
+            kwargs: not used.
+
+        Returns:
+            [R, S, out], dtype of `x`.
+        """
+        del args, kwargs
+        base = cast(Tensor, self.base_layer(x))
+        updates: list[Tensor] = []
+        for segment in self.route.segments:
+            rows = slice(segment.start, segment.stop)
+            name = segment.adapter
+            if name is None or name not in self.lora_A:
+                updates.append(base[rows])
+                continue
+            down = cast(nn.Linear, self.lora_A[name]).weight.to(x.dtype)
+            up = cast(nn.Linear, self.lora_B[name]).weight.to(x.dtype)
+            low = nn.functional.linear(self.lora_dropout[name](x[rows]), down)
+            update = nn.functional.linear(low, up) * cast(float, self.scaling[name])
+            updates.append(base[rows] + update)
+        return updates[0] if len(updates) == 1 else torch.cat(updates)
+
+
+class Backbone(nn.Module):
+    """The frozen base with its adapters; a forward pass gives the hidden states that predict."""
+
+    def __init__(self, model: PreTrainedModel, path: str, identity: str):
+        """Freeze `model` and check that this project can serve it.
+
+        Args:
+            model: a causal language model as transformers loads it.
+            path: folder or hub id it came from, recorded in the adapters.
+            identity: hash of its weights.
+
+        Raises:
+            InputError: the model's attention or head is of a kind that is not supported.
+        """
+        super().__init__()
+        self.path = path
+        self.identity = identity
+        self.route = Route()
+        self.adapter_ids: dict[str | None, str] = {None: identity}
+        config: Any = model.config.get_text_config()
+        self.layer_types: set[str] = set(getattr(config, "layer_types", None) or ())
+        unknown = self.layer_types - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise InputError(f"{path}: layers of type {', '.join(sorted(unknown))} not supported")
+        self.window: int | None = getattr(config, "sliding_window", None)
+        self.eager: bool = config._attn_implementation == "eager"
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        stops = getattr(model.generation_config, "eos_token_id", None)
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        self.stop_ids = tuple(cast(list[int], stops))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # noise belongs on the adapter alone (`lora.dropout`)
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+            if getattr(config, name, 0):
+                setattr(config, name, 0.0)
+        for module in model.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                cast(Any, module).attention_dropout = 0.0
+        model.requires_grad_(False)
+        self.model: PreTrainedModel | PeftModel = model
+        self._causal_lm = model
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        return self.head.weight.device
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head, weight [V, H]."""
+        return cast(nn.Linear, self._causal_lm.get_output_embeddings())
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The transformer below the head."""
+        return cast(nn.Module, self._causal_lm.get_decoder())
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare softcap(W h + b) with the model's own logits: some families scale them."""
+        ids = torch.arange(1, 5, device=self.device)[None]
+        self._causal_lm.eval()
+        expected = cast(Any, self._causal_lm)(input_ids=ids, use_cache=False).logits.float()
+        hidden = cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
+        found = self.logits(hidden)
+        error = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+        if not error < 0.02:  # bf16 rounds logits to 1/256; a missing scale is far beyond
+            raise InputError(
+                f"{self.path}: its logits are not softcap(W h + b) (relative difference "
+                f"{error:.2g}); this model family post-processes them in a way not supported here"
+            )
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Full logits [..., V] in fp32: for sampling one position, never for scoring."""
+        logits = nn.functional.linear(hidden_NH, self.head.weight, self.head.bias).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only each layer's input and recompute the rest in the backward pass."""
+        model: Any = self._causal_lm
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.2x
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+    # Adapters
+
+    def add_adapter(self, name: str, config: LoraConfig, *, seed: int, iteration: int) -> None:
+        """Create a fresh adapter, whose update is zero (B = 0, A random from (seed, t)).
+
+        Raises:
+            InputError: `lora.targets` names nothing in this model, or the head.
+        """
+        targets = list(config.targets)
+        peft_config = PeftLoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
+            lora_dropout=config.dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            task_type="CAUSAL_LM",
+        )
+        self._inject(name, peft_config, rng.key(seed, iteration, "adapter") % 2**63)
+
+    def _inject(self, name: str, config: PeftLoraConfig, seed: int) -> None:
+        config._register_custom_module({nn.Linear: RoutedLinear})
+        head = self.head
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                if isinstance(self.model, PeftModel):
+                    self.model.add_adapter(name, config)
+                else:
+                    with warnings.catch_warnings():
+                        # It renames the base in our configuration to the model's own (empty) name.
+                        warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
+                        self.model = get_peft_model(self._causal_lm, config, adapter_name=name)
+                config.base_model_name_or_path = self.path
+            except ValueError as error:
+                raise InputError(f"lora.targets = {config.target_modules!r}: {error}") from None
+        if self.head is not head:
+            raise InputError(
+                f"lora.targets = {config.target_modules!r} puts an adapter on the head, which "
+                "all policies share; leave it out"
+            )
+        for layer in self.layers():
+            layer.route = self.route
+        for key, parameter in self.named_parameters():
+            parameter.requires_grad_(f".{POLICY}." in key)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load PEFT files under `name`; an adapter already there is overwritten."""
+        config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
+        if not self.has_adapter(name):
+            self._inject(name, config, seed=0)
+        weights = load_file(folder / WEIGHTS, device=str(self.device))
+        result = set_peft_model_state_dict(self._peft, weights, adapter_name=name)
+        assert not result.unexpected_keys, result.unexpected_keys
+        self.adapter_ids[name] = file_hash(folder / WEIGHTS)
+
+    def save_adapter(self, name: str, folder: Path) -> None:
+        """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`."""
+        save_file(self.adapter_state(name), folder / WEIGHTS, metadata={"format": "pt"})
+        config = self._peft.peft_config[name]
+        inference, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = inference
+
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors under PEFT's names, contiguous, on the CPU."""
+        state = get_peft_model_state_dict(
+            self._peft, adapter_name=name, save_embedding_layers=False
+        )
+        return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+    def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Overwrite an adapter's tensors; it then has no identity until saved and loaded."""
+        set_peft_model_state_dict(self._peft, state, adapter_name=name)
+        self.adapter_ids.pop(name, None)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was active which is now deleted")
+            self._peft.delete_adapter(name)
+        self.adapter_ids.pop(name, None)
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter of this name is loaded."""
+        return isinstance(self.model, PeftModel) and name in self.model.peft_config
+
+    @property
+    def _peft(self) -> PeftModel:
+        assert isinstance(self.model, PeftModel), "no adapter yet"
+        return self.model
+
+    def layers(self) -> Iterator[RoutedLinear]:
+        """All layers that carry adapters."""
+        for module in self.model.modules():
+            if isinstance(module, RoutedLinear):
+                yield module
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        """The policy's parameters by name: all that is ever trained."""
+        return {n: p for n, p in self.named_parameters() if f".{POLICY}." in n}
+
+    # Forward passes
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states that predict the batch's targets.
+
+        Args:
+            batch: on the base's device; its segments cover all rows.
+
+        Returns:
+            hidden_NH: [N, H] in the base's dtype, in the order of `batch.targets`.
+        """
+        self.route.segments = batch.segments
+        output = cast(Any, self.decoder)(
+            input_ids=batch.input_ids,
+            attention_mask=self._masks(batch),
+            position_ids=batch.depth,
+            use_cache=False,
+        )
+        hidden_RSH = cast(Tensor, output.last_hidden_state)
+        return hidden_RSH.flatten(0, 1)[batch.source]
+
+    def _masks(self, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """The tree mask in the form this family takes: one, or one per type of layer."""
+
+        def mask(window: int | None) -> Tensor:
+            seen = batch.attention(window)
+            if not self.eager:
+                return seen
+            dtype = self.head.weight.dtype
+            closed = torch.finfo(dtype).min
+            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+                ~seen, closed
+            )
+
+        if not self.layer_types:  # Llama, Mistral, Gemma 1: the same mask everywhere
+            return mask(self.window)
+        windows = {"full_attention": None, "sliding_attention": self.window}
+        return {kind: mask(windows[kind]) for kind in sorted(self.layer_types)}
+
+    @contextmanager
+    def routed(self, adapter: str | None, rows: int) -> Iterator[Any]:
+        """The decoder, for code that calls it itself (sampling), all rows under one adapter."""
+        self.route.segments = (Segment(adapter, 0, rows),)
+        yield self.decoder
+
+
+def load_base(
+    path: str, *, dtype: Literal["auto", "bf16", "fp32"], device: torch.device
+) -> tuple[Backbone, Any]:
+    """The frozen base and its tokenizer, from a folder, a hub id, or the embedded `tiny`.
+
+    Only safetensors are read and no code from the model's folder is run.
+
+    Raises:
+        InputError: what is missing or cannot be served, by name.
+    """
+    where = str(packaged("tiny/model")) if path == "tiny" else path
+    folder = Path(where)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise InputError(f"model = {path}: no config.json in this folder")
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        text_config: Any = config.get_text_config()
+        capped = getattr(text_config, "attn_logit_softcapping", None)
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=torch.bfloat16 if choose_bf16(dtype, device) else torch.float32,
+            # SDPA has no soft-capping of attention scores (Gemma 2).
+            attn_implementation="eager" if capped else "sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"model = {path}: cannot be loaded: {reason[0] if reason else repr(error)}"
+        ) from None
+    if folder.exists():
+        identity = folder_hash(folder, "*.safetensors")
+    else:
+        identity = f"{path}@{getattr(config, '_commit_hash', None)}"
+    backbone = Backbone(cast(PreTrainedModel, model.to(device)), where, identity)
+    return backbone, tokenizer
+
+
+def choose_bf16(dtype: Literal["auto", "bf16", "fp32"], device: torch.device) -> bool:
+    """Whether the base is held in bf16; `auto`: on a GPU that has it.
+
+    Not on CPUs: attention backward in bf16 was measured 7 times slower than fp32 there, and many
+    have no bf16 units at all.
+    """
+    if dtype == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return dtype == "bf16"
+
+
+def average_adapters(
+    old: dict[str, Tensor], new: dict[str, Tensor], decay: float
+) -> dict[str, Tensor]:
+    """decay · old + (1-decay) · new, tensor by tensor: the moving average of adapter weights."""
+    return {key: decay * old[key] + (1 - decay) * new[key] for key in new}

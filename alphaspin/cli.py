@@ -1,0 +1,208 @@
+"""Entry points: `alphaspin-train`, and `alphaspin` with train, plan, recipes, report, doctor.
+
+Exit codes: 0 done; 2 bad input, nothing changed; 3 training stopped itself; 75 stopped by SIGTERM
+or Ctrl-C after saving, and the same command goes on.
+"""
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, cast
+
+import tyro
+from pydantic import ValidationError
+
+from alphaspin import console
+from alphaspin.config import (
+    Config,
+    InputError,
+    all_keys,
+    explain,
+    load_config,
+    nearest_key,
+    packaged,
+    recipe_names,
+)
+from alphaspin.runs import EXIT_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_STOPPED, Interrupted
+
+USAGE = """\
+usage: alphaspin COMMAND …
+
+  train [RECIPE or FILE.yaml] [--KEY VALUE …]   self-play (the same as alphaspin-train)
+  plan [RECIPE or FILE.yaml] [--KEY VALUE …]    what such a run will do; downloads nothing
+  recipes [list | show NAME | copy NAME FILE]   the packaged recipes
+  report RUN                                    write RUN/report.html afresh
+  doctor                                        what is installed and which kernels will be used
+
+`alphaspin train --help` explains every option."""
+
+
+class TrainCommand(Config):
+    """Self-play training: `alphaspin-train [RECIPE or FILE.yaml] [--KEY VALUE …]`.
+
+    Without a recipe: `tiny`, the embedded default, or `default` where --model or --data is given.
+    """
+
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what the run will do (prompts, tokens, steps, memory, disk) and stop. Downloads
+    nothing."""
+
+
+def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
+    """The configuration of a command line, and whether only the plan is wanted.
+
+    Raises:
+        InputError: a bad key or value, in the recipe or on the command line.
+    """
+    rest = list(arguments)
+    if rest and not rest[0].startswith("-"):
+        source = rest.pop(0)
+    else:
+        own = any(a.split("=")[0] in {"--model", "--data"} for a in rest)
+        source = "default" if own else "tiny"
+    _check_keys(rest)
+    recipe = load_config(source)
+    default = TrainCommand.model_construct(
+        **{name: getattr(recipe, name) for name in Config.model_fields}
+    )
+    try:
+        command = tyro.cli(
+            TrainCommand,
+            prog="alphaspin-train [RECIPE or FILE.yaml]",
+            default=default,
+            args=rest,
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+        # tyro builds sections one by one; this checks them together, the defaults included.
+        fields = command.model_dump(exclude={"plan"})
+        return Config.model_validate(fields), command.plan
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
+
+
+def _check_keys(arguments: Sequence[str]) -> None:
+    """Unknown options, each with the nearest right one."""
+    known = {*all_keys(), "plan", "help"}
+    for argument in arguments:
+        key = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        plain = ".".join(part.removeprefix("no_") for part in key.split("."))
+        if argument.startswith("--") and not {key, plain} & known:
+            near = nearest_key(key)
+            hint = f"; did you mean --{near}?" if near else "; see --help"
+            raise InputError(f"unknown option {argument!r}{hint}")
+
+
+def _train(arguments: Sequence[str]) -> None:
+    config, plan_only = parse(arguments)
+    if plan_only:
+        _plan(config)
+        return
+    from alphaspin import report, selfplay  # torch takes seconds to import; --help need not wait
+
+    selfplay.run(config)
+    page = report.write(config.run_folder())
+    console.note(f"report: {page}")
+
+
+def _plan(config: Config) -> None:
+    from alphaspin import plan
+
+    plan.show(config)
+
+
+def _recipes(arguments: Sequence[str]) -> None:
+    match list(arguments):
+        case [] | ["list"]:
+            for name in recipe_names():
+                first = packaged(f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+                console.console.print(f"{name:<24}{first.lstrip('# ')}", soft_wrap=True)
+        case ["show", name]:
+            load_config(name)
+            print(packaged(f"{name}.yaml").read_text(encoding="utf-8"), end="")
+        case ["copy", name, target]:
+            load_config(name)
+            if Path(target).exists():
+                raise InputError(f"{target} exists already")
+            shutil.copyfile(packaged(f"{name}.yaml"), target)
+        case _:
+            raise InputError("usage: alphaspin recipes [list | show NAME | copy NAME FILE]")
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from alphaspin import report
+
+    if len(arguments) != 1:
+        raise InputError("usage: alphaspin report RUN")
+    console.note(f"report: {report.write(Path(arguments[0]))}")
+
+
+def _doctor(arguments: Sequence[str]) -> None:
+    from alphaspin import doctor
+
+    if arguments:
+        raise InputError("usage: alphaspin doctor")
+    doctor.show()
+
+
+def _command(arguments: Sequence[str]) -> None:
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train,
+        "plan": lambda rest: _train([*rest, "--plan"]),
+        "recipes": _recipes,
+        "report": _report,
+        "doctor": _doctor,
+    }
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(USAGE)
+        return
+    if arguments[0] not in commands:
+        raise InputError(f"no command {arguments[0]!r}\n{USAGE}")
+    commands[arguments[0]](arguments[1:])
+
+
+def _guarded(body: Callable[[Sequence[str]], None]) -> int:
+    """Run a command; errors that a person can put right become one message and an exit code."""
+    # One deterministic cuBLAS workspace; must be set before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
+    try:
+        body(sys.argv[1:])
+        return EXIT_OK
+    except InputError as error:
+        return _fail(str(error), EXIT_INPUT)
+    except Interrupted:
+        return _fail("stopped by a signal; the same command goes on from here", EXIT_RESUMABLE)
+    except KeyboardInterrupt:
+        return _fail("stopped before the run began", EXIT_RESUMABLE)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
+            raise
+        return _fail(f"{error.filename or 'run folder'}: {error.strerror}", EXIT_INPUT)
+    except Exception as error:
+        if type(error).__name__ != "TrainingStopped":
+            raise
+        return _fail(str(error), EXIT_STOPPED)
+
+
+def _fail(message: str, code: int) -> int:
+    console.errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    return code
+
+
+def train() -> None:
+    """Entry point `alphaspin-train`."""
+    sys.exit(_guarded(_train))
+
+
+def main() -> None:
+    """Entry point `alphaspin`."""
+    sys.exit(_guarded(_command))
+
+
+if __name__ == "__main__":
+    cast(Callable[[], None], main)()

@@ -1,0 +1,393 @@
+"""What a run is told: one frozen pydantic model, filled from a YAML recipe and the command line.
+
+A value that the papers change from one iteration to the next (learning rate, β, prompts) is a list
+with one entry per iteration whose last entry repeats; a single number means the same everywhere.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+T = TypeVar("T")
+
+
+class InputError(ValueError):
+    """Something the user can put right: the message names the key and value, or the file and line."""
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PerIterationFloat = Annotated[
+    tuple[PositiveFloat, ...], BeforeValidator(_as_tuple), Field(min_length=1)
+]
+PerIterationInt = Annotated[
+    tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)
+]
+
+
+def at(values: tuple[T, ...], iteration: int) -> T:
+    """The value of a per-iteration list at iteration t = 0, 1, …; the last entry repeats."""
+    return values[min(iteration, len(values) - 1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: no unknown keys, no mutation, docstrings become `--help`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Unwrap the lines of the docstrings for `--help`."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split()) or None
+
+
+class TextConfig(Section):
+    """How conversations become prompt and response tokens."""
+
+    template: str = "auto"
+    """Chat template: `auto` (the tokenizer's own, the plain one where it has none), `plain`, or the
+    path of a Jinja file."""
+    turns: Literal["last", "all"] = "last"
+    """Assistant turns of a conversation that are demonstrations: the last one, or each of them."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest prompt, in tokens."""
+    max_response_tokens: PositiveInt = 1024
+    """Longest response, in tokens, demonstrated or sampled. A longer one is cut there, has no end
+    token, and is scored without it."""
+    too_long: Literal["error", "drop"] = "error"
+    """A prompt beyond `max_prompt_tokens` is an error, or its row is dropped (and counted)."""
+
+
+class SelfPlayConfig(Section):
+    """The outer loop: who plays against whom, and on which prompts."""
+
+    iterations: PositiveInt = 3
+    """Number of iterations (t = 0, 1, …); the papers' T plus one."""
+    history: Annotated[int, Field(ge=1)] | Literal["inf"] = 1
+    """Opponents of iteration t: the last `history` iterates in equal shares (the base counts for
+    t < 0), or `inf` for fictitious play, all iterates so far."""
+    prompts: PerIterationInt = (50_000,)
+    """Prompts that get a sampled answer, per iteration; never more than the data holds."""
+    mixing: bool = False
+    """Train on the previous iteration's pairs as well (the public SPIN code's "mixing")."""
+    warm_start: bool = True
+    """A new iterate starts from the previous adapter; otherwise from a fresh one."""
+
+
+class ReferenceConfig(Section):
+    """The reference policy π_ref of iteration t."""
+
+    kind: Literal["geometric", "arithmetic", "ema"] = "geometric"
+    """`geometric`: π_prev^α π_base^(1-α) (α-SPIN). `arithmetic`: α π_prev + (1-α) π_base. `ema`:
+    geometric, with the moving average of the adapters in the place of π_prev."""
+    alpha: Fraction = 1.0
+    """Weight α of the previous iterate: 1 is SPIN, 0 is DPO against the base."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """ema_t = decay · ema_{t-1} + (1-decay) · adapter_{t-1}, for `kind: ema`."""
+
+
+class LossConfig(Section):
+    """The pairwise loss on (winner, loser)."""
+
+    kind: Literal["dpo", "ipo", "hinge", "slic"] = "dpo"
+    """`dpo` (logistic), `ipo` (squared), `hinge` (reference-relative), `slic` (no reference)."""
+    beta: PerIterationFloat = (0.1,)
+    """Inverse temperature β of `dpo` and `hinge`, per iteration."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """ε of `dpo`: the share of pairs taken to be labelled the wrong way round."""
+    ipo_tau: PositiveFloat = 0.1
+    """τ of `ipo`: the target of the margin is 1/(2τ) nats."""
+    ipo_length: Literal["sum", "mean"] = "sum"
+    """`ipo` on log-probs summed over tokens (the paper) or averaged (several trainers)."""
+    slic_delta: PositiveFloat = 1.0
+    """Margin δ of `slic`, in nats."""
+    slic_lambda: Annotated[float, Field(ge=0)] = 0.0
+    """Weight λ of the winner's log-prob in `slic`."""
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the winner's negative log-likelihood per token, added to any loss."""
+
+
+class LoraConfig(Section):
+    """The adapter of each iterate, in PEFT's terms."""
+
+    r: PositiveInt = 16
+    """Rank."""
+    alpha: PositiveFloat = 32.0
+    """LoRA alpha: the update is scaled by alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input, in training."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Module names that get an adapter, or `all-linear` (all but the head)."""
+
+
+class TrainConfig(Section):
+    """Optimisation within one iteration."""
+
+    batch_size: PositiveInt = 32
+    """Pairs per optimiser step."""
+    accumulation: PositiveInt = 1
+    """Micro-batches per optimiser step; `batch_size` is split over them."""
+    epochs: PositiveInt = 1
+    """Passes over the pairs of an iteration."""
+    max_steps: PositiveInt | None = None
+    """Upper limit of optimiser steps per iteration."""
+    lr: PerIterationFloat = (5e-5,)
+    """Peak learning rate, per iteration."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warm-up."""
+    warmup: Fraction = 0.1
+    """Share of an iteration's steps in which the rate rises from 0."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """Optimiser, as in torch.optim."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW (L2 for RMSProp)."""
+    clip: PositiveFloat | None = 1.0
+    """Largest gradient norm; `None` for no clipping."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of the frozen base and the activations: `auto` is bf16 on a GPU that has it, else fp32.
+    Adapters and optimiser are always fp32."""
+    layout: Literal["packed", "padded"] = "packed"
+    """`packed`: a prompt and its answers are one tree, several trees share a row. `padded`: one
+    prompt and one answer per row."""
+    row_tokens: PositiveInt = 256
+    """Target length of a packed row, in tokens; a longer tree has a row of its own."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    checkpoint_every: PositiveInt = 50
+    """Optimiser steps between two durable checkpoints."""
+
+
+class SamplingConfig(Section):
+    """How opponents answer."""
+
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature; the theory of self-play assumes 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest set of tokens with this probability is kept."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Number of tokens kept; 0 keeps all."""
+    batch_size: PositiveInt = 256
+    """Prompts decoded together."""
+    shard_size: PositiveInt = 1024
+    """Prompts per durable shard of sampling and scoring: what a killed run repeats at most."""
+
+
+class EvaluateConfig(Section):
+    """Held-out measures of the base and each iterate."""
+
+    prompts: Annotated[int, Field(ge=0)] = 256
+    """Held-out prompts; 0 for no evaluation. Taken from `--heldout`, or set aside from the data."""
+    answer: str | None = None
+    """Regular expression whose first group is the answer to compare (gsm8k: `#### (.+)`); without
+    it the whole text counts."""
+    show: PositiveInt = 8
+    """Held-out prompts whose sampled answers are shown in the report."""
+
+
+class LogConfig(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers to report to, as Accelerate names them; each must be installed."""
+
+
+class PlanHints(Section):
+    """Facts about a hub model and data set that `--plan` needs and may not download."""
+
+    parameters: PositiveFloat
+    """Parameters of the model."""
+    hidden: PositiveInt
+    """Hidden size."""
+    layers: PositiveInt
+    """Transformer layers."""
+    vocabulary: PositiveInt
+    """Vocabulary size."""
+    adapter_parameters_per_rank: PositiveInt
+    """LoRA parameters at rank 1 with the recipe's targets."""
+    demonstrations: PositiveInt
+    """Rows of the data set."""
+    prompt_tokens: PositiveFloat
+    """Mean prompt length, in tokens."""
+    response_tokens: PositiveFloat
+    """Mean response length, in tokens."""
+
+
+class Config(Section):
+    """A self-play run."""
+
+    name: str = "run"
+    """Name of the run; part of its default folder."""
+    model: str = "tiny"
+    """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
+    data: str = "tiny"
+    """Demonstrations: a JSONL, JSON or Parquet file, a folder, a hub id, or `tiny`."""
+    split: str = "train"
+    """Split of a hub data set."""
+    heldout: str | None = None
+    """Demonstrations held out for evaluation, read as `data` is; without it some of `data` is set
+    aside."""
+    output: str | None = None
+    """Run folder; by default `runs/NAME-DIGEST`, where the digest is that of the configuration, so
+    that the same command goes on with the same run."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of all randomness, which is a function of (seed, iteration, purpose, example)."""
+    control: Literal["none", "sft"] = "none"
+    """`sft` also trains the control: plain further SFT with the same adapter, steps and tokens."""
+    text: TextConfig = TextConfig()
+    selfplay: SelfPlayConfig = SelfPlayConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    loss: LossConfig = LossConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+    hints: PlanHints | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.train.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"train.batch_size = {self.train.batch_size} is not a multiple of "
+                f"train.accumulation = {self.train.accumulation}"
+            )
+        if self.reference.kind == "ema" and not self.selfplay.warm_start:
+            raise ValueError(
+                "reference.kind = ema needs selfplay.warm_start = true: the average of adapters "
+                "that started from different random matrices means nothing"
+            )
+        return self
+
+    def digest(self) -> str:
+        """First 8 hex digits of the hash of everything that decides the result."""
+        fields = self.model_dump(mode="json", exclude={"output", "log", "hints"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+    def run_folder(self) -> Path:
+        """The run's folder: `output`, or one named after the configuration."""
+        return Path(self.output) if self.output else Path("runs") / f"{self.name}-{self.digest()}"
+
+
+def contraction_note(config: Config) -> str | None:
+    """Whether β lies outside the bound of the tabular theory (`algorithms.md`, section 1).
+
+    The iteration `e_{t+1} = (α - 1/β) e_t + (1-α) e_base` contracts for β > 1/(1+α). The bound holds
+    for the logistic loss at its population optimum, reference geometric, opponent π_{t-1}; finite
+    training of a network stays far from that optimum, so this is a warning and not an error.
+    """
+    bound = 1 / (1 + config.reference.alpha)
+    low = min(config.loss.beta)
+    if config.loss.kind != "dpo" or low > bound:
+        return None
+    return (
+        f"β = {low:g} is outside the contraction bound β > 1/(1+α) = {bound:.3g}: trained to its "
+        "optimum, each iteration would overshoot; few steps at a small rate keep it in check"
+    )
+
+
+def packaged(name: str) -> Path:
+    """A folder or file among the packaged recipes, e.g. `tiny.yaml` or `tiny/model`."""
+    return Path(str(resources.files("alphaspin") / "recipes" / name))
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes, sorted."""
+    return sorted(path.stem for path in packaged("").glob("*.yaml"))
+
+
+def load_config(source: str) -> Config:
+    """The configuration in a packaged recipe or a YAML file.
+
+    Raises:
+        InputError: no such recipe or file, broken YAML, an unknown key or a bad value; the message
+            names the file, the key, the value, and the nearest right name.
+    """
+    path = Path(source)
+    if source in recipe_names():
+        path = packaged(f"{source}.yaml")
+    elif not (path.suffix in {".yaml", ".yml"} or path.exists()):
+        near = difflib.get_close_matches(source, recipe_names(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"no recipe {source!r}{hint} (recipes: {', '.join(recipe_names())})")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
+    content.setdefault("name", path.stem)
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error in one line per key: the key, the value, what is wrong, the nearest name."""
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        # A union reports each of its branches, tagged after the key: show the key once.
+        key = ".".join(str(part) for part in item["loc"] if _is_key(part))
+        if item["type"] == "extra_forbidden":
+            key = ".".join(map(str, item["loc"]))
+            near = nearest_key(key)
+            hint = f"; did you mean {near!r}?" if near else ""
+            line = f"unknown key {key!r}{hint}"
+        elif key:
+            line = f"{key} = {_short(item['input'])}: {item['msg'].removeprefix('Value error, ')}"
+        else:
+            line = item["msg"].removeprefix("Value error, ")
+        if line not in lines:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += all_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def nearest_key(key: str) -> str | None:
+    """The setting whose dotted name, or last part of it, is most like `key`."""
+    keys = all_keys()
+    by_last = {name.rsplit(".", 1)[-1]: name for name in keys}
+    found = difflib.get_close_matches(key, keys, 1, cutoff=0.6)
+    if not found:
+        last = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, 1, cutoff=0.6)
+        found = [by_last[name] for name in last]
+    return found[0] if found else None
+
+
+def _is_key(part: int | str) -> bool:
+    return isinstance(part, str) and any(part in key.split(".") for key in all_keys())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

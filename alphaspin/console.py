@@ -1,0 +1,90 @@
+"""What a person sees while waiting: progress bars, alarm lines, the first sample, the table."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+Advance = Callable[[int, int], None]
+"""Called with (items done, tokens done) since the last call."""
+
+
+class _TokenRate(ProgressColumn):
+    """Tokens per second of a task, from the `tokens` field that `bar` keeps."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, or blanks before the first token."""
+        elapsed = task.finished_time or task.elapsed
+        if not elapsed or not task.fields["tokens"]:
+            return Text("       - tok/s")
+        return Text(f"{task.fields['tokens'] / elapsed:8,.0f} tok/s")
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+    """A progress bar with tokens per second and the time left."""
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _TokenRate(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total, completed=done, tokens=0)
+        tokens_done = 0
+
+        def advance(items: int, tokens: int) -> None:
+            nonlocal tokens_done
+            tokens_done += tokens
+            progress.update(task, advance=items, tokens=tokens_done)
+
+        yield advance
+
+
+def note(text: str) -> None:
+    """One line of information."""
+    console.print(Text(text, style="dim"))
+
+
+def alarm(text: str) -> None:
+    """One line that asks for attention."""
+    console.print(Text(f"ALARM  {text}", style="bold yellow"))
+
+
+def sample(prompt: str, trained: str) -> None:
+    """A prompt, and behind it the tokens that training is about, in another colour."""
+    console.print(
+        Text.assemble(
+            ("first demonstration: ", "bold"),
+            ("prompt ", "cyan"),
+            ("trained tokens\n", "green"),
+            (prompt, "cyan"),
+            (trained, "green"),
+        )
+    )
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with right-aligned numbers behind a first column of names."""
+    result = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        result.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        result.add_row(*row)
+    console.print(result)

@@ -1,0 +1,217 @@
+"""Held-out measures: how well an iterate fits the demonstrations, and how well it answers.
+
+All iterates answer a prompt from the same uniform numbers, so that differences between them are not
+blurred by luck; standard errors are those of a mean over prompts.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alphaspin.backbone import Backbone
+from alphaspin.batching import Tree
+from alphaspin.config import Config, InputError, at
+from alphaspin.data import ChatFormat, Demonstration
+from alphaspin.sampling import decode, uniforms
+from alphaspin.scoring import logps
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One policy's measures and answers on the held-out prompts.
+
+    nll: mean of -lp(demonstration), nats per answer; nll_per_token: the same over all tokens, nats.
+    sampled, greedy: exact match, shares with standard errors. preferred: share of prompts on which
+    the sampled answer is preferred to the base's, ties counted half. margin: mean over prompts of
+    β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)], where they differ.
+    """
+
+    name: str
+    nll: float
+    nll_per_token: float
+    sampled: float
+    sampled_se: float
+    greedy: float
+    greedy_se: float
+    margin: float
+    preferred: float
+    preferred_se: float
+    answers: list[str]
+    greedy_answers: list[str]
+    answer_tokens: list[list[int]]
+    truncated: list[bool]
+    demonstration_logps: list[float]
+    base_answer_logps: list[float]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Read what `save` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def checked_part(pattern: str | None) -> Callable[[str], str | None]:
+    """The part of an answer that must match: all of it, or the last match's first group."""
+    if pattern is None:
+        return lambda text: " ".join(text.split())
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"evaluate.answer = {pattern!r}: not a regular expression: {error}") from None
+    if not compiled.groups:
+        raise InputError(f"evaluate.answer = {pattern!r}: needs a group, e.g. '#### (.+)'")
+
+    def part(text: str) -> str | None:
+        found = list(compiled.finditer(text))
+        return found[-1].group(1).strip() if found and found[-1].group(1) else None
+
+    return part
+
+
+def word_f1(answer: str, demonstration: str) -> float:
+    """F1 of the words of two texts, order ignored (as in SQuAD, Rajpurkar et al., 2016)."""
+    ours, theirs = Counter(answer.lower().split()), Counter(demonstration.lower().split())
+    shared = sum((ours & theirs).values())
+    return 2 * shared / max(1, sum(ours.values()) + sum(theirs.values()))
+
+
+def preference(ours: tuple[bool, float], theirs: tuple[bool, float]) -> float:
+    """1, ½ or 0: a matching answer beats one that does not match; among those that do not, the one
+    that shares more words with the demonstration (word F1) does; else a tie."""
+    if ours[0] == theirs[0] == True:  # noqa: E712 - two matches tie, whatever their wording
+        return 0.5
+    return 0.5 if ours == theirs else float(ours > theirs)
+
+
+def evaluate(
+    name: str,
+    backbone: Backbone,
+    adapter: str | None,
+    heldout: Sequence[Demonstration],
+    chat: ChatFormat,
+    config: Config,
+    base: Evaluation | None,
+    iteration: int,
+) -> Evaluation:
+    """Measure one policy.
+
+    Args:
+        name: `base`, `0`, `1`, …
+        backbone: holds the adapter.
+        adapter: its name, None for the base.
+        heldout: prompts with their demonstrations.
+        chat: for decoding to text.
+        config: sampling, β, what is compared.
+        base: the base's evaluation; None when this is the base itself.
+        iteration: t, which selects β for the margin.
+
+    Raises:
+        InputError: a demonstration without the pattern of `evaluate.answer`.
+    """
+    part = checked_part(config.evaluate.answer)
+    gold = [part(demo.answer) for demo in heldout]
+    for demo, answer in zip(heldout, gold, strict=True):
+        if answer is None:
+            raise InputError(
+                f"{demo.origin}: no match of evaluate.answer = {config.evaluate.answer!r} in the "
+                "demonstration"
+            )
+
+    cap = config.text.max_response_tokens
+    prompts = [demo.prompt for demo in heldout]
+    draws = [uniforms(config.seed, 0, "evaluate", demo.index, cap) for demo in heldout]
+    sampled, greedy = (
+        decode(
+            backbone,
+            adapter,
+            prompts,
+            max_tokens=cap,
+            stop_ids=chat.stop_token_ids,
+            config=config.sampling,
+            draws=noise,
+        )
+        for noise in (draws, None)
+    )
+    texts = [chat.decode(answer.tokens) for answer in sampled]
+    greedy_texts = [chat.decode(answer.tokens) for answer in greedy]
+
+    def quality(text: str, i: int) -> tuple[bool, float]:
+        return part(text) == gold[i], word_f1(text, heldout[i].answer)
+
+    def matches(texts: list[str]) -> list[float]:
+        return [float(quality(text, i)[0]) for i, text in enumerate(texts)]
+
+    base_texts = base.answers if base else texts
+    base_tokens = (
+        [np.array(tokens, np.int32) for tokens in base.answer_tokens]
+        if base
+        else [answer.tokens for answer in sampled]
+    )
+    wins = [
+        preference(quality(texts[i], i), quality(base_texts[i], i)) for i in range(len(heldout))
+    ]
+    trees = [
+        Tree(demo.prompt, (demo.response, tokens))
+        for demo, tokens in zip(heldout, base_tokens, strict=True)
+    ]
+    scored = np.array(logps(backbone, adapter, trees, config.train))
+    anchor = (
+        np.stack([base.demonstration_logps, base.base_answer_logps], 1) if base else scored
+    )
+    gains = scored - anchor
+    differ = np.array([not np.array_equal(*tree.responses) for tree in trees])
+    margins = (gains[:, 0] - gains[:, 1])[differ]
+    return Evaluation(
+        name=name,
+        nll=float(-scored[:, 0].mean()),
+        nll_per_token=float(-scored[:, 0].sum() / sum(len(demo.response) for demo in heldout)),
+        **_mean("sampled", matches(texts)),
+        **_mean("greedy", matches(greedy_texts)),
+        **_mean("preferred", wins),
+        margin=at(config.loss.beta, iteration) * float(margins.mean()) if len(margins) else 0.0,
+        answers=texts,
+        greedy_answers=greedy_texts,
+        answer_tokens=[answer.tokens.tolist() for answer in sampled],
+        truncated=[answer.truncated for answer in sampled],
+        demonstration_logps=scored[:, 0].tolist(),
+        base_answer_logps=scored[:, 1].tolist(),
+    )
+
+
+def _mean(name: str, values: list[float]) -> dict[str, float]:
+    """The mean and its standard error, under `name` and `name_se`."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {name: float(np.mean(values)), f"{name}_se": error}
+
+
+def header() -> list[str]:
+    """Column names of the table by iteration."""
+    return ["t", "NLL/answer", "sampled %", "greedy %", "margin", "preferred to base %"]
+
+
+def row(evaluation: Evaluation) -> list[str]:
+    """An evaluation as a row of that table; ± is one standard error."""
+    e = evaluation
+
+    def percent(value: float, error: float) -> str:
+        return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+    return [
+        e.name,
+        f"{e.nll:.3f}",
+        percent(e.sampled, e.sampled_se),
+        percent(e.greedy, e.greedy_se),
+        f"{e.margin:+.3f}",
+        "-" if e.name == "base" else percent(e.preferred, e.preferred_se),
+    ]
+
+

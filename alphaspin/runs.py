@@ -1,0 +1,263 @@
+"""The run folder: durable artefacts, the lock, metrics, and what a signal does.
+
+An artefact is a folder. It is written under a temporary name, its files are hashed into
+`hashes.json`, everything is flushed to disk, and the folder is renamed; only then does it exist.
+A reader accepts a folder whose files have the recorded hashes and nothing else, so a process killed
+at any instant leaves either the whole artefact or none. Nothing is pickled.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from alphaspin.config import InputError
+
+HASHES = "hashes.json"
+TEMPORARY = ".tmp-"
+
+EXIT_OK = 0
+EXIT_INPUT = 2
+"""Bad input: nothing was changed."""
+EXIT_STOPPED = 3
+"""Training stopped itself, e.g. at a loss that is not finite; the last checkpoint stands."""
+EXIT_RESUMABLE = 75
+"""Stopped by SIGTERM or Ctrl-C after saving (sysexits' EX_TEMPFAIL): the same command goes on."""
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the work up to here is on disk."""
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path, pattern: str = "*") -> str:
+    """SHA-256 over the sorted names and hashes of a folder's files that match `pattern`."""
+    names = sorted(p for p in folder.rglob(pattern) if p.is_file() and p.name != HASHES)
+    lines = [f"{path.relative_to(folder)} {file_hash(path)}\n" for path in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder and its parents so that they survive a power cut."""
+    missing = [folder, *folder.parents]
+    missing = [path for path in missing if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        _flush(path.parent)
+    return folder
+
+
+@contextlib.contextmanager
+def commit(folder: Path) -> Iterator[Path]:
+    """Write an artefact: the body fills the yielded temporary folder, which then becomes `folder`.
+
+    An exception in the body, a full disk for instance, leaves nothing behind. A folder already
+    there is replaced; callers get here only when it does not verify.
+    """
+    make_folder(folder.parent)
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    remove(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        hashes = {str(path.relative_to(temporary)): file_hash(path) for path in files}
+        (temporary / HASHES).write_text(json.dumps(hashes, indent=1))
+        for path in [*files, temporary / HASHES, temporary]:
+            _flush(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    remove(folder)
+    temporary.rename(folder)
+    _flush(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete an artefact. It loses its name first, so that half of it is never found under it."""
+    if folder.exists():
+        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name.removeprefix(TEMPORARY)}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def verifies(folder: Path) -> bool:
+    """Whether `folder` is a whole artefact: each file has its recorded hash and none is missing."""
+    try:
+        hashes: dict[str, str] = json.loads((folder / HASHES).read_text())
+        return all(file_hash(folder / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file as a whole, durably."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _flush(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, each with its `stage` (e.g. `train/0`) and `step`."""
+
+    def __init__(self, path: Path, mirror: Callable[[dict[str, float], int], None] | None = None):
+        """Open `path`; `mirror(values, global step)` also gets the numbers (TensorBoard, wandb)."""
+        self._path = path
+        self._mirror = mirror
+        self._step = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole records; a line torn by a kill is passed over."""
+        records: list[dict[str, Any]] = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    records.append(json.loads(line))
+        return records
+
+    def rewind(self, stage: str, step: int = 0) -> None:
+        """Forget what a stage recorded after `step`: that work is about to be repeated."""
+        kept = [r for r in self.read() if r.get("stage") != stage or r.get("step", 0) <= step]
+        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._step = len(kept)
+
+    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Append one record; not flushed to disk by itself, since `rewind` repairs a torn end."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        self._step += 1
+        if self._mirror:
+            prefix = stage.split("/")[0]
+            self._mirror({f"{prefix}/{name}": value for name, value in values.items()}, self._step)
+
+
+class Run:
+    """One run folder, locked by this process for as long as the object is open."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]):
+        """Create or reopen the folder.
+
+        Args:
+            folder: created if missing.
+            identity: what decides the result (configuration, hashes of base and data). A folder
+                that holds a run of another identity is refused.
+
+        Raises:
+            InputError: another process has the folder, or it belongs to another run.
+        """
+        make_folder(folder)
+        self.folder = folder
+        self._lock = self._acquire()
+        try:
+            for leftover in folder.rglob(f"{TEMPORARY}*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            self.manifest = self._open_manifest(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _acquire(self) -> TextIO:
+        lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
+            raise InputError(
+                f"{self.folder}: process {owner} is working in this run folder; wait for it, or "
+                "choose another --output"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        return lock
+
+    def _open_manifest(self, identity: dict[str, Any]) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        identity = json.loads(json.dumps(identity))
+        if path.exists():
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            for line in _differences(manifest["identity"], identity):
+                raise InputError(
+                    f"{self.folder} holds another run: {line}. Choose another --output, or give "
+                    "this run's settings to go on with it"
+                )
+            return manifest
+        manifest = {"identity": identity, "adapters": {}}
+        write_atomically(path, json.dumps(manifest, indent=1))
+        return manifest
+
+    def record(self, **entries: Any) -> None:
+        """Add entries to `manifest.json`, durably; mappings are merged."""
+        for name, value in entries.items():
+            old = self.manifest.get(name)
+            self.manifest[name] = {**old, **value} if isinstance(old, dict) else value
+        text = json.dumps(self.manifest, indent=1)
+        write_atomically(self.folder / "manifest.json", text)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+    elif old != new:
+        yield f"its {key} is {old!r}, not {new!r}"
+
+
+class SignalGuard:
+    """Turns the first SIGTERM or SIGINT into a flag that long phases look at between units of work.
+
+    The second one acts at once: what is on disk is whole anyway.
+    """
+
+    def __init__(self) -> None:
+        """Install the handlers; `restore` puts the old ones back."""
+        self.requested = False
+        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal came; call it right after something durable."""
+        if self.requested:
+            raise Interrupted
+
+    def restore(self) -> None:
+        """Put the previous handlers back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)

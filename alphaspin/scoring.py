@@ -1,0 +1,167 @@
+"""Per-sequence log-probs of any policy, and the cache of those that never change.
+
+A log-prob depends on (policy, prompt, response) alone. The base's are computed once per run and the
+previous iterate's once per iteration, both in one pass over the frozen weights; they are kept under
+the hash of all three, so that a value of another adapter or other tokens cannot be found by mistake.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from alphaspin.backbone import Backbone
+from alphaspin.batching import Batch, Tokens, Tree, collate
+from alphaspin.config import TrainConfig
+from alphaspin.runs import commit, verifies
+from alphaspin_kernels import linear_logprob
+
+T = TypeVar("T")
+
+
+def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most `size` items."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def sequence_logps(backbone: torch.nn.Module, head: Backbone, batch: Batch) -> Tensor:
+    """lp(y) of each sequence of a batch, [Q] fp32 in nats, summed over its tokens.
+
+    Args:
+        backbone: the module that is called, `head` itself or a wrapper around it (DDP).
+        head: the backbone, for its head [V, H].
+        batch: on the backbone's device.
+    """
+    hidden_NH = backbone(batch)
+    token_logps = linear_logprob(
+        hidden_NH, head.head.weight, batch.targets, bias=head.head.bias, softcap=head.softcap
+    )
+    return torch.segment_reduce(token_logps, "sum", lengths=batch.lengths)
+
+
+class ReferenceCache:
+    """Log-probs by (policy, prompt, response), in memory and as durable shards on disk."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._values: dict[bytes, float] = {}
+
+    @staticmethod
+    def key(policy: str, prompt: Tokens, response: Tokens) -> bytes:
+        """128 bits that identify a log-prob: hash of the policy's hash and both token sequences."""
+        digest = hashlib.blake2b(policy.encode(), digest_size=16)
+        digest.update(len(prompt).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(prompt, np.int32).tobytes())
+        digest.update(np.ascontiguousarray(response, np.int32).tobytes())
+        return digest.digest()
+
+    def lookup(self, policy: str, tree: Tree) -> list[float]:
+        """The log-probs of a tree's responses.
+
+        Raises:
+            KeyError: one was never computed under this very policy: never a silent number.
+        """
+        values: list[float] = []
+        for response in tree.responses:
+            found = self._values.get(self.key(policy, tree.prompt, response))
+            if found is None:
+                raise KeyError(f"no log-prob of this response under policy {policy[:12]} is cached")
+            values.append(found)
+        return values
+
+    def missing(self, policy: str, trees: Iterable[Tree]) -> list[Tree]:
+        """Trees cut down to the responses that have no value yet, without repetition."""
+        result: list[Tree] = []
+        planned: set[bytes] = set()
+        for tree in trees:
+            wanted: list[Tokens] = []
+            for response in tree.responses:
+                key = self.key(policy, tree.prompt, response)
+                if key not in self._values and key not in planned:
+                    planned.add(key)
+                    wanted.append(response)
+            if wanted:
+                result.append(Tree(tree.prompt, tuple(wanted)))
+        return result
+
+    def store(self, keys: list[bytes], values: list[float]) -> None:
+        """Add values."""
+        self._values.update(zip(keys, values, strict=True))
+
+    def save(self, folder: Path, keys: list[bytes], values: list[float]) -> None:
+        """Add values and write them as a durable shard."""
+        packed = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+        with commit(folder) as temporary:
+            tensors = {"key": packed, "logp": np.array(values, np.float32)}
+            save_file(tensors, temporary / "logps.safetensors")
+        self.store(keys, values)
+
+    def load(self, folder: Path) -> bool:
+        """Read a shard; False where there is none that verifies."""
+        if not verifies(folder):
+            return False
+        tensors = load_file(folder / "logps.safetensors")
+        keys = [row.tobytes() for row in tensors["key"]]
+        self.store(keys, tensors["logp"].tolist())
+        return True
+
+
+@torch.no_grad()
+def score(
+    backbone: Backbone,
+    cache: ReferenceCache,
+    policies: Sequence[str | None],
+    trees: Sequence[Tree],
+    train: TrainConfig,
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> tuple[list[bytes], list[float]]:
+    """Log-probs that the cache lacks, all policies' rows in one pass per batch.
+
+    Args:
+        backbone: holds the adapters.
+        cache: what is there already.
+        policies: adapter names; None is the base.
+        trees: prompts with their responses.
+        train: `layout`, `row_tokens`; two micro-batches' worth of trees per pass.
+        progress: called with the number of response tokens scored.
+
+    Returns:
+        keys and values to add to the cache.
+    """
+    backbone.eval()
+    keys: list[bytes] = []
+    values: list[float] = []
+    for part in batched(trees, 2 * max(1, train.batch_size // train.accumulation)):
+        groups: list[tuple[str | None, list[Tree]]] = []
+        part_keys: list[bytes] = []
+        for name in policies:
+            identity = backbone.adapter_ids[name]
+            wanted = cache.missing(identity, part)
+            if wanted:
+                groups.append((name, wanted))
+                for tree in wanted:
+                    part_keys += [cache.key(identity, tree.prompt, y) for y in tree.responses]
+        if groups:
+            batch = collate(groups, layout=train.layout, row_tokens=train.row_tokens)
+            found = sequence_logps(backbone, backbone, batch.to(backbone.device)).tolist()
+            cache.store(part_keys, found)  # so that later parts do not compute a repetition again
+            keys += part_keys
+            values += found
+            progress(int(batch.lengths.sum()))
+    return keys, values
+
+
+def logps(
+    backbone: Backbone, policy: str | None, trees: Sequence[Tree], train: TrainConfig
+) -> list[list[float]]:
+    """lp(y) of every response of every tree under one policy, not cached on disk."""
+    cache = ReferenceCache()
+    score(backbone, cache, [policy], trees, train)
+    identity = backbone.adapter_ids[policy]
+    return [cache.lookup(identity, tree) for tree in trees]

@@ -1,0 +1,589 @@
+"""The outer loop of self-play: answer, score, train, evaluate; phase by phase, resumable.
+
+    for t = 0, 1, …:
+        opponents   y_l ~ an earlier iterate, for each prompt of iteration t
+        reference   lp_prev and lp_base of winners y_w and losers y_l, in one pass, cached
+        train       a new adapter π_t on (y_w, y_l) against π_ref ∝ π_prev^α π_base^(1-α)
+        evaluate    held-out measures of π_t
+
+Each phase leaves durable artefacts and begins by looking for them. What is not there is computed
+from what is, as a function of (seed, t, example), so a killed run that is started again ends with
+the same bits as one that was never killed.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import accelerate
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from alphaspin import __version__, console
+from alphaspin import evaluate as measures
+from alphaspin.backbone import POLICY, WEIGHTS, Backbone, average_adapters, load_base
+from alphaspin.batching import Tree
+from alphaspin.config import Config, InputError, at, contraction_note, packaged
+from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
+from alphaspin.losses import ignores_equal_pairs, mixture_reference, pairwise
+from alphaspin.opponents import BASE, assign, choose_prompts, opponents
+from alphaspin.runs import Metrics, Run, SignalGuard, commit, file_hash, verifies, write_atomically
+from alphaspin.sampling import Answer, decode, uniforms
+from alphaspin.scoring import ReferenceCache, batched, score
+from alphaspin.trainer import Example, Job, Objective, train
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """A demonstration (the winner), and what an opponent answered (the loser)."""
+
+    demonstration: Demonstration
+    player: int
+    loser: Answer
+
+    def tree(self) -> Tree:
+        """Prompt, winner, loser."""
+        return Tree(self.demonstration.prompt, (self.demonstration.response, self.loser.tokens))
+
+    def equal(self) -> bool:
+        """Whether the loser is the winner, token for token."""
+        return np.array_equal(self.demonstration.response, self.loser.tokens)
+
+
+@dataclass(slots=True)
+class SelfPlay:
+    """One run in progress: what all phases share."""
+
+    config: Config
+    run: Run
+    backbone: Backbone
+    chat: ChatFormat
+    demonstrations: list[Demonstration]
+    heldout: list[Demonstration]
+    accelerator: Accelerator
+    metrics: Metrics
+    guard: SignalGuard
+    cache: ReferenceCache
+
+    # The iterates
+
+    def folder(self, iteration: int) -> Path:
+        """Artefacts of iteration t."""
+        return self.run.folder / "iterations" / str(iteration)
+
+    def load_iterate(self, iteration: int) -> str | None:
+        """The name under which iterate t is loaded; None for the base (t < 0)."""
+        if iteration < 0:
+            return None
+        name = f"iterate-{iteration}"
+        if not self.backbone.has_adapter(name):
+            self.backbone.load_adapter(name, self.folder(iteration) / "adapter")
+        return name
+
+    def unload_iterates(self, keep: set[str | None]) -> None:
+        """Forget the frozen adapters that are not needed any more."""
+        for name in list(self.backbone.adapter_ids):
+            if name is not None and name not in keep:
+                self.backbone.remove_adapter(name)
+
+    def load_reference_adapter(self, iteration: int) -> str | None:
+        """The adapter that stands for "previous" in the reference: π_{t-1}, or the average."""
+        name = self.load_iterate(iteration - 1)
+        if self.config.reference.kind != "ema" or name is None:
+            return name
+        folder = self.folder(iteration) / "ema"
+        if not verifies(folder):
+            # ema_1 = adapter_0; ema_t = decay · ema_{t-1} + (1 - decay) · adapter_{t-1}
+            self.backbone.load_adapter("ema", self.folder(0) / "adapter")
+            average = self.backbone.adapter_state("ema")
+            for k in range(1, iteration):
+                self.backbone.load_adapter("ema", self.folder(k) / "adapter")
+                average = average_adapters(
+                    average, self.backbone.adapter_state("ema"), self.config.reference.ema_decay
+                )
+            self.backbone.set_adapter_state("ema", average)
+            with commit(folder) as temporary:
+                self.backbone.save_adapter("ema", temporary)
+        self.backbone.load_adapter("ema", folder)
+        return "ema"
+
+    # Phase 1: opponents answer
+
+    def duels(self, iteration: int) -> list[Duel]:
+        """The pairs of iteration t; answers that are not on disk are sampled now."""
+        config = self.config
+        examples = choose_prompts(
+            len(self.demonstrations), config.selfplay.prompts, iteration, config.seed
+        )
+        players = opponents(iteration, config.selfplay.history)
+        shares = assign(examples, players)
+        result: dict[int, Duel] = {}
+        with console.bar(f"t={iteration} opponents", len(examples), "prompts") as advance:
+            for player in players:
+                mine = [e for e, p in zip(examples, shares, strict=True) if p == player]
+                name = "base" if player == BASE else f"iterate-{player}"
+                for number, shard in enumerate(batched(mine, config.sampling.shard_size)):
+                    folder = self.folder(iteration) / "opponents" / f"{name}-{number:05d}"
+                    if not verifies(folder):
+                        self._sample_shard(iteration, player, shard, folder, advance)
+                        self.guard.check()
+                    advance(len(shard), 0)
+                    for example, answer in _load_answers(folder):
+                        result[example] = Duel(self.demonstrations[example], player, answer)
+        return [result[example] for example in examples]
+
+    def _sample_shard(
+        self,
+        iteration: int,
+        player: int,
+        shard: Sequence[int],
+        folder: Path,
+        advance: console.Advance,
+    ) -> None:
+        config = self.config
+        cap = config.text.max_response_tokens
+        demonstrations = [self.demonstrations[e] for e in shard]
+        answers = decode(
+            self.backbone,
+            self.load_iterate(player),
+            [demonstration.prompt for demonstration in demonstrations],
+            max_tokens=cap,
+            stop_ids=self.chat.stop_token_ids,
+            config=config.sampling,
+            draws=[uniforms(config.seed, iteration, "sample", e, cap) for e in shard],
+            progress=lambda tokens: advance(0, tokens),
+        )
+        with commit(folder) as temporary:
+            _save_answers(temporary, shard, answers)
+
+    # Phase 2: the reference
+
+    def score_reference(self, iteration: int, duels: list[Duel]) -> list[tuple[float, ...]]:
+        """lp_ref of (winner, loser) for each pair; what the cache lacks is computed now."""
+        config, alpha = self.config, self.config.reference.alpha
+        previous = self.load_reference_adapter(iteration)
+        # At α = 1 the base takes no part, at α = 0 the previous iterate; at t = 0 they are one.
+        policies = list(dict.fromkeys([previous] * (alpha > 0) + [None] * (alpha < 1)))
+        trees = [duel.tree() for duel in duels]
+        with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
+            for number, shard in enumerate(batched(trees, config.sampling.shard_size)):
+                folder = self.folder(iteration) / "reference" / f"{number:05d}"
+                if not self.cache.load(folder):
+                    scored = score(
+                        self.backbone,
+                        self.cache,
+                        policies,
+                        shard,
+                        config.train,
+                        progress=lambda tokens: advance(0, tokens),
+                    )
+                    self.cache.save(folder, *scored)
+                    self.guard.check()
+                advance(len(shard), 0)
+
+        def lookup(policy: str | None) -> Tensor:
+            identity = self.backbone.adapter_ids[policy]
+            return torch.tensor([self.cache.lookup(identity, tree) for tree in trees])
+
+        prev = lookup(policies[0])
+        base = lookup(policies[-1])
+        kind = "arithmetic" if config.reference.kind == "arithmetic" else "geometric"
+        mixed = mixture_reference(prev, base, alpha=alpha, kind=kind)
+        return [tuple(row) for row in mixed.tolist()]
+
+    # Phase 3: training
+
+    def start_policy(self, iteration: int, before: Path | None) -> None:
+        """A policy adapter that continues `before`, or a fresh one."""
+        if self.backbone.has_adapter(POLICY):
+            self.backbone.remove_adapter(POLICY)
+        seed = self.config.seed
+        self.backbone.add_adapter(POLICY, self.config.lora, seed=seed, iteration=iteration)
+        if before is not None and self.config.selfplay.warm_start:
+            self.backbone.load_adapter(POLICY, before)
+
+    def fit(
+        self,
+        stage: str,
+        iteration: int,
+        folder: Path,
+        examples: list[Example],
+        objective: Objective,
+        config: Config,
+        before: Path | None,
+    ) -> None:
+        """Train an adapter and make it durable as `folder`/adapter."""
+        self.start_policy(iteration, before)
+        job = Job(
+            objective=objective,
+            config=config.train,
+            beta=at(config.loss.beta, iteration),
+            iteration=iteration,
+            seed=config.seed,
+            stage=f"{stage}/{iteration}",
+            checkpoints=folder / "checkpoints",
+        )
+        train(self.accelerator, self.backbone, examples, job, self.metrics, self.guard)
+        with commit(folder / "adapter") as temporary:
+            self.backbone.save_adapter(POLICY, temporary)
+        self.run.record(adapters={job.stage: file_hash(folder / "adapter" / WEIGHTS)})
+
+    def train_iterate(self, iteration: int) -> None:
+        """Phases 1 to 3 of iteration t; nothing to do where its adapter is on disk."""
+        config = self.config
+        folder = self.folder(iteration)
+        done = verifies(folder / "adapter")
+        if done:
+            for shard in sorted((folder / "reference").glob("*")):
+                self.cache.load(shard)  # the base's log-probs serve later iterations too
+            return
+        with self.timed("opponents", iteration):
+            duels = self.duels(iteration)
+            if config.selfplay.mixing and iteration:
+                duels += self.duels(iteration - 1)
+        with self.timed("reference", iteration):
+            references = self.score_reference(iteration, duels)
+        skip = ignores_equal_pairs(config.loss)
+        examples = [
+            Example(duel.tree(), reference, informative=not (skip and duel.equal()))
+            for duel, reference in zip(duels, references, strict=True)
+        ]
+        equal = sum(duel.equal() for duel in duels)
+        cut = sum(duel.loser.truncated for duel in duels)
+        console.note(
+            f"t={iteration}: {len(duels)} pairs, {equal} of them with loser = winner (no gradient "
+            f"from the pair), {cut} losers cut at the length cap"
+        )
+        self.unload_iterates(keep=set())
+        before = self.folder(iteration - 1) / "adapter" if iteration else None
+
+        def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+            return pairwise(config.loss, iteration, policy, reference, lengths)
+
+        with self.timed("train", iteration):
+            self.fit("train", iteration, folder, examples, objective, config, before)
+
+    def train_control(self, iteration: int) -> Path:
+        """Plain further SFT at equal cost: the same prompts, adapter, steps and tokens.
+
+        A pair's two responses are two passes over the demonstration, so that a step carries as many
+        trained sequences as one of self-play.
+        """
+        config = self.config
+        folder = self.control_folder(iteration)
+        if verifies(folder / "adapter"):
+            return folder
+        counts, seed = config.selfplay.prompts, config.seed
+        chosen = choose_prompts(len(self.demonstrations), counts, iteration, seed)
+        if config.selfplay.mixing and iteration:
+            chosen += choose_prompts(len(self.demonstrations), counts, iteration - 1, seed)
+        demos = [self.demonstrations[e] for e in chosen]
+        mean_tokens = float(np.mean([len(demo.response) for demo in demos]))
+        examples = [Example(Tree(d.prompt, (d.response,)), (0.0,)) for d in demos for _ in range(2)]
+        doubled = config.train.model_copy(update={"batch_size": 2 * config.train.batch_size})
+        before = self.control_folder(iteration - 1) / "adapter" if iteration else None
+
+        def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
+            """Negative log-likelihood; divided by a constant, so that every token weighs the same."""
+            del reference, lengths
+            return -policy[:, 0] / mean_tokens
+
+        with self.timed("control", iteration):
+            self.fit(
+                "control",
+                iteration,
+                folder,
+                examples,
+                objective,
+                config.model_copy(update={"train": doubled}),
+                before,
+            )
+        return folder
+
+    def control_folder(self, iteration: int) -> Path:
+        """Artefacts of the control's iteration t."""
+        return self.run.folder / "control" / "sft" / str(iteration)
+
+    # Phase 4: evaluation
+
+    def evaluate(
+        self,
+        name: str,
+        folder: Path,
+        adapter: Path | None,
+        base: measures.Evaluation | None,
+        iteration: int,
+    ) -> measures.Evaluation:
+        """Measures of the base or of an adapter on disk."""
+        if not verifies(folder / "evaluation"):
+            with self.timed("evaluate", iteration), console.bar(f"evaluate {name}", 1, "pass") as done:
+                if adapter is not None:
+                    self.backbone.load_adapter("evaluated", adapter)
+                evaluation = measures.evaluate(
+                    name,
+                    self.backbone,
+                    "evaluated" if adapter is not None else None,
+                    self.heldout,
+                    self.chat,
+                    self.config,
+                    base,
+                    iteration,
+                )
+                done(1, sum(map(len, evaluation.answer_tokens)))
+                with commit(folder / "evaluation") as temporary:
+                    evaluation.save(temporary / "evaluation.json")
+            if adapter is not None:
+                self.backbone.remove_adapter("evaluated")
+            self.guard.check()
+        return measures.Evaluation.load(folder / "evaluation" / "evaluation.json")
+
+    @contextmanager
+    def timed(self, phase: str, iteration: int) -> Iterator[None]:
+        """Record how long a phase took, in seconds."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.metrics.write(f"time/{phase}", iteration, {"seconds": round(seconds, 3)})
+
+    def play(self) -> list[measures.Evaluation]:
+        """All iterations, then the control; the evaluations in the order of the table."""
+        config = self.config
+        rows: list[measures.Evaluation] = []
+        base = None
+        if self.heldout:
+            base = self.evaluate("base", self.run.folder / "base", None, None, 0)
+            rows.append(base)
+        for t in range(config.selfplay.iterations):
+            self.train_iterate(t)
+            if base:
+                adapter = self.folder(t) / "adapter"
+                rows.append(self.evaluate(str(t), self.folder(t), adapter, base, t))
+                console.table("", measures.header(), [measures.row(row) for row in rows])
+        if config.control == "sft":
+            for t in range(config.selfplay.iterations):
+                folder = self.train_control(t)
+                if base:
+                    adapter = folder / "adapter"
+                    rows.append(self.evaluate(f"sft {t}", folder, adapter, base, t))
+        return rows
+
+
+def run(config: Config) -> dict[str, Any]:
+    """The whole job of `alphaspin-train`: returns what `summary.json` holds.
+
+    Raises:
+        InputError: the model, the data or the folder cannot be used; nothing was changed.
+        Interrupted: a signal came; the same call goes on from there.
+        TrainingStopped: see `trainer`.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    accelerator = Accelerator(log_with=list(config.log.trackers) or None, project_dir=config.output)
+    if accelerator.num_processes > 1:
+        raise InputError("several processes are not supported yet: start alphaspin-train once")
+    backbone, tokenizer = load_base(
+        config.model, dtype=config.train.dtype, device=accelerator.device
+    )
+    if config.train.activation_checkpointing:
+        backbone.enable_activation_checkpointing()
+    chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
+    demonstrations, heldout = load_data(config, chat)
+    check_lengths(config, backbone, demonstrations + heldout)
+    identity = {
+        "config": config.model_dump(mode="json", exclude={"output", "log", "hints", "name"}),
+        "base": backbone.identity,
+        "data": fingerprint(demonstrations),
+        "heldout": fingerprint(heldout),
+    }
+    guard = SignalGuard()
+    job = Run(config.run_folder(), identity)
+    try:
+        mirror: Callable[[dict[str, float], int], None] | None = None
+        if config.log.trackers:
+            accelerator.init_trackers(config.name, config=_flat(identity["config"]))
+            mirror = lambda values, step: accelerator.log(values, step=step)  # noqa: E731
+        metrics = Metrics(job.folder / "metrics.jsonl", mirror)
+        job.record(environment=environment(accelerator))
+        introduce(config, job, chat, demonstrations, heldout, accelerator)
+        selfplay = SelfPlay(
+            config,
+            job,
+            backbone,
+            chat,
+            demonstrations,
+            heldout,
+            accelerator,
+            metrics,
+            guard,
+            ReferenceCache(),
+        )
+        rows = selfplay.play()
+        summary = summarise(config, job, metrics, rows, heldout)
+        write_atomically(job.folder / "summary.json", json.dumps(summary, indent=1))
+        if rows:
+            title = f"{config.name}: held-out measures by iteration ({len(heldout)} prompts)"
+            console.table(title, measures.header(), [measures.row(row) for row in rows])
+        if config.log.trackers:
+            accelerator.end_training()
+        return summary
+    finally:
+        guard.restore()
+        job.close()
+
+
+def load_data(
+    config: Config, chat: ChatFormat
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Demonstrations to train on and held-out ones."""
+
+    def load(source: str, embedded: str) -> list[Demonstration]:
+        path = str(packaged(embedded)) if source == "tiny" else source
+        found, dropped = load_demonstrations(path, chat, config.text, config.split)
+        if dropped:
+            console.note(f"{source}: {dropped} rows dropped (prompt too long), {len(found)} kept")
+        return found
+
+    demonstrations = load(config.data, "tiny/train.jsonl")
+    if config.heldout:
+        heldout = load(config.heldout, "tiny/heldout.jsonl")[: config.evaluate.prompts]
+    else:
+        demonstrations, heldout = hold_out(demonstrations, config.evaluate.prompts, config.seed)
+    return demonstrations, heldout
+
+
+def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> None:
+    """Whether the model has positions for the longest prompt and a full answer, and all tokens."""
+    longest = max(len(demo.prompt) for demo in demos)
+    needed = longest + config.text.max_response_tokens
+    if backbone.max_positions is not None and needed > backbone.max_positions:
+        raise InputError(
+            f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest prompt "
+            f"({longest} tokens) that exceeds the model's {backbone.max_positions} positions"
+        )
+    highest = max(int(max(demo.prompt.max(), demo.response.max())) for demo in demos)
+    rows = backbone.head.weight.shape[0]
+    if highest >= rows:
+        raise InputError(
+            f"model = {config.model}: its tokenizer makes token {highest}, but the model has only "
+            f"{rows}; they do not belong together"
+        )
+
+
+def introduce(
+    config: Config,
+    job: Run,
+    chat: ChatFormat,
+    demonstrations: list[Demonstration],
+    heldout: list[Demonstration],
+    accelerator: Accelerator,
+) -> None:
+    """What is about to happen, and the first demonstration in two colours."""
+    console.note(
+        f"run folder {job.folder} · {accelerator.device} · {len(demonstrations)} demonstrations, "
+        f"{len(heldout)} held out"
+    )
+    warning = contraction_note(config)
+    if warning:
+        console.alarm(warning)
+    first = demonstrations[0]
+    tokenizer = cast(Any, chat.tokenizer)
+    console.sample(tokenizer.decode(first.prompt), tokenizer.decode(first.response))
+
+
+def environment(accelerator: Accelerator) -> dict[str, str]:
+    """Versions and device, for the manifest and the report."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "alphaspin": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "accelerate": accelerate.__version__,
+        "device": f"{device.type} {name}".strip(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def summarise(
+    config: Config,
+    job: Run,
+    metrics: Metrics,
+    rows: list[measures.Evaluation],
+    heldout: list[Demonstration],
+) -> dict[str, Any]:
+    """What `summary.json` holds and the report shows."""
+    records = metrics.read()
+    seconds: dict[str, float] = {}
+    for record in records:
+        kind, _, phase = record["stage"].partition("/")
+        if kind == "time":
+            seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
+    scalars = [
+        {name: value for name, value in vars_of(row).items() if isinstance(value, (str, float))}
+        for row in rows
+    ]
+    shown = range(min(config.evaluate.show, len(heldout)))
+    return {
+        "name": config.name,
+        "config": config.model_dump(mode="json"),
+        "environment": job.manifest["environment"],
+        "adapters": job.manifest["adapters"],
+        "rows": scalars,
+        "seconds": seconds,
+        "alarms": [f"{r['stage']}: {r['alarm']}" for r in records if "alarm" in r],
+        "notes": [note for note in [contraction_note(config)] if note],
+        "samples": [
+            {
+                "origin": heldout[i].origin,
+                "demonstration": heldout[i].answer,
+                "answers": {row.name: row.answers[i] for row in rows},
+            }
+            for i in shown
+        ],
+    }
+
+
+def vars_of(row: measures.Evaluation) -> dict[str, Any]:
+    """Fields of an evaluation by name."""
+    return {name: getattr(row, name) for name in row.__slots__}
+
+
+def _save_answers(folder: Path, examples: Sequence[int], answers: Sequence[Answer]) -> None:
+    save_file(
+        {
+            "example": np.array(examples, np.int64),
+            "length": np.array([len(answer.tokens) for answer in answers], np.int64),
+            "truncated": np.array([answer.truncated for answer in answers], np.bool_),
+            "tokens": np.concatenate([answer.tokens for answer in answers]),
+        },
+        folder / "answers.safetensors",
+    )
+
+
+def _load_answers(folder: Path) -> Iterator[tuple[int, Answer]]:
+    data = load_file(folder / "answers.safetensors")
+    ends = data["length"].cumsum()
+    parts = np.split(data["tokens"], ends[:-1])
+    for example, tokens, cut in zip(data["example"], parts, data["truncated"], strict=True):
+        yield int(example), Answer(tokens, bool(cut))
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = str(value)
+    return flat

@@ -1,0 +1,11 @@
+"""Fused log-prob operators for language models: usable without the alphaspin trainer.
+
+Every operator is registered with ``torch.library`` in the namespace ``alphaspin``, is dispatched
+by device, and has a plain PyTorch definition of the same name in :mod:`alphaspin_kernels.reference`.
+"""
+
+from alphaspin_kernels import reference
+from alphaspin_kernels._extension import kernel_status
+from alphaspin_kernels.linear_logprob import linear_logprob
+
+__all__ = ["kernel_status", "linear_logprob", "reference"]
