@@ -68,8 +68,7 @@ setup(
     ],
     package_data={
         "alphaspin": [
-            f"recipes/**/*.{suffix}"
-            for suffix in ("yaml", "jsonl", "json", "safetensors", "jinja")
+            f"recipes/**/*.{suffix}" for suffix in ("yaml", "jsonl", "json", "safetensors", "jinja")
         ]
     },
     **extension_arguments(),

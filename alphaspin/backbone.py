@@ -8,7 +8,7 @@ forward pass is ours.
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -195,6 +195,8 @@ class Backbone(nn.Module):
                 config.base_model_name_or_path = self.path
             except ValueError as error:
                 raise InputError(f"lora.targets = {config.target_modules!r}: {error}") from None
+        # PEFT keeps a set, whose order in `adapter_config.json` would differ between processes.
+        config.target_modules = sorted(cast(set[str], config.target_modules))
         if self.head is not head:
             raise InputError(
                 f"lora.targets = {config.target_modules!r} puts an adapter on the head, which "
@@ -301,7 +303,7 @@ class Backbone(nn.Module):
         return {kind: mask(windows[kind]) for kind in sorted(self.layer_types)}
 
     @contextmanager
-    def routed(self, adapter: str | None, rows: int) -> Iterator[Any]:
+    def routed(self, adapter: str | None, rows: int) -> Generator[Any]:
         """The decoder, for code that calls it itself (sampling), all rows under one adapter."""
         self.route.segments = (Segment(adapter, 0, rows),)
         yield self.decoder
@@ -343,7 +345,7 @@ def load_base(
         identity = folder_hash(folder, "*.safetensors")
     else:
         identity = f"{path}@{getattr(config, '_commit_hash', None)}"
-    backbone = Backbone(cast(PreTrainedModel, model.to(device)), where, identity)
+    backbone = Backbone(cast(PreTrainedModel, cast(nn.Module, model).to(device)), where, identity)
     return backbone, tokenizer
 
 

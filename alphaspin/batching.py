@@ -8,8 +8,8 @@ each response follows it and sees the prompt and itself but not its siblings:
     depth   0  1  2  3  4  3  4  5 |  0  1  2        (position ids)
 
 so a token attends to earlier tokens of its tree on branch 0 or on its own branch. In the padded
-layout each response has a row of its own, with its own copy of the prompt: the same rule, applied to
-trees with one response.
+layout each response has a row of its own, with its own copy of the prompt: the same rule, applied
+to trees with one response.
 
 Shapes: R rows, S tokens a row, N targets (response tokens of all sequences), Q sequences.
 """
@@ -93,7 +93,7 @@ class Batch:
 
 
 def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: indices of items, by row. An item beyond the capacity has its own row."""
+    """First-fit decreasing: indices of items by row; one beyond the capacity has its own row."""
     rows: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -144,7 +144,7 @@ def collate(
     width = max(sum(tree.size() for _, tree in row) for row in rows)
     input_ids, depth, branch = (np.zeros((len(rows), width), np.int64) for _ in range(3))
     tree_id = np.full((len(rows), width), -1, np.int64)
-    source: list[Tokens | None] = [None] * sequences
+    source: list[NDArray[np.int64] | None] = [None] * sequences
     targets: list[Tokens | None] = [None] * sequences
     for r, row in enumerate(rows):
         at = 0
@@ -163,7 +163,7 @@ def collate(
                 # Target k is predicted by the state before it: the prompt's last for k = 0.
                 before = np.arange(at - 1, at + len(answer) - 1)
                 before[:1] = last_of_prompt
-                source[sequence + offset] = (r * width + before).astype(np.int64)
+                source[sequence + offset] = r * width + before
                 targets[sequence + offset] = answer
                 at += len(answer)
     lengths = np.array([len(target) for target in targets if target is not None], np.int64)

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import tyro
 from pydantic import ValidationError
@@ -119,7 +119,7 @@ def _recipes(arguments: Sequence[str]) -> None:
         case [] | ["list"]:
             for name in recipe_names():
                 first = packaged(f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-                console.console.print(f"{name:<24}{first.lstrip('# ')}", soft_wrap=True)
+                console.text(f"{name:<24}{first.lstrip('# ')}")
         case ["show", name]:
             load_config(name)
             print(packaged(f"{name}.yaml").read_text(encoding="utf-8"), end="")
@@ -205,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cast(Callable[[], None], main)()
+    main()

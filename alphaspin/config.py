@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class InputError(ValueError):
-    """Something the user can put right: the message names the key and value, or the file and line."""
+    """Something the user can put right: the message names key and value, or file and line."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -92,8 +92,8 @@ class ReferenceConfig(Section):
     """The reference policy π_ref of iteration t."""
 
     kind: Literal["geometric", "arithmetic", "ema"] = "geometric"
-    """`geometric`: π_prev^α π_base^(1-α) (α-SPIN). `arithmetic`: α π_prev + (1-α) π_base. `ema`:
-    geometric, with the moving average of the adapters in the place of π_prev."""
+    """`geometric`: π_prev^α π_base^(1-α) (α-SPIN). `arithmetic`: α π_prev + (1-α) π_base.
+    `ema`: geometric, with the moving average of the adapters in the place of π_prev."""
     alpha: Fraction = 1.0
     """Weight α of the previous iterate: 1 is SPIN, 0 is DPO against the base."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -285,17 +285,17 @@ class Config(Section):
 def contraction_note(config: Config) -> str | None:
     """Whether β lies outside the bound of the tabular theory (`algorithms.md`, section 1).
 
-    The iteration `e_{t+1} = (α - 1/β) e_t + (1-α) e_base` contracts for β > 1/(1+α). The bound holds
-    for the logistic loss at its population optimum, reference geometric, opponent π_{t-1}; finite
-    training of a network stays far from that optimum, so this is a warning and not an error.
+    The iteration `e_{t+1} = (α - 1/β) e_t + (1-α) e_base` contracts for β > 1/(1+α). The bound
+    holds for the logistic loss at its population optimum, reference geometric, opponent π_{t-1};
+    finite training of a network stays far from that optimum: a warning, not an error.
     """
     bound = 1 / (1 + config.reference.alpha)
     low = min(config.loss.beta)
     if config.loss.kind != "dpo" or low > bound:
         return None
     return (
-        f"β = {low:g} is outside the contraction bound β > 1/(1+α) = {bound:.3g}: trained to its "
-        "optimum, each iteration would overshoot; few steps at a small rate keep it in check"
+        f"β = {low:g} is outside the contraction bound β > 1/(1+α) = {bound:.3g}: trained to "
+        "its optimum, each iteration would overshoot; few steps at a small rate keep it in check"
     )
 
 

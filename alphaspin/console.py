@@ -1,7 +1,7 @@
 """What a person sees while waiting: progress bars, alarm lines, the first sample, the table."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -35,7 +35,7 @@ class _TokenRate(ProgressColumn):
 
 
 @contextlib.contextmanager
-def bar(label: str, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+def bar(label: str, total: int, unit: str, done: int = 0) -> Generator[Advance]:
     """A progress bar with tokens per second and the time left."""
     columns = (
         TextColumn("{task.description:<24}"),
@@ -67,6 +67,11 @@ def alarm(text: str) -> None:
     console.print(Text(f"ALARM  {text}", style="bold yellow"))
 
 
+def text(line: str) -> None:
+    """One line as it is, wrapped by the terminal alone."""
+    console.print(Text(line), soft_wrap=True)
+
+
 def sample(prompt: str, trained: str) -> None:
     """A prompt, and behind it the tokens that training is about, in another colour."""
     console.print(
@@ -84,7 +89,7 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     """A table with right-aligned numbers behind a first column of names."""
     result = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        result.add_column(name, justify="left" if i == 0 else "right")
+        result.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         result.add_row(*row)
     console.print(result)

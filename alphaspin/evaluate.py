@@ -29,7 +29,7 @@ class Evaluation:
     nll: mean of -lp(demonstration), nats per answer; nll_per_token: the same over all tokens, nats.
     sampled, greedy: exact match, shares with standard errors. preferred: share of prompts on which
     the sampled answer is preferred to the base's, ties counted half. margin: mean over prompts of
-    β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)], where they differ.
+    β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)] where they differ.
     """
 
     name: str
@@ -66,7 +66,9 @@ def checked_part(pattern: str | None) -> Callable[[str], str | None]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"evaluate.answer = {pattern!r}: not a regular expression: {error}") from None
+        raise InputError(
+            f"evaluate.answer = {pattern!r}: not a regular expression: {error}"
+        ) from None
     if not compiled.groups:
         raise InputError(f"evaluate.answer = {pattern!r}: needs a group, e.g. '#### (.+)'")
 
@@ -164,11 +166,9 @@ def evaluate(
         for demo, tokens in zip(heldout, base_tokens, strict=True)
     ]
     scored = np.array(logps(backbone, adapter, trees, config.train))
-    anchor = (
-        np.stack([base.demonstration_logps, base.base_answer_logps], 1) if base else scored
-    )
+    anchor = np.stack([base.demonstration_logps, base.base_answer_logps], 1) if base else scored
     gains = scored - anchor
-    differ = np.array([not np.array_equal(*tree.responses) for tree in trees])
+    differ = np.array([not np.array_equal(tree.responses[0], tree.responses[1]) for tree in trees])
     margins = (gains[:, 0] - gains[:, 1])[differ]
     return Evaluation(
         name=name,
@@ -213,5 +213,3 @@ def row(evaluation: Evaluation) -> list[str]:
         f"{e.margin:+.3f}",
         "-" if e.name == "base" else percent(e.preferred, e.preferred_se),
     ]
-
-

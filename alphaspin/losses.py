@@ -1,8 +1,9 @@
 """Losses of self-play: pure functions of per-sequence log-probabilities.
 
-Every argument is a tensor [B] of `lp(y) = Σ_k log π(y_k | x, y_<k)` in nats, summed over the response
-including its end token; every result is [B], before any mean. `w` is the winner (the demonstration),
-`l` the loser (what an earlier iterate answered). Gradients flow wherever the arguments carry them.
+Every argument is a tensor [B] of `lp(y) = Σ_k log π(y_k | x, y_<k)` in nats, summed over the
+response including its end token; every result is [B], before any mean. `w` is the winner (the
+demonstration), `l` the loser (what an earlier iterate answered). Gradients flow
+wherever the arguments carry them.
 """
 
 import math
@@ -31,7 +32,7 @@ def dpo(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """-(1-ε) log σ(βΔ) - ε log σ(-βΔ)  (Rafailov et al., arXiv 2305.18290, eq. 7; SPIN's logistic loss).
+    """-(1-ε) log σ(βΔ) - ε log σ(-βΔ)  (Rafailov et al., arXiv 2305.18290, eq. 7).
 
     ε > 0 is conservative DPO: the share of pairs assumed to be labelled the wrong way round.
     """
@@ -42,9 +43,7 @@ def dpo(
     return loss
 
 
-def ipo(
-    policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, tau: float
-) -> Tensor:
+def ipo(policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, tau: float) -> Tensor:
     """(Δ - 1/(2τ))²  (Azar et al., arXiv 2310.12036, eq. 17).
 
     The paper sums log-probs over tokens. For the averaged variant the caller divides each
@@ -56,7 +55,7 @@ def ipo(
 def hinge(
     policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor, *, beta: float
 ) -> Tensor:
-    """max(0, 1 - βΔ): the reference-relative hinge, often cited as SLiC, which has no reference."""
+    """max(0, 1 - βΔ): the reference-relative hinge; often cited as SLiC, which has none."""
     return torch.relu(1 - beta * margin(policy_w, policy_l, ref_w, ref_l))
 
 
@@ -73,9 +72,9 @@ def mixture_reference(
     geometric: α lp_prev + (1-α) lp_base  (α-SPIN, Alami et al., arXiv 2404.04291, section 3).
         Unnormalised: log Z(x) cancels in losses of a difference of two responses to one prompt, and
         only there.
-    arithmetic: log(α e^{lp_prev} + (1-α) e^{lp_base}), the variant that paper leaves to future work.
+    arithmetic: log(α e^{lp_prev} + (1-α) e^{lp_base}), the paper's future work.
 
-    At α = 0 and 1 the absent policy is not touched, so that a log-prob of -inf cannot turn into NaN.
+    At α = 0 and 1 the absent policy is not touched: its log-prob of -inf would turn into NaN.
     """
     if alpha == 1:
         return prev
@@ -126,5 +125,5 @@ def pairwise(
 
 
 def ignores_equal_pairs(config: LossConfig) -> bool:
-    """Whether a pair with loser = winner has a gradient of exactly zero and need not be computed."""
+    """Whether a pair with loser = winner has exactly zero gradient and need not be computed."""
     return config.nll_weight == 0 and not (config.kind == "slic" and config.slic_lambda > 0)

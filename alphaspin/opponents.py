@@ -1,7 +1,7 @@
 """Who plays iteration t: which earlier iterates answer the prompts, and how prompts are shared.
 
-Iterates are numbered t = 0, 1, …; `BASE` (-1) stands for the base model, and so does every π_k with
-k < 0. At iteration t the iterates 0 … t-1 exist.
+Iterates are numbered t = 0, 1, …; `BASE` (-1) stands for the base model, and so does every
+π_k with k < 0. At iteration t the iterates 0 … t-1 exist.
 """
 
 from typing import Literal
@@ -32,9 +32,7 @@ def assign(examples: list[int], players: list[int]) -> list[int]:
     return [players[i % len(players)] for i in range(len(examples))]
 
 
-def choose_prompts(
-    total: int, prompts: PerIterationInt, iteration: int, seed: int
-) -> list[int]:
+def choose_prompts(total: int, prompts: PerIterationInt, iteration: int, seed: int) -> list[int]:
     """Indices of the demonstrations that iteration t uses, in random order, without repetition.
 
     Iterations walk through one endless shuffled stream, so each sees fresh prompts until the data

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -68,7 +68,7 @@ def make_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def commit(folder: Path) -> Iterator[Path]:
+def commit(folder: Path) -> Generator[Path]:
     """Write an artefact: the body fills the yielded temporary folder, which then becomes `folder`.
 
     An exception in the body, a full disk for instance, leaves nothing behind. A folder already
@@ -125,9 +125,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, each with its `stage` (e.g. `train/0`) and `step`."""
+    """`metrics.jsonl`: a JSON object a line, each with its `stage` (e.g. `train/0`) and `step`."""
 
-    def __init__(self, path: Path, mirror: Callable[[dict[str, float], int], None] | None = None):
+    def __init__(self, path: Path, mirror: Callable[[Mapping[str, float], int], None] | None = None):
         """Open `path`; `mirror(values, global step)` also gets the numbers (TensorBoard, wandb)."""
         self._path = path
         self._mirror = mirror
@@ -148,14 +148,15 @@ class Metrics:
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._step = len(kept)
 
-    def write(self, stage: str, step: int, values: dict[str, float]) -> None:
+    def write(self, stage: str, step: int, values: Mapping[str, float | str]) -> None:
         """Append one record; not flushed to disk by itself, since `rewind` repairs a torn end."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self._step += 1
         if self._mirror:
             prefix = stage.split("/")[0]
-            self._mirror({f"{prefix}/{name}": value for name, value in values.items()}, self._step)
+            numbers = {f"{prefix}/{k}": v for k, v in values.items() if not isinstance(v, str)}
+            self._mirror(numbers, self._step)
 
 
 class Run:

@@ -7,7 +7,7 @@ and the speed of neighbours do not change what is drawn.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ def _decode_batch(
     live = torch.arange(len(prompts))  # original row of each row still in the batch
     done_B = torch.zeros(len(prompts), dtype=torch.bool)
     draws_BL = None if draws_BL is None else draws_BL.to(device)
-    cache: Any = DynamicCache(config=backbone.decoder.config)
+    cache: Any = DynamicCache(config=cast(Any, backbone.decoder).config)
     for step in range(max_tokens):
         with backbone.routed(adapter, len(live)) as decoder:
             hidden_BPH = decoder(

@@ -2,7 +2,7 @@
 
 A log-prob depends on (policy, prompt, response) alone. The base's are computed once per run and the
 previous iterate's once per iteration, both in one pass over the frozen weights; they are kept under
-the hash of all three, so that a value of another adapter or other tokens cannot be found by mistake.
+the hash of all three, so that a value of another adapter or other tokens is never found by mistake.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from alphaspin_kernels import linear_logprob
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from alphaspin.backbone import Backbone
 from alphaspin.batching import Batch, Tokens, Tree, collate
 from alphaspin.config import TrainConfig
 from alphaspin.runs import commit, verifies
-from alphaspin_kernels import linear_logprob
 
 T = TypeVar("T")
 

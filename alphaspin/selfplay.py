@@ -14,11 +14,11 @@ the same bits as one that was never killed.
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import accelerate
 import numpy as np
@@ -294,7 +294,7 @@ class SelfPlay:
         before = self.control_folder(iteration - 1) / "adapter" if iteration else None
 
         def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
-            """Negative log-likelihood; divided by a constant, so that every token weighs the same."""
+            """NLL divided by a constant, so that every token weighs the same."""
             del reference, lengths
             return -policy[:, 0] / mean_tokens
 
@@ -326,7 +326,10 @@ class SelfPlay:
     ) -> measures.Evaluation:
         """Measures of the base or of an adapter on disk."""
         if not verifies(folder / "evaluation"):
-            with self.timed("evaluate", iteration), console.bar(f"evaluate {name}", 1, "pass") as done:
+            with (
+                self.timed("evaluate", iteration),
+                console.bar(f"evaluate {name}", 1, "pass") as done,
+            ):
                 if adapter is not None:
                     self.backbone.load_adapter("evaluated", adapter)
                 evaluation = measures.evaluate(
@@ -348,7 +351,7 @@ class SelfPlay:
         return measures.Evaluation.load(folder / "evaluation" / "evaluation.json")
 
     @contextmanager
-    def timed(self, phase: str, iteration: int) -> Iterator[None]:
+    def timed(self, phase: str, iteration: int) -> Generator[None]:
         """Record how long a phase took, in seconds."""
         started = time.perf_counter()
         yield
@@ -398,8 +401,9 @@ def run(config: Config) -> dict[str, Any]:
     chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
     demonstrations, heldout = load_data(config, chat)
     check_lengths(config, backbone, demonstrations + heldout)
+    settings = config.model_dump(mode="json", exclude={"output", "log", "hints", "name"})
     identity = {
-        "config": config.model_dump(mode="json", exclude={"output", "log", "hints", "name"}),
+        "config": settings,
         "base": backbone.identity,
         "data": fingerprint(demonstrations),
         "heldout": fingerprint(heldout),
@@ -407,9 +411,9 @@ def run(config: Config) -> dict[str, Any]:
     guard = SignalGuard()
     job = Run(config.run_folder(), identity)
     try:
-        mirror: Callable[[dict[str, float], int], None] | None = None
+        mirror: Callable[[Mapping[str, float], int], None] | None = None
         if config.log.trackers:
-            accelerator.init_trackers(config.name, config=_flat(identity["config"]))
+            accelerator.init_trackers(config.name, config=_flat(settings))
             mirror = lambda values, step: accelerator.log(values, step=step)  # noqa: E731
         metrics = Metrics(job.folder / "metrics.jsonl", mirror)
         job.record(environment=environment(accelerator))
@@ -427,7 +431,7 @@ def run(config: Config) -> dict[str, Any]:
             ReferenceCache(),
         )
         rows = selfplay.play()
-        summary = summarise(config, job, metrics, rows, heldout)
+        summary = summarise(config, job, metrics, rows, heldout, chat)
         write_atomically(job.folder / "summary.json", json.dumps(summary, indent=1))
         if rows:
             title = f"{config.name}: held-out measures by iteration ({len(heldout)} prompts)"
@@ -440,9 +444,7 @@ def run(config: Config) -> dict[str, Any]:
         job.close()
 
 
-def load_data(
-    config: Config, chat: ChatFormat
-) -> tuple[list[Demonstration], list[Demonstration]]:
+def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
     """Demonstrations to train on and held-out ones."""
 
     def load(source: str, embedded: str) -> list[Demonstration]:
@@ -466,8 +468,8 @@ def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]
     needed = longest + config.text.max_response_tokens
     if backbone.max_positions is not None and needed > backbone.max_positions:
         raise InputError(
-            f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest prompt "
-            f"({longest} tokens) that exceeds the model's {backbone.max_positions} positions"
+            f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest "
+            f"prompt ({longest} tokens) that exceeds the model's {backbone.max_positions} positions"
         )
     highest = max(int(max(demo.prompt.max(), demo.response.max())) for demo in demos)
     rows = backbone.head.weight.shape[0]
@@ -495,7 +497,7 @@ def introduce(
     if warning:
         console.alarm(warning)
     first = demonstrations[0]
-    tokenizer = cast(Any, chat.tokenizer)
+    tokenizer = chat.tokenizer
     console.sample(tokenizer.decode(first.prompt), tokenizer.decode(first.response))
 
 
@@ -521,6 +523,7 @@ def summarise(
     metrics: Metrics,
     rows: list[measures.Evaluation],
     heldout: list[Demonstration],
+    chat: ChatFormat,
 ) -> dict[str, Any]:
     """What `summary.json` holds and the report shows."""
     records = metrics.read()
@@ -546,6 +549,7 @@ def summarise(
         "samples": [
             {
                 "origin": heldout[i].origin,
+                "prompt": chat.decode(heldout[i].prompt),
                 "demonstration": heldout[i].answer,
                 "answers": {row.name: row.answers[i] for row in rows},
             }

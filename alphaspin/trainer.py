@@ -69,10 +69,14 @@ def total_steps(examples: int, config: TrainConfig) -> int:
 
 
 def learning_rate(
-    step: int, total: int, peak: float, warmup: float, schedule: Literal["linear", "cosine", "constant"]
+    step: int,
+    total: int,
+    peak: float,
+    warmup: float,
+    schedule: Literal["linear", "cosine", "constant"],
 ) -> float:
-    """Rate at step 0 … total-1: a linear rise that reaches the peak on the last warm-up step, then
-    a linear or half-cosine fall that would reach 0 at step `total`, or the peak throughout."""
+    """Rate at step 0 … total-1: a linear rise to the peak on the last warm-up step, then a
+    linear or half-cosine fall that would reach 0 at step `total`, or the peak throughout."""
     rising = math.ceil(warmup * total)
     if step < rising:
         return peak * (step + 1) / rising
@@ -222,7 +226,7 @@ def accumulate_gradients(
 
 
 class Watch:
-    """Looks for the ways in which self-play training is known to go wrong, and says so once each."""
+    """Looks for the ways in which self-play is known to go wrong, and says so once each."""
 
     WINDOW = 10
 
@@ -270,15 +274,11 @@ class Watch:
 def _optimizer(
     parameters: dict[str, torch.nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    options = {"lr": 0.0, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters.values(), **options)
-    return torch.optim.RMSprop(parameters.values(), **options)
+    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
+    return kind(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
 
 
-def _save(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, step: int
-) -> None:
+def _save(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
     """A durable checkpoint; the one before it is deleted afterwards."""
     older = list(folder.glob("step-*"))
     state = optimizer.state_dict()["state"]

@@ -1,7 +1,7 @@
 """Fused log-prob operators for language models: usable without the alphaspin trainer.
 
 Every operator is registered with ``torch.library`` in the namespace ``alphaspin``, is dispatched
-by device, and has a plain PyTorch definition of the same name in :mod:`alphaspin_kernels.reference`.
+by device, and has a plain PyTorch definition of the same name in ``alphaspin_kernels.reference``.
 """
 
 from alphaspin_kernels import reference

@@ -42,8 +42,8 @@ def linear_logprob(
 ) -> Tensor:
     """Return ``log_softmax(cap(hidden @ weight.T + bias) / temperature)`` at the targets.
 
-    ``cap(z) = softcap * tanh(z / softcap)``, or z itself when ``softcap`` is None. Logits are formed
-    and summed in fp32 (float64 for float64 inputs) whatever the input dtype, also under autocast.
+    ``cap(z) = softcap * tanh(z / softcap)``, or z itself when ``softcap`` is None. Logits are
+    formed and summed in fp32 (float64 for float64 inputs) whatever the dtype, also under autocast.
 
     Args:
         hidden: [N, H], bf16, fp16, fp32 or float64; any strides.
@@ -82,8 +82,7 @@ def linear_logprob(
     return logp_NK.reshape(targets.shape)
 
 
-@torch.library.custom_op("alphaspin::linear_logprob", mutates_args=())
-def _linear_logprob(
+def _portable(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -146,39 +145,25 @@ def _linear_logprob(
     return logp_NK, lse_N, row_NH
 
 
-@_linear_logprob.register_kernel("cpu")
-def _linear_logprob_cpu(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    with_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+_linear_logprob = torch.library.custom_op("alphaspin::linear_logprob", _portable, mutates_args=())
+
+
+def _cpu(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Run the C++ version, or the portable one (float64, or no extension)."""
-    arguments = (hidden, weight, targets, bias, softcap, temperature, ignore_index, with_row)
     if hidden.dtype != torch.float64:
         reason = _extension.problem()
         if reason is None:
-            return torch.ops.alphaspin.linear_logprob_cpu(*arguments)
+            return torch.ops.alphaspin.linear_logprob_cpu(hidden, *rest)
         _extension.warn_once(reason)
-    return _linear_logprob._init_fn(*arguments)
+    return _portable(hidden, *rest)
 
 
-@_linear_logprob.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    with_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(hidden, targets, with_row)
+def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _empty_outputs(hidden, targets, with_row=rest[-1])
+
+
+_linear_logprob.register_kernel("cpu")(_cpu)
+_linear_logprob.register_fake(_fake)
 
 
 def _empty_outputs(
@@ -258,19 +243,10 @@ def _linear_logprob_backward(
 
 
 @_linear_logprob_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    needs: list[bool],
+def _backward_fake(
+    grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, needs)
+    return _empty_gradients(hidden, weight, needs=rest[-1])
 
 
 def _empty_gradients(
@@ -299,8 +275,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(hidden, weight, targets, bias, lse)
 
 
-# A second differentiation would take the saved row for a constant; better an error than that.
-@once_differentiable
 def _backward(ctx: Any, grad_NK: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     d_hidden = d_weight = d_bias = None
     if not ctx.scales_row:
@@ -338,7 +312,8 @@ def _backward(ctx: Any, grad_NK: Tensor, *_: Tensor | None) -> tuple[Tensor | No
     return d_hidden, d_weight, None, d_bias, None, None, None, None
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+# A second differentiation would take the saved row for a constant; better an error than that.
+_linear_logprob.register_autograd(once_differentiable(_backward), setup_context=_setup_context)
 
 
 def _logit_tile(

@@ -14,7 +14,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which logits of ``dtype`` inputs are formed: fp32, float64 for float64."""
+    """Return the dtype of the logits of ``dtype`` inputs: fp32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -87,7 +87,7 @@ def linear_logprob(
 ) -> Tensor:
     """Definition of :func:`alphaspin_kernels.linear_logprob`; builds the [N, V] logits.
 
-    Arguments, result and errors are those of the fused operator; autograd differentiates through it.
+    Arguments, result and errors are those of the fused operator; autograd goes through it.
     """
     check_linear_logprob(hidden, weight, targets, bias, softcap, temperature)
     check_targets(targets, weight.shape[0], ignore_index)

@@ -1,0 +1,28 @@
+# Everything runs in .venv, which is made when it is missing or pyproject.toml has changed.
+PYTHON ?= python3
+BIN = .venv/bin
+# Where there is no GPU, the pinned CPU build; on a GPU machine: make TORCH="torch>=2.8" ...
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.8,torch==2.13.0)
+
+.PHONY: demo test test-all clean
+
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: .venv/installed  ## self-play on the embedded model
+	$(BIN)/alphaspin-train
+
+test: .venv/installed  ## tests, linter, types: what CI runs
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not sweep"
+
+test-all: .venv/installed  ## and the longer sweeps
+	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

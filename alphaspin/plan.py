@@ -1,0 +1,157 @@
+"""`--plan`: what a run will do and what it needs, computed without a download.
+
+Facts about the model and the data come from local files where they are, else from the recipe's
+`hints`; a hub id without hints is an error that says so.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from alphaspin import console
+from alphaspin.backbone import choose_bf16
+from alphaspin.config import Config, InputError, PlanHints, at, contraction_note, packaged
+from alphaspin.data import ChatFormat
+from alphaspin.opponents import BASE, opponents
+from alphaspin.selfplay import load_data
+from alphaspin.trainer import total_steps
+
+GIB = 2**30
+
+
+def show(config: Config) -> None:
+    """Print the plan.
+
+    Raises:
+        InputError: neither local files nor hints tell what is needed.
+    """
+    facts = gather(config)
+    title = (
+        f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
+    )
+    console.table(
+        title,
+        ["t", "against", "prompts", "pairs", "steps", "sampled", "trained", "lr", "β"],
+        [_row(config, facts, t) for t in range(config.selfplay.iterations)],
+    )
+    warning = contraction_note(config)
+    if warning:
+        console.alarm(warning)
+    for line in estimates(config, facts):
+        console.text(line)
+
+
+def gather(config: Config) -> PlanHints:
+    """Facts from local files; from `hints` for what is on a hub."""
+    model = packaged("tiny/model") if config.model == "tiny" else Path(config.model)
+    local_data = config.data == "tiny" or Path(config.data).exists()
+    if not (model.exists() and local_data) and config.hints is None:
+        missing = config.data if model.exists() else config.model
+        raise InputError(
+            f"--plan downloads nothing, and {missing!r} is not a local path: give the recipe a "
+            f"`hints` section ({', '.join(PlanHints.model_fields)})"
+        )
+    facts = config.hints.model_dump() if config.hints else {}
+    if model.exists():
+        facts |= _model_facts(model, config)
+        if local_data:
+            tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+            chat = ChatFormat.create(tokenizer, config.text.template)
+            demonstrations, _ = load_data(config, chat)
+            facts |= {
+                "demonstrations": len(demonstrations),
+                "prompt_tokens": float(np.mean([len(d.prompt) for d in demonstrations])),
+                "response_tokens": float(np.mean([len(d.response) for d in demonstrations])),
+            }
+    return PlanHints.model_validate(facts)
+
+
+def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
+    """Sizes of a local model, built without memory on the meta device."""
+    with torch.device("meta"):
+        model_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(model_config)
+    text: Any = model_config.get_text_config()
+    head = model.get_output_embeddings()
+    names = config.lora.targets
+    targets = [
+        module
+        for name, module in cast(nn.Module, model).named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and (names == ("all-linear",) or name.rsplit(".", 1)[-1] in names)
+    ]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "hidden": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "vocabulary": text.vocab_size,
+        "adapter_parameters_per_rank": sum(m.in_features + m.out_features for m in targets),
+    }
+
+
+def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
+    players = ["base" if k == BASE else f"π{k}" for k in opponents(t, config.selfplay.history)]
+    prompts = min(at(config.selfplay.prompts, t), facts.demonstrations)
+    pairs = prompts
+    if config.selfplay.mixing and t:
+        pairs += min(at(config.selfplay.prompts, t - 1), facts.demonstrations)
+    steps = total_steps(pairs, config.train)
+    trained = (
+        2
+        * facts.response_tokens
+        * min(pairs * config.train.epochs, steps * config.train.batch_size)
+    )
+    return [
+        str(t),
+        " ".join(players),
+        f"{prompts:,}",
+        f"{pairs:,}",
+        f"{steps:,}",
+        f"≤ {prompts * config.text.max_response_tokens / 1e6:,.1f}M",
+        f"~ {trained / 1e6:,.1f}M",
+        f"{at(config.train.lr, t):g}",
+        f"{at(config.loss.beta, t):g}",
+    ]
+
+
+def estimates(config: Config, facts: PlanHints) -> list[str]:
+    """Memory and disk, with the rule each number comes from."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width = 2 if choose_bf16(config.train.dtype, device) else 4
+    base = facts.parameters * width
+    adapter = facts.adapter_parameters_per_rank * config.lora.r * 4
+    states = {"adamw": 2, "rmsprop": 1}[config.train.optimizer]
+    micro = max(1, config.train.batch_size // config.train.accumulation)
+    tokens = micro * (facts.prompt_tokens + 2 * facts.response_tokens)
+    # Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16
+    # bits without the attention matrix; with recomputation one layer's, and 2 bytes a layer.
+    per_layer = 34 * width / 2 * facts.hidden * tokens
+    activations = per_layer * facts.layers
+    if config.train.activation_checkpointing:
+        activations = per_layer + width * facts.hidden * tokens * facts.layers
+    logits = 2 * micro * facts.response_tokens * facts.vocabulary * 4
+    pairs = sum(
+        min(at(config.selfplay.prompts, t), facts.demonstrations)
+        for t in range(config.selfplay.iterations)
+    )
+    answers = pairs * (config.text.max_response_tokens * 4 + 17)
+    cached = pairs * 4 * 20
+    adapters = adapter * (config.selfplay.iterations * (2 if config.control == "sft" else 1))
+    checkpoint = adapter * (1 + states)
+    trained = adapter * (2 + states)
+    training = base + trained + activations
+    return [
+        f"memory, training: about {training / GIB:.2f} GiB on {device.type} = base "
+        f"{base / GIB:.2f} ({8 * width} bit) + adapter, gradient and {config.train.optimizer} "
+        f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f}",
+        f"  not needed: [tokens, vocabulary] logits of a micro-batch, {logits / GIB:.2f} GiB fp32",
+        f"disk: at most {(answers + cached + adapters + 2 * checkpoint) / GIB:.3f} GiB = answers "
+        f"{answers / GIB:.3f} + reference log-probs {cached / GIB:.3f} + adapters "
+        f"{adapters / GIB:.3f} + one checkpoint (two while saving) {2 * checkpoint / GIB:.3f}",
+        f"run folder: {config.run_folder()}",
+    ]

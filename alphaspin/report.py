@@ -1,0 +1,349 @@
+"""One HTML page about a run: what was done, how it went, and what deserves a second look.
+
+The page holds all it needs (style, plots as SVG) and fetches nothing, so it can be mailed, archived
+and opened offline. It is a function of the run folder alone: the same run gives the same bytes.
+Nothing here needs torch, so that a report is quick to write afresh.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.style
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from pydantic import BaseModel, Field, ValidationError
+
+from alphaspin.config import Config, InputError
+from alphaspin.runs import Metrics, write_atomically
+
+COLOURS = {"ink": "#010101", "grid": "#020202", "a": "#030303", "b": "#040404", "alarm": "#050505"}
+"""Stand-ins that the plots are drawn with. In the SVG they become CSS variables, so that the page's
+light, dark and print colours apply."""
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "font.size": 9,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": COLOURS["grid"],
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["ink"],
+    "xtick.color": COLOURS["ink"],
+    "ytick.color": COLOURS["ink"],
+}
+
+POINTS = 300
+"""Points of a curve, over all iterations; longer curves are drawn as the mean and range of bins."""
+
+UNSEEN = str.maketrans(
+    {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"}
+    | {0x7F: "\u2421"}
+    | {c: "\ufffd" for c in range(0x80, 0xA0)}
+)
+"""Control characters, which HTML forbids and models do write, to symbols one can see."""
+
+
+class Row(BaseModel):
+    """Held-out measures of one policy; see `evaluate.Evaluation`."""
+
+    name: Annotated[str, Field(pattern=r"^(base|(sft )?[0-9]+)$")]
+    nll: float
+    nll_se: float | None = None
+    sampled: float
+    sampled_se: float
+    greedy: float
+    greedy_se: float
+    margin: float
+    margin_se: float | None = None
+    preferred: float
+    preferred_se: float
+
+    @property
+    def control(self) -> bool:
+        """Whether this is the control and no iterate of self-play."""
+        return self.name.startswith("sft ")
+
+    @property
+    def iteration(self) -> int:
+        """t; -1 for the base, which precedes iteration 0."""
+        return -1 if self.name == "base" else int(self.name.removeprefix("sft "))
+
+
+class Sample(BaseModel):
+    """A held-out prompt, its demonstration, and what each policy answered."""
+
+    origin: str
+    prompt: str | None = None
+    demonstration: str
+    answers: dict[str, str]
+
+
+class Summary(BaseModel):
+    """`summary.json`, as `selfplay.summarise` makes it."""
+
+    name: str
+    config: Config
+    environment: dict[str, str]
+    adapters: dict[str, str]
+    rows: list[Row]
+    seconds: dict[str, float]
+    alarms: list[str]
+    notes: list[str]
+    samples: list[Sample]
+
+
+Steps = dict[int, dict[int, dict[str, float]]]
+"""Iteration → step → metric → value."""
+
+Curves = Sequence[tuple[str, str, str]]
+"""Lines of a plot: name of a metric or measure, label, CSS classes (`a` or `b`, `dashed`)."""
+
+
+def write(folder: Path) -> Path:
+    """Write `report.html` into a run folder, as a whole; returns its path.
+
+    Raises:
+        InputError: the folder, its `summary.json` or its `metrics.jsonl` is missing or unreadable.
+    """
+    summary, records = read(folder)
+    steps = training_steps(records)
+    alarms, marks = find_alarms(summary, records)
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names, prompts and answers are anybody's text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value.translate(UNSEEN) if isinstance(value, str) else value,
+    )
+    parts = {
+        "s": summary,
+        "deed": describe(summary.config),
+        "alarms": alarms,
+        "steps": sum(map(len, steps.values())),
+        "points": POINTS,
+        "by_iteration": partial(plot_iterates, summary.rows),
+        "by_step": partial(plot_steps, steps, marks),
+        "matches": partial(matches, summary.config.evaluate.answer),
+        "duration": duration,
+        "recipe": yaml.safe_dump(
+            summary.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+        ),
+    }
+    path = folder / "report.html"
+    write_atomically(path, page.get_template("report.html.jinja").render(parts))
+    return path
+
+
+def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
+    """The summary and the records of a run folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    path = folder / "summary.json"
+    try:
+        if not path.exists():
+            raise InputError(
+                f"{path}: missing; a run writes it when it ends: the command that started the run "
+                "goes on with it"
+            )
+        summary = Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        path = folder / "metrics.jsonl"
+        if not path.exists():
+            raise InputError(f"{path}: missing")
+        return summary, Metrics(path).read()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "content"
+        raise InputError(f"{path}: {key}: {first['msg']}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def training_steps(records: Sequence[dict[str, Any]]) -> Steps:
+    """The finite numbers of self-play training, in order."""
+    found: Steps = {}
+    for record in records:
+        stage = re.fullmatch(r"train/(\d+)", str(record.get("stage")))
+        step = record.get("step")
+        if stage and isinstance(step, int) and "alarm" not in record:
+            numbers = {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+            finite = {k: v for k, v in numbers.items() if math.isfinite(v)}
+            found.setdefault(int(stage[1]), {})[step] = finite
+    return {t: dict(sorted(found[t].items())) for t in sorted(found)}
+
+
+def find_alarms(
+    summary: Summary, records: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """All alarms as text, and (iteration, step) of those that came up in training."""
+    texts: list[str] = []
+    marks: list[tuple[int, int]] = []
+    known: set[str] = set()
+    for record in (record for record in records if "alarm" in record):
+        stage, step = str(record.get("stage")), record.get("step")
+        known.add(f"{stage}: {record['alarm']}")
+        texts.append(f"{stage}, step {step}: {record['alarm']}")
+        number = stage.removeprefix("train/")
+        if number.isdecimal() and isinstance(step, int):
+            marks.append((int(number), step))
+    return texts + [text for text in summary.alarms if text not in known], marks
+
+
+def describe(config: Config) -> str:
+    """What was done, in one sentence."""
+    loss, reference, play, lora = config.loss, config.reference, config.selfplay, config.lora
+    beta = ", ".join(f"{value:g}" for value in loss.beta)
+    how = {
+        "dpo": f"logistic (DPO) loss with β = {beta}",
+        "ipo": f"IPO loss with τ = {loss.ipo_tau:g}",
+        "hinge": f"hinge loss with β = {beta}",
+        "slic": f"SLiC loss with δ = {loss.slic_delta:g}, λ = {loss.slic_lambda:g}",
+    }[loss.kind]
+    players = {1: "the previous iterate", "inf": "all iterates so far (fictitious play)"}
+    opponents = players.get(play.history, f"the last {play.history} iterates")
+    parts = [
+        f"{play.iterations} iteration{'s' * (play.iterations > 1)} of "
+        f"{'SPIN' if reference.alpha == 1 else 'α-SPIN'} on {config.model}: {how}",
+        f"reference α = {reference.alpha:g} ({reference.kind})" if loss.kind != "slic" else "",
+        f"opponents from {opponents} (history {play.history})",
+        f"LoRA of rank {lora.r} with alpha {lora.alpha:g}",
+        "plain further SFT at equal cost as control" if config.control == "sft" else "",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def matches(pattern: str | None, answer: str, demonstration: str) -> bool:
+    """Exact match as `evaluate.checked_part` has it (which would cost an import of torch)."""
+
+    def part(text: str) -> str | None:
+        if pattern is None:
+            return " ".join(text.split())
+        found = list(re.finditer(pattern, text))
+        return found[-1].group(1).strip() if found and found[-1].group(1) else None
+
+    return part(answer) is not None and part(answer) == part(demonstration)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plot_iterates(rows: Sequence[Row], title: str, curves: Curves) -> Markup:
+    """Measures of base, iterates and (dashed) control, with bars of one standard error."""
+
+    def paint(axes: Axes) -> None:
+        for number, (measure, _, css) in enumerate(curves):
+            # The control starts from the base too.
+            line = [r for r in rows if r.control == ("dashed" in css) or r.name == "base"]
+            scale = 1 if measure == "nll" else 100
+            errors = [getattr(row, f"{measure}_se") for row in line]
+            shift = 0.04 * (number - (len(curves) - 1) / 2)  # keeps bars from covering each other
+            axes.errorbar(
+                [row.iteration + shift for row in line],
+                [scale * getattr(row, measure) for row in line],
+                None if None in errors else [scale * error for error in errors],
+                marker="o",
+                capsize=2,
+                **look(css),
+            )
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2), max(high, 5))  # no closer look than this at shares of 0 %
+        axes.set_xlabel("iteration t")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_formatter(lambda x, _: "base" if x == -1 else f"{x:.0f}")
+
+    return draw(title, paint)
+
+
+def plot_steps(
+    steps: Steps, marks: Sequence[tuple[int, int]], title: str, curves: Curves
+) -> Markup:
+    """Metrics over the steps of all iterations, one after the other."""
+    lengths = {t: max(steps[t]) for t in steps}
+    starts = {t: sum(lengths[k] for k in steps if k < t) for t in steps}
+    bins = max(2, POINTS // len(steps))
+    named = list(steps)[:: math.ceil(len(steps) / 8)]
+
+    def paint(axes: Axes) -> None:
+        for t, start in starts.items():
+            if start:
+                axes.axvline(start + 0.5, color=COLOURS["ink"], lw=0.5, alpha=0.5)
+            if t in named:
+                axes.text(
+                    start + 0.5, 1.01, f" t = {t}", fontsize=8, transform=axes.get_xaxis_transform()
+                )
+            for metric, _, css in curves:
+                points = [(start + s, v[metric]) for s, v in steps[t].items() if metric in v]
+                parts = np.array_split(np.array(points), min(len(points), bins)) if points else []
+                x = [part[:, 0].mean() for part in parts]
+                marker = "o" if len(points) < 20 else ""
+                axes.plot(x, [part[:, 1].mean() for part in parts], marker=marker, **look(css))
+                if len(points) > bins:
+                    low, high = ([f(part[:, 1]) for part in parts] for f in (np.min, np.max))
+                    axes.fill_between(x, low, high, color=COLOURS[css[0]], alpha=0.2, linewidth=0)
+        for t, step in marks:
+            if t in starts:
+                axes.axvline(starts[t] + step, color=COLOURS["alarm"], lw=0.9, linestyle=":")
+        axes.set_xlabel("optimiser step")
+        axes.set_xlim(0.5, sum(lengths.values()) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+    return draw(title, paint)
+
+
+def look(css: str) -> dict[str, Any]:
+    """CSS classes of a curve as arguments of matplotlib."""
+    return {"color": COLOURS[css[0]], "linestyle": "--" if "dashed" in css else "-"}
+
+
+def draw(title: str, paint: Callable[[Axes], None]) -> Markup:
+    """Axes as an SVG element that takes its width, font and colours from the page."""
+    salt = {"svg.hashsalt": title}  # ids are random without it, and equal in all plots with one
+    with matplotlib.style.context(["default", STYLE, salt]):
+        figure = Figure(figsize=(4.4, 2.5))
+        figure.patch.set_visible(False)
+        axes = figure.add_axes((0.12, 0.17, 0.87, 0.75))
+        axes.patch.set_visible(False)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "\u2212"))
+        paint(axes)
+        text = StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    svg = text.getvalue()
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view
+    head = Markup('<svg {} role="img" aria-label="{}">').format(Markup(view[0]), title)
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    body = body[body.index(">", body.index("<svg")) + 1 :]
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to them
+    body = re.sub(r"font-family: [^;\"]*; ", "", body)
+    body = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d[0]), body)
+    for name, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{name})")
+    return head + Markup(body)

@@ -1,0 +1,487 @@
+"""linear_logprob against its definition in float64, for every implementation.
+
+Implementations: "torch" (portable), "csrc" (C++, what this processor gets), "packed" (C++ in the
+layout of the 16-bit matrix units, which processors without them emulate).
+"""
+
+import math
+import os
+import resource
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from alphaspin_kernels import _extension, kernel_status, linear_logprob, reference
+from alphaspin_kernels.linear_logprob import ROWS, TILE, _linear_logprob, _portable
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).parents[2]
+# The package's attribute of this name is the function.
+MODULE = sys.modules["alphaspin_kernels.linear_logprob"]
+CSRC_TILE = 256
+BUILT = _extension.problem() is None
+needs_csrc = pytest.mark.skipif(not BUILT, reason=f"C++ operators: {_extension.problem()}")
+
+
+def use(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if implementation == "torch":
+        # Small chunks, so that small inputs have several of them and a partial last one.
+        monkeypatch.setattr(MODULE, "TILE", CSRC_TILE)
+        monkeypatch.setattr(MODULE, "ROWS", 16)
+        monkeypatch.setattr(_extension, "problem", lambda: "disabled by the test")
+        monkeypatch.setattr(_extension, "warn_once", lambda reason: None)
+    if implementation == "packed":
+        packed = torch.ops.alphaspin.linear_logprob_cpu_packed
+        monkeypatch.setattr(torch.ops.alphaspin, "linear_logprob_cpu", packed)
+
+
+@pytest.fixture(
+    params=[
+        "torch",
+        pytest.param("csrc", marks=needs_csrc),
+        pytest.param("packed", marks=needs_csrc),
+    ]
+)
+def implementation(request, monkeypatch) -> str:
+    use(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["torch", pytest.param("csrc", marks=needs_csrc)])
+def unpacked(request, monkeypatch) -> str:
+    use(request.param, monkeypatch)
+    return request.param
+
+
+def problem(
+    n=37, h=64, v=701, k=None, dtype=torch.float32, scale=1.0, bias=False, ignored=0.2, seed=0
+) -> dict:
+    """Inputs of one case; targets [n] or [n, k], about a fifth of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    shape = (n,) if k is None else (n, k)
+    targets = torch.randint(0, max(v, 1), shape, generator=generator)
+    targets[torch.rand(shape, generator=generator) < ignored] = -100
+    return {
+        "hidden": (scale * normal(n, h)).to(dtype),
+        "weight": (normal(v, h) / math.sqrt(h)).to(dtype),
+        "targets": targets,
+        "bias": normal(v).to(dtype) if bias else None,
+        "grad": normal(*shape),
+    }
+
+
+def differentiate(function, case: dict, trainable: bool, **options) -> dict[str, torch.Tensor]:
+    """Log-probs and gradients under a non-uniform upstream gradient."""
+    leaves = {
+        name: None if case[name] is None else case[name].detach().clone()
+        for name in ("hidden", "weight", "bias")
+    }
+    wanted = ("hidden", "weight", "bias") if trainable else ("hidden",)
+    for name in wanted:
+        if leaves[name] is not None:
+            leaves[name].requires_grad_()
+    logp = function(
+        leaves["hidden"], leaves["weight"], case["targets"], bias=leaves["bias"], **options
+    )
+    logp.backward(case["grad"].to(logp.dtype))
+    results = {"logp": logp.detach()}
+    for name in wanted:
+        if leaves[name] is not None:
+            results[name] = leaves[name].grad
+    return results
+
+
+def plain(hidden, weight, targets, *, bias=None, softcap=None, temperature=1.0, ignore_index=-100):
+    """What a user writes: logits in the dtype of the model, log_softmax in fp32."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    flat = targets.reshape(len(targets), -1)
+    ignored = flat == ignore_index
+    picked = logp.gather(1, flat.masked_fill(ignored, 0)).masked_fill(ignored, 0.0)
+    return picked.reshape(targets.shape)
+
+
+def double(case: dict) -> dict:
+    return {
+        name: value.double() if value is not None and value.is_floating_point() else value
+        for name, value in case.items()
+    }
+
+
+def assert_no_worse(case: dict, trainable: bool, **options) -> None:
+    """Elementwise, an error of at most plain PyTorch's in the same dtype plus a few roundings."""
+    exact = differentiate(reference.linear_logprob, double(case), trainable, **options)
+    usual = differentiate(plain, case, trainable, **options)
+    ours = differentiate(linear_logprob, case, trainable, **options)
+    assert ours["logp"].dtype == torch.float32
+    assert ours["logp"].shape == case["targets"].shape
+    eps = torch.finfo(case["hidden"].dtype).eps
+    fp32 = torch.finfo(torch.float32).eps
+    logits = torch.nn.functional.linear(*(case[name].float() for name in ("hidden", "weight")))
+    logit = (logits.abs().amax() + (0 if case["bias"] is None else 4)).double()
+    # Gradients are differences of terms of this size ...
+    term = {"hidden": case["weight"].abs().amax(), "weight": case["hidden"].abs().amax(), "bias": 1}
+    # ... whose factor p is as good as the logits: recomputed ones differ by their rounding.
+    rounding = 4 * fp32 * (1 + logit * trainable / options.get("temperature", 1.0))
+    rounding *= case["grad"].abs().amax() / options.get("temperature", 1.0)
+    for name, value in ours.items():
+        assert value.isfinite().all(), name
+        error = (value.double() - exact[name]).abs()
+        allowed = (usual[name].double() - exact[name]).abs()
+        if name == "logp":
+            # Sums of H products in fp32, whatever the inputs: logits of size |lp| at the most.
+            tolerance = 2e-6 + 4e-7 * exact[name].abs().amax()
+        else:
+            # Results are rounded to the dtype of the leaf, and p to the dtype of its tile.
+            tolerance = eps * exact[name].abs() + 0.5 * eps * exact[name].abs().amax()
+            tolerance += rounding * term[name]
+        worst = (error - allowed - tolerance).max()
+        assert worst <= 0, f"{name}: {error.max():.3g} against {allowed.max():.3g} of PyTorch"
+
+
+CASES = {
+    "ragged": {"n": 37, "h": 61, "v": 3 * CSRC_TILE + 3},
+    "one row": {"n": 1, "h": 64, "v": 701},
+    "whole tiles": {"n": 16, "h": 32, "v": 2 * CSRC_TILE},
+    "tiny vocabulary": {"n": 5, "h": 3, "v": 2},
+    "nothing ignored": {"n": 33, "h": 64, "v": 523, "ignored": 0.0},
+    "bias": {"n": 19, "h": 64, "v": 523, "bias": True},
+    "K targets": {"n": 19, "h": 64, "v": 523, "k": 3, "bias": True},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["", "capped"])
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_no_worse_than_pytorch(name, dtype, trainable, options, unpacked):
+    assert_no_worse(problem(dtype=dtype, **CASES[name]), trainable, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["", "capped"])
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_worse_in_16_bits(dtype, k, options, implementation):
+    case = problem(n=37, h=64, v=523, k=k, bias=True, dtype=dtype)
+    assert_no_worse(case, trainable=False, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peaked_rows(dtype, implementation):
+    """p from .9 to .9999 at the target: lp and the gradient are small differences."""
+    case = problem(n=24, h=64, v=1031, ignored=0.0, dtype=dtype)
+    probabilities = 1 - torch.logspace(-1, -4, 24, dtype=torch.float64)
+    with torch.no_grad():
+        weight, targets = case["weight"].double(), case["targets"]
+        others = reference.linear_logprob(case["hidden"].double(), weight, targets).exp()
+        # Moving a row along W[y] / |W[y]|^2 raises the target's logit by the step.
+        steps = torch.logit(probabilities) - torch.logit(others)
+        direction = weight[targets] / weight[targets].square().sum(1, keepdim=True)
+        case["hidden"] = (case["hidden"].double() + steps[:, None] * direction).to(dtype)
+        reached = reference.linear_logprob(case["hidden"].double(), weight, targets).exp()
+    assert reached.max() > 0.999
+    assert_no_worse(case, trainable=False)
+    assert_no_worse(case, trainable=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_huge_logits(dtype, implementation):
+    """Logits of +-1e4 neither overflow nor lose the normaliser."""
+    case = problem(n=16, h=64, v=1031, dtype=dtype, scale=2500.0)
+    logits = case["hidden"].double() @ case["weight"].double().T
+    assert logits.abs().max() > 9e3
+    assert_no_worse(case, trainable=False)
+
+
+def test_masked_vocabulary(implementation):
+    """Entries masked with -inf, a whole first tile of them, count for nothing."""
+    case = problem(n=9, h=64, v=CSRC_TILE + 301, bias=True, ignored=0.0, dtype=torch.bfloat16)
+    case["bias"][: CSRC_TILE + 1] = -torch.inf
+    case["targets"] = torch.arange(9) + CSRC_TILE + 1
+    exact = differentiate(reference.linear_logprob, double(case), False)
+    ours = differentiate(linear_logprob, case, False)
+    torch.testing.assert_close(ours["logp"].double(), exact["logp"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours["hidden"].double(), exact["hidden"], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("k", [None, 3])
+def test_ignored_rows_are_not_read(k, trainable, implementation):
+    """NaN in an ignored row, and in memory nobody wrote, reaches nothing."""
+    case = problem(n=40, h=64, v=523, k=k, dtype=torch.bfloat16, bias=True)
+    case["targets"][::4] = -100
+    skipped = (case["targets"].reshape(40, -1) == -100).all(1)
+    clean = differentiate(linear_logprob, case, trainable)
+    case["hidden"][skipped] = torch.nan
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        poisoned = differentiate(linear_logprob, case, trainable)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (poisoned["logp"][case["targets"] == -100] == 0).all()
+    assert (poisoned["hidden"][skipped] == 0).all()
+    for name, value in clean.items():
+        assert torch.equal(value, poisoned[name]), name
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (7,), (7, 2), (7, 0)], ids=str)
+def test_nothing_to_score(shape, unpacked):
+    targets = torch.full(shape, -1)
+    hidden = torch.randn(shape[0], 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=True)
+    logp = linear_logprob(hidden, weight, targets, ignore_index=-1)
+    assert logp.shape == shape
+    logp.sum().backward()
+    for tensor in (logp, hidden.grad, weight.grad):
+        assert tensor.eq(0).all()
+    assert hidden.grad.shape == hidden.shape
+    frozen = linear_logprob(hidden, weight.detach(), targets, ignore_index=-1)
+    assert torch.autograd.grad(frozen.sum(), hidden)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_do_not_matter(dtype, implementation):
+    case = problem(n=21, h=64, v=523, k=2, dtype=dtype, bias=True)
+    expected = differentiate(linear_logprob, case, False)
+    strided = {
+        "hidden": case["hidden"].T.contiguous().T,
+        "weight": case["weight"].T.contiguous().T,
+        "targets": case["targets"].T.contiguous().T,
+        "bias": case["bias"].repeat_interleave(2)[::2],
+        "grad": case["grad"],
+    }
+    assert not any(value.is_contiguous() for name, value in strided.items() if name != "grad")
+    hidden = strided["hidden"].requires_grad_()
+    logp = linear_logprob(hidden, strided["weight"], strided["targets"], bias=strided["bias"])
+    (grad,) = torch.autograd.grad(logp, hidden, case["grad"])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(logp, expected["logp"], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(grad, expected["hidden"], rtol=2 * eps, atol=2e-6)
+
+
+def test_same_bits_again(implementation):
+    case = problem(n=150, h=64, v=1031, dtype=torch.bfloat16)
+    first, second = (differentiate(linear_logprob, case, False) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_autocast_does_not_round_the_logits(unpacked):
+    case = problem()
+    expected = differentiate(linear_logprob, case, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = differentiate(linear_logprob, case, True)
+    for name, value in expected.items():
+        assert torch.equal(value, ours[name]), name
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("k", [None, 2])
+def test_gradcheck(k, trainable):
+    case = double(problem(n=5, h=4, v=7, k=k, bias=True))
+    inputs = tuple(case[name].requires_grad_(trainable) for name in ("hidden", "weight", "bias"))
+    inputs[0].requires_grad_()
+
+    def function(hidden, weight, bias):
+        return linear_logprob(
+            hidden, weight, case["targets"], bias=bias, softcap=2.0, temperature=0.8
+        )
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_only_the_bias_is_trained(unpacked):
+    case = problem(bias=True)
+    exact = differentiate(reference.linear_logprob, double(case), True)
+    bias = case["bias"].clone().requires_grad_()
+    logp = linear_logprob(case["hidden"], case["weight"], case["targets"], bias=bias)
+    (grad,) = torch.autograd.grad(logp, bias, case["grad"])
+    torch.testing.assert_close(grad.double(), exact["bias"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_an_error_not_a_number():
+    case = double(problem(n=3, h=4, v=7, ignored=0.0))
+    hidden = case["hidden"].requires_grad_()
+    logp = linear_logprob(hidden, case["weight"], case["targets"])
+    (grad,) = torch.autograd.grad(logp.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("with_row", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+def test_opcheck(k, with_row, unpacked):
+    case = problem(n=5, h=8, v=11, k=k, bias=True)
+    arguments = (case["hidden"].requires_grad_(), case["weight"], case["targets"], case["bias"])
+    torch.library.opcheck(_linear_logprob, (*arguments, 2.0, 0.8, -100, with_row))
+
+
+def test_compile_without_graph_break(unpacked):
+    case = problem(n=5, h=8, v=11)
+
+    def step(hidden, weight, targets):
+        return linear_logprob(hidden * 2, weight, targets, softcap=4.0).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        hidden = case["hidden"].clone().requires_grad_()
+        value = function(hidden, case["weight"], case["targets"])
+        value.backward()
+        results.append((value.detach(), hidden.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 70),
+    h=st.integers(1, 70),
+    v=st.integers(1, 1100),
+    k=st.sampled_from([None, 1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    softcap=st.sampled_from([None, 0.5, 30.0]),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(n, h, v, k, dtype, softcap, temperature, seed):
+    """What runs on this machine, and the portable version, agree with the definition."""
+    case = problem(n=n, h=h, v=v, k=k, dtype=dtype, seed=seed, bias=bool(seed % 2))
+    options = {"softcap": softcap, "temperature": temperature}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_no_worse(case, trainable=bool(seed % 3), **options)
+    targets = case["targets"].reshape(n, -1)
+    logp, _, _ = _portable(
+        case["hidden"], case["weight"], targets, case["bias"], softcap, temperature, -100, False
+    )
+    exact = reference.linear_logprob(
+        case["hidden"].double(),
+        case["weight"].double(),
+        targets,
+        bias=None if case["bias"] is None else case["bias"].double(),
+        **options,
+    )
+    torch.testing.assert_close(logp.double(), exact, rtol=2e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": torch.zeros(4, 7)}, r"H = 7 .* H = 8"),
+        ({"hidden": torch.zeros(1, 4, 8)}, r"\[1, 4, 8\] and \[11, 8\]"),
+        ({"hidden": torch.zeros(4, 8, dtype=torch.int64)}, "torch.int64"),
+        ({"hidden": torch.zeros(4, 8, dtype=torch.bfloat16)}, "torch.bfloat16 .* torch.float32"),
+        ({"hidden": torch.zeros(4, 8, device="meta")}, "meta .* cpu"),
+        ({"targets": torch.zeros(5, dtype=torch.int64)}, r"N = 4, got \[5\]"),
+        ({"targets": torch.zeros(4, dtype=torch.int32)}, "torch.int64, got torch.int32"),
+        ({"targets": torch.tensor([0, 11, 0, 0])}, r"target 11 .* \[0, 11\)"),
+        ({"targets": torch.tensor([0, 1 << 60, 0, 0])}, r"target 1152921504606846976 .* \[0, 11\)"),
+        ({"targets": torch.tensor([0, 1, -1, 0])}, r"target -1 .* ignore_index = -100"),
+        ({"bias": torch.zeros(10)}, r"V = 11, got \[10\]"),
+        ({"bias": torch.zeros(11, dtype=torch.float64)}, "torch.float32 .* torch.float64"),
+        ({"softcap": 0.0}, "softcap .* 0.0"),
+        ({"temperature": -1.0}, "temperature .* -1.0"),
+        ({"temperature": math.nan}, "temperature .* nan"),
+    ],
+)
+def test_bad_arguments(changes, message, unpacked):
+    arguments = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(11, 8),
+        "targets": torch.tensor([0, 10, -100, 3]),
+    }
+    linear_logprob(**arguments)
+    for function in (linear_logprob, reference.linear_logprob):
+        with pytest.raises(ValueError, match=message):
+            function(**(arguments | changes))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest tensor any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            # A view of an argument is no memory of its own; its storage is.
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_portable_version_builds_no_logit_matrix():
+    case = problem(n=64, h=4, v=256_000, k=1)
+    arguments = (case["hidden"], case["weight"], case["targets"], None, None, 1.0, -100, True)
+    with LargestTensor() as largest:
+        _portable(*arguments)
+    assert 0 < largest.numel <= 64 * TILE < 64 * 256_000 / 100
+
+
+def test_peak_memory(unpacked, monkeypatch):
+    """Forward and both backward passes stay far below the 341 MiB of one [N, V] matrix."""
+    monkeypatch.setattr(MODULE, "TILE", TILE)
+    monkeypatch.setattr(MODULE, "ROWS", ROWS)
+    case = problem(n=349, h=4, v=256_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    differentiate(linear_logprob, case, trainable=False)
+    differentiate(linear_logprob, case, trainable=True)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 100 * 1024
+
+
+def test_status_names_the_implementation():
+    status = kernel_status()
+    assert set(status) == {"linear_logprob.cpu", "linear_logprob.cuda"}
+    start = "C++ extension" if BUILT else "PyTorch: extension"
+    assert status["linear_logprob.cpu"].startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "not built"),
+        (b"..ALPHASPIN_TORCH=1.0.2..", "built for torch 1.0, this is torch"),
+        (b"ALPHASPIN_TORCH=" + torch.__version__.encode(), "does not load"),
+    ],
+    ids=["missing", "other torch", "damaged"],
+)
+def test_without_the_extension_it_works_and_says_so_once(content, reason, tmp_path, monkeypatch):
+    library = tmp_path / "_C.so"
+    if content is not None:
+        library.write_bytes(content)
+    monkeypatch.setattr(_extension, "_LIBRARY", library)
+    _extension.problem.cache_clear()
+    _extension.warn_once.cache_clear()
+    try:
+        case = problem(n=3)
+        arguments = (case["hidden"], case["weight"], case["targets"])
+        with pytest.warns(UserWarning, match=f"{reason}.*pip install") as caught:
+            logp = [linear_logprob(*arguments) for _ in range(2)]
+        assert len(caught) == 1
+        assert reason in kernel_status()["linear_logprob.cpu"]
+        torch.testing.assert_close(logp[1], reference.linear_logprob(*arguments))
+    finally:
+        monkeypatch.undo()
+        _extension.problem.cache_clear()
+
+
+def test_extension_is_built_where_it_is_expected():
+    if os.environ.get("ALPHASPIN_EXPECT_CSRC") != "1":
+        pytest.skip("ALPHASPIN_EXPECT_CSRC is not 1: the C++ operators are optional here")
+    assert BUILT, _extension.problem()
+
+
+def test_kernels_folder_is_no_package():
+    """A top-level package `kernels` would hide the one that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,0 +1,127 @@
+"""Each loss against its equation, written out in plain Python numbers."""
+
+import math
+
+import pytest
+import torch
+
+from alphaspin import losses
+from alphaspin.config import LossConfig, SelfPlayConfig
+from alphaspin.opponents import BASE, assign, choose_prompts, opponents
+
+W, L, RW, RL = -3.0, -7.5, -4.0, -6.0
+DELTA = (W - RW) - (L - RL)
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.tensor([value], dtype=torch.float64) for value in (W, L, RW, RL)]
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_dpo(smoothing: float) -> None:
+    found = losses.dpo(*tensors(), beta=0.3, label_smoothing=smoothing).item()
+    expected = -(1 - smoothing) * log_sigmoid(0.3 * DELTA) - smoothing * log_sigmoid(-0.3 * DELTA)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_ipo_hinge_slic() -> None:
+    w, l, rw, rl = tensors()  # noqa: E741
+    assert losses.ipo(w, l, rw, rl, tau=0.25).item() == pytest.approx((DELTA - 2) ** 2)
+    assert losses.hinge(w, l, rw, rl, beta=0.3).item() == pytest.approx(1 - 0.3 * DELTA)
+    assert losses.hinge(w, l, rw, rl, beta=3.0).item() == 0
+    # δ - lp(w) + lp(l) = 6 + 3 - 7.5
+    assert losses.slic(w, l, delta=6.0, lam=0.5).item() == pytest.approx(1.5 + 1.5)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "hinge", "slic"])
+def test_nll_weight_adds_the_winners_mean_token_nll(kind: str) -> None:
+    policy, reference = torch.tensor([[W, L]]), torch.tensor([[RW, RL]])
+    lengths = torch.tensor([[4, 9]])
+    plain, heavy = (
+        losses.pairwise(LossConfig(kind=kind, nll_weight=weight), 0, policy, reference, lengths)
+        for weight in (0.0, 2.0)
+    )
+    assert (heavy - plain).item() == pytest.approx(2.0 * -W / 4)
+
+
+def test_ipo_mean_divides_each_log_prob_by_its_own_length() -> None:
+    config = LossConfig(kind="ipo", ipo_tau=0.25, ipo_length="mean")
+    found = losses.pairwise(
+        config, 0, torch.tensor([[W, L]]), torch.tensor([[RW, RL]]), torch.tensor([[4, 9]])
+    )
+    assert found.item() == pytest.approx(((W - RW) / 4 - (L - RL) / 9 - 2) ** 2)
+
+
+def test_beta_follows_the_iteration_and_its_last_value_repeats() -> None:
+    config = LossConfig(beta=(0.1, 5.0))
+    pair = torch.tensor([[W, L]]), torch.tensor([[RW, RL]]), torch.ones(1, 2)
+    found = [losses.pairwise(config, t, *pair).item() for t in (0, 1, 7)]
+    expected = [-log_sigmoid(0.1 * DELTA), -log_sigmoid(5 * DELTA), -log_sigmoid(5 * DELTA)]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_mixture_reference() -> None:
+    prev, base = torch.tensor([-2.0]), torch.tensor([-5.0])
+    geometric = losses.mixture_reference(prev, base, alpha=0.7)
+    arithmetic = losses.mixture_reference(prev, base, alpha=0.7, kind="arithmetic")
+    assert geometric.item() == pytest.approx(0.7 * -2 + 0.3 * -5)
+    assert arithmetic.item() == pytest.approx(math.log(0.7 * math.exp(-2) + 0.3 * math.exp(-5)))
+
+
+@pytest.mark.parametrize("kind", ["geometric", "arithmetic"])
+def test_a_policy_of_weight_zero_takes_no_part(kind: str) -> None:
+    never = torch.tensor([-math.inf])
+    assert losses.mixture_reference(torch.tensor([-2.0]), never, alpha=1, kind=kind).item() == -2
+    assert losses.mixture_reference(never, torch.tensor([-3.0]), alpha=0, kind=kind).item() == -3
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("dpo", {}, True),
+        ("ipo", {}, True),
+        ("hinge", {}, True),
+        ("slic", {}, True),
+        ("slic", {"slic_lambda": 0.1}, False),
+        ("dpo", {"nll_weight": 0.1}, False),
+    ],
+)
+def test_equal_pairs_are_skipped_only_where_their_gradient_is_zero(
+    kind: str, changes: dict[str, float], expected: bool
+) -> None:
+    """The claim itself, by differentiating: winner and loser are one and the same number."""
+    config = LossConfig(kind=kind, **changes)
+    lp = torch.tensor(-4.0, requires_grad=True)
+    both = torch.stack([lp, lp])[None]
+    losses.pairwise(
+        config, 0, both, torch.full((1, 2), -5.0), torch.full((1, 2), 3)
+    ).sum().backward()
+    assert (lp.grad == 0).item() is expected
+    assert losses.ignores_equal_pairs(config) is expected
+
+
+def test_opponents_by_history() -> None:
+    assert [opponents(t, 1) for t in range(4)] == [[BASE], [0], [1], [2]]
+    assert [opponents(t, 2) for t in range(4)] == [[BASE], [BASE, 0], [0, 1], [1, 2]]
+    assert opponents(1, 9) == [BASE, 0]
+    assert [opponents(t, "inf") for t in range(4)] == [[BASE], [0], [0, 1], [0, 1, 2]]
+
+
+def test_prompts_are_shared_equally() -> None:
+    players = assign(list(range(100, 111)), [BASE, 0, 1])
+    counts = [players.count(k) for k in (BASE, 0, 1)]
+    assert sum(counts) == 11 and max(counts) - min(counts) <= 1
+
+
+def test_iterations_walk_through_the_data_before_they_repeat() -> None:
+    counts = SelfPlayConfig(prompts=(30, 50)).prompts
+    first, second, third = (choose_prompts(100, counts, t, seed=3) for t in range(3))
+    assert len(first) == 30 and len(set(first + second)) == 80  # fresh while the data lasts
+    assert len(third) == len(set(third)) == 50  # across the lap, still without repetition
+    assert set(range(100)) - set(first + second) <= set(third)
+    assert choose_prompts(100, counts, 0, seed=4) != first
+    assert sorted(choose_prompts(20, counts, 1, seed=3)) == list(range(20))

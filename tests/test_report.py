@@ -1,0 +1,312 @@
+"""The report is read by people and mailed around: its numbers, its safety and its size count."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alphaspin import report
+from alphaspin.config import Config, InputError
+
+EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)>"
+
+
+def row(name: str, k: int, **changes: Any) -> dict[str, Any]:
+    values = {
+        "name": name,
+        "nll": 40.1234 - 3 * k,
+        "nll_per_token": 5.5,
+        "sampled": 0.1117 * (k + 1),
+        "sampled_se": 0.0213,
+        "greedy": 0.1339 * (k + 1),
+        "greedy_se": 0.0307,
+        "margin": 1.2345 * k,
+        "preferred": 0.5 + 0.0771 * k,
+        "preferred_se": 0.0189,
+    }
+    return values | changes
+
+
+def summary(**changes: Any) -> dict[str, Any]:
+    config = Config.model_validate(
+        {
+            "control": "sft",
+            "selfplay": {"iterations": 2, "history": 3},
+            "reference": {"alpha": 0.95},
+            "loss": {"beta": [0.25, 5.0]},
+            "lora": {"r": 7, "alpha": 14},
+        }
+    )
+    return {
+        "name": "probe",
+        "config": config.model_dump(mode="json"),
+        "environment": {"torch": "2.99.0", "device": "cuda NVIDIA H100"},
+        "adapters": {"train/0": "a0" * 32, "train/1": "a1" * 32, "control/0": "c0" * 32},
+        "rows": [
+            row("base", 0, nll_se=0.4567),
+            row("0", 1),
+            row("1", 2),
+            row("sft 0", 3),
+            row("sft 1", 4),
+        ],
+        "seconds": {"opponents": 3723.0, "train": 59.96, "evaluate": 119.7},
+        "alarms": [],
+        "notes": [],
+        "samples": [
+            {
+                "origin": "data.jsonl:1",
+                "prompt": "what is 1 + 1?",
+                "demonstration": "it is 2",
+                "answers": {"base": "no\x00\x1b", "0": "", "1": "it  is 2", "sft 0": "it is 22"},
+            }
+        ],
+    } | changes
+
+
+def step(t: int, s: int, **values: Any) -> dict[str, Any]:
+    numbers = {
+        "loss": 1 / s,
+        "rewards/chosen": 0.01 * s,
+        "rewards/rejected": -0.02 * s,
+        "rewards/margins": 0.03 * s,
+        "rewards/accuracies": 0.5 + 0.5 * math.tanh(s / 10),
+        "logps/chosen": -40.0 + s,
+        "logps/rejected": -60.0 - s,
+        "grad_norm": 2.0 + math.sin(s),
+        "learning_rate": 1e-5 / s,
+    }
+    return {"stage": f"train/{t}", "step": s, **numbers, **values}
+
+
+STEPS = [step(t, s) for t in (0, 1) for s in range(1, 9)]
+
+
+def make_run(
+    folder: Path, content: dict[str, Any] | None = None, records: list[dict[str, Any]] = STEPS
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary() if content is None else content))
+    lines = [json.dumps(record) + "\n" for record in records]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
+
+
+def page(folder: Path, *args: Any) -> str:
+    path = report.write(make_run(folder, *args))
+    assert path == folder / "report.html"
+    assert not list(folder.glob(".tmp-*"))
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run with everything in it; drawing is what takes time here."""
+    return page(tmp_path_factory.mktemp("usual"))
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text of the page's table cells and list items."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def plain(text: str) -> str:
+    """The page without tags, white space as single blanks."""
+    body = text.split("</head>")[1]
+    return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+
+
+def test_table_holds_the_measures_with_their_errors(usual: str) -> None:
+    text = plain(usual)
+    assert "base 40.123 ± 0.457 11.2 ± 2.1 13.4 ± 3.1 +0.000 – 0 37.123 22.3 ± 2.1" in text
+    assert "1 34.123 33.5 ± 2.1 40.2 ± 3.1 +2.469 65.4 ± 1.9 Control:" in text
+    assert "sft 1 28.123 55.9 ± 2.1 67.0 ± 3.1 +4.938 80.8 ± 1.9" in text
+
+
+def test_says_what_was_done_and_where(usual: str) -> None:
+    text = plain(usual)
+    assert (
+        "probe 2 iterations of α-SPIN on tiny: logistic (DPO) loss with β = 0.25, 5; reference "
+        "α = 0.95 (geometric); opponents from the last 3 iterates (history 3); LoRA of rank 7 with "
+        "alpha 14; plain further SFT at equal cost as control. cuda NVIDIA H100 · torch 2.99.0"
+    ) in text
+    assert "opponents 1 h 02 min train 1 min 00 s evaluate 2 min 00 s all 1 h 05 min" in text
+    assert f"train/1 train/0 {'a1' * 32} control/0 the base {'c0' * 32}" in text
+    assert "history: 3 " in text and "No alarms." in text
+
+
+def test_other_losses_are_described_too() -> None:
+    changes = {"loss": {"kind": "ipo"}, "selfplay": {"iterations": 1, "history": "inf"}}
+    text = report.describe(Config.model_validate(changes))
+    assert text.startswith("1 iteration of SPIN on tiny: IPO loss with τ = 0.1; reference α = 1 ")
+    assert "all iterates so far (fictitious play)" in text and "control" not in text
+    slic = report.describe(Config.model_validate({"loss": {"kind": "slic"}}))
+    assert "δ = 1, λ = 0" in slic and "reference" not in slic
+
+
+def test_text_of_others_stays_text(tmp_path: Path) -> None:
+    sample = {"origin": EVIL, "prompt": EVIL, "demonstration": EVIL, "answers": {"base": EVIL}}
+    content = summary(
+        name=EVIL, samples=[sample], alarms=[EVIL], notes=[EVIL], environment={EVIL: EVIL}
+    )
+    content["adapters"] = {"train/0": EVIL}
+    content["config"]["model"] = EVIL
+    content["seconds"] = {EVIL: 1.0}
+    elements = Elements(page(tmp_path, content, []))
+    names = {name for name, _ in elements.tags}
+    assert not names & {"script", "img", "iframe", "object", "embed", "link"}
+    assert not any(key.startswith("on") for _, attrs in elements.tags for key in attrs)
+
+
+def test_is_whole_and_fetches_nothing(usual: str) -> None:
+    text = usual
+    elements = Elements(text)
+    assert elements.open == [] or elements.open == ["html"]
+    for _, attributes in elements.tags:
+        for key in ("src", "href", "xlink:href", "data", "action", "srcset"):
+            assert (attributes.get(key) or "#").startswith("#")
+    assert "@import" not in text and set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "https:" not in text and "http:" not in text
+    assert "default-src 'none'" in text  # the browser enforces it as well
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", text))
+    assert used and used <= set(ids)
+    assert sum(name == "svg" for name, _ in elements.tags) == 9
+
+
+def test_plots_use_the_colours_of_the_page(usual: str) -> None:
+    fixed = re.findall(r"(?:fill|stroke): (?!none|var)[^;\"]*", usual.split("</head>")[1])
+    assert not fixed  # they would stay as they are in the dark
+    assert set(re.findall(r"var\(--(\w+)\)", usual)) <= set(re.findall(r"--(\w+):", usual))
+
+
+def test_axes_hold_all_curves(usual: str) -> None:
+    plot = usual[usual.index('aria-label="Exact matches') :].split("</svg>")[0]
+    ticks = re.findall(r">([^<]*)</text>", plot)
+    assert "20" in ticks and "60" in ticks  # from the base's 11.2 % to the control's 67.0 %
+    lowest, highest = 0.08 * 180, 0.83 * 180  # the frame, in the SVG's units from the top
+    for path in re.findall(r'<path d="([^"]*)"[^>]*clip-path', plot, flags=re.DOTALL):
+        heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
+        assert lowest - 0.1 <= min(heights) and max(heights) <= highest + 0.1
+
+
+def test_tick_labels_keep_their_digits(tmp_path: Path) -> None:
+    records = [step(0, s, learning_rate=0.001 * s) for s in range(1, 5)]
+    text = page(tmp_path, summary(rows=[]), records)
+    labels = re.findall(r">([^<]*)</text>", text[text.index('aria-label="Learning rate"') :])
+    assert "0.002" in labels and "0.004" in labels
+
+
+def test_exact_matches_are_marked_and_odd_characters_seen(tmp_path: Path, usual: str) -> None:
+    assert "t = 1 ✓ it is 2 " in plain(usual)
+    assert usual.count('<tr class="same">') == 1
+    assert "no␀␛" in usual and "t = 0 (empty)" in plain(usual)
+    assert "what is 1 + 1?" in usual
+    content = summary()
+    del content["samples"][0]["prompt"]
+    content["config"]["evaluate"]["answer"] = "is (.)"
+    text = page(tmp_path, content, [])
+    assert text.count('<tr class="same">') == 2 and "<th>prompt" not in text
+
+
+def test_alarms_of_summary_and_metrics_show_once(tmp_path: Path) -> None:
+    records = [
+        {"stage": "train/1", "step": 3, "alarm": "both fall"},
+        *STEPS,
+        {"stage": "control/0", "step": 1, "alarm": "no gradient"},
+    ]
+    alarms = ["train/1: both fall", "elsewhere: smoke"]
+    text = page(tmp_path, summary(alarms=alarms, notes=["β is small"], rows=[]), records)
+    assert (
+        "Alarm train/1, step 3: both fall Alarm control/0, step 1: no gradient "
+        "Alarm elsewhere: smoke Note β is small"
+    ) in plain(text)
+    assert "No alarms" not in text
+    # One line in each of the seven plots by step, at global step 8 + 3.
+    assert text.count("stroke: var(--alarm)") == 7
+
+
+def test_works_without_evaluation(tmp_path: Path) -> None:
+    text = page(tmp_path, summary(rows=[], samples=[], alarms=[], adapters={}, seconds={}))
+    assert "this run was not evaluated" in text and "Sample answers" not in text
+    assert text.count("<svg") == 7 and "nan" not in plain(text)
+
+
+def test_works_with_one_iteration_and_no_control(tmp_path: Path) -> None:
+    rows = [row("base", 0), row("0", 1, nll=math.nan)]
+    text = page(tmp_path, summary(rows=rows, name="прогон α → 数"), STEPS[:1])
+    assert "<h1>прогон α → 数</h1>" in text
+    assert "0 nan 22.3 ± 2.1" in plain(text) and "Control:" not in text
+    assert '<span class="a dashed">' not in text
+
+
+def test_works_without_steps_or_with_torn_ones(tmp_path: Path) -> None:
+    assert "No training steps" in page(tmp_path, summary(rows=[]), [])
+    make_run(tmp_path, summary(rows=[]))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "train/1", "step": 9, "loss": NaN, "grad_norm": Infinity}\n')
+        file.write('{"stage": "train/1", "st')
+    text = report.write(tmp_path).read_text(encoding="utf-8")
+    assert not re.search(r"\bnan\b|\binf\b", text.split("</head>")[1])
+    assert "Where the margin comes from" in text
+
+
+def test_long_runs_are_thinned_and_their_extremes_kept(tmp_path: Path) -> None:
+    records = [step(t, s, grad_norm=1.0) for t in (0, 1, 2) for s in range(1, 2001)]
+    records[777]["grad_norm"] = 987.0
+    text = page(tmp_path, summary(), records)
+    assert len(text) < 1_000_000
+    plot = text[text.index('aria-label="Gradient norm') :].split("</svg>")[0]
+    assert "800" in re.findall(r">([^<]*)</text>", plot)  # the axis reaches the one outlier
+    assert "drawn as their mean" in text
+
+
+def test_equal_runs_have_equal_pages(tmp_path: Path, usual: str) -> None:
+    assert page(tmp_path) == usual
+
+
+def test_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no such run folder"):
+        report.write(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"summary\.json: missing; a run writes it when it ends"):
+        report.write(tmp_path)
+    make_run(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"metrics\.jsonl: missing"):
+        report.write(tmp_path)
+    make_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(InputError, match=r"metrics\.jsonl: .*utf-8"):
+        report.write(tmp_path)
+    for content, message in [
+        ('{"name": "x"', r"summary\.json: not JSON: .*line 1"),
+        ("[]", r"summary\.json: "),
+        ("{}", r"summary\.json: name: Field required"),
+        (json.dumps(summary(rows=[row("0", 1, nll="low")])), r"summary\.json: rows\.0\.nll: "),
+        (json.dumps(summary(rows=[row("best", 1)])), r"summary\.json: rows\.0\.name: "),
+    ]:
+        (tmp_path / "summary.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            report.write(tmp_path)
+    assert not (tmp_path / "report.html").exists()

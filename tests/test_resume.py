@@ -1,0 +1,278 @@
+"""A run killed at any instant and started again ends with the bits of one that was never killed.
+
+Each case forks a fresh process from a server that has imported everything but computed nothing, and
+sends itself a signal at the k-th event of a kind: a decoding step (sampling), a pass over a batch
+without gradient (scoring), an optimiser step (training), a flush or rename (saving).
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import arithmetic, save_model, write_rows
+
+from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, HASHES, TEMPORARY, file_hash
+
+KINDS = ("sampling", "scoring", "training", "saving")
+POINTS_PER_KIND = 9
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["alphaspin.selfplay", "alphaspin.cli", "alphaspin.report"])
+
+
+def settings(folder: Path, run: Path, **changes: str) -> list[str]:
+    """A command line for every phase: mixture reference, two opponents, mixing, control."""
+    options = {
+        "model": str(folder / "model"),
+        "data": str(folder / "data.jsonl"),
+        "output": str(run),
+        "control": "sft",
+        "text.max_response_tokens": "10",
+        "selfplay.iterations": "2",
+        "selfplay.history": "2",
+        "selfplay.prompts": "12",
+        "selfplay.mixing": "true",
+        "reference.alpha": "0.8",
+        "loss.nll_weight": "0.1",
+        "lora.r": "2",
+        "lora.dropout": "0.1",
+        "train.batch_size": "6",
+        "train.accumulation": "2",
+        "train.checkpoint_every": "1",
+        "train.lr": "1e-3",
+        "sampling.shard_size": "6",
+        "sampling.batch_size": "4",
+        "evaluate.prompts": "4",
+    } | changes
+    flags = [f"--{key}={value}" for key, value in options.items() if value not in ("true", "false")]
+    switches = [f"--{key}" for key, value in options.items() if value == "true"]
+    return ["train", "default", *flags, *switches]
+
+
+def child(arguments: list[str], event: tuple[str, int] | None, action: str, log: str) -> None:
+    """Run `alphaspin` in this process; at event (kind, k) do `action`; count events into `log`."""
+    import torch
+
+    from alphaspin import cli, sampling, scoring
+
+    torch.set_num_threads(1)
+    sys.argv = ["alphaspin", *arguments]
+    seen: Counter[str] = Counter()
+
+    def count(kind: str) -> None:
+        seen[kind] += 1
+        if event == (kind, seen[kind]):
+            if action == "full disk":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+            os.kill(os.getpid(), getattr(signal, action))
+
+    def counting(owner: Any, name: str, kind: str) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            count(kind)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    counting(os, "fsync", "saving")
+    counting(Path, "rename", "saving")
+    counting(Path, "replace", "saving")
+    counting(torch.optim.AdamW, "step", "training")
+    counting(sampling, "invert", "sampling")
+    original = scoring.sequence_logps
+
+    def scored(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            count("scoring")
+        return original(*args)
+
+    scoring.sequence_logps = scored
+    sys.stdout = sys.stderr = Path(log).open("a")  # noqa: SIM115 - lives as long as the process
+    try:
+        cli.main()
+    finally:
+        sys.stdout.flush()
+        Path(log + ".events").write_text(json.dumps(seen))
+
+
+def start(
+    arguments: list[str], log: Path, event: tuple[str, int] | None = None, action: str = "SIGKILL"
+) -> Any:
+    process = CONTEXT.Process(target=child, args=(arguments, event, action, str(log)))
+    process.start()
+    return process
+
+
+def finish(*arguments: Any, **keywords: Any) -> int:
+    process = start(*arguments, **keywords)
+    process.join(180)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+def result(run: Path) -> dict[str, str]:
+    """Hashes of everything that must not depend on kills."""
+    patterns = ("*/adapter/*", "*/opponents/*/*", "*/reference/*/*", "*/evaluation/*")
+    found = {
+        str(path.relative_to(run)): file_hash(path)
+        for pattern in patterns
+        for path in run.rglob(pattern.removeprefix("*/"))
+        if path.is_file()
+    }
+    summary = json.loads((run / "summary.json").read_text())
+    found["rows"] = json.dumps(summary["rows"])
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # What was measured in training is repeated exactly too, once each and in order.
+    volatile = ("tokens_per_second", "seconds")
+    found["metrics"] = json.dumps(
+        [
+            {key: value for key, value in record.items() if key not in volatile}
+            for record in metrics
+            if record["stage"].startswith(("train/", "control/"))
+        ]
+    )
+    assert len([name for name in found if name.endswith("adapter_model.safetensors")]) >= 4
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], Counter[str]]:
+    """Model and data, the uninterrupted run's result, and how often each event happened."""
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "model")
+    write_rows(folder / "data.jsonl", arithmetic(40))
+    log = folder / "log"
+    assert finish(settings(folder, folder / "run"), log) == 0, log.read_text()
+    events = Counter(json.loads(Path(f"{log}.events").read_text()))
+    return folder, result(folder / "run"), events
+
+
+@pytest.mark.parametrize("point", range(POINTS_PER_KIND))
+@pytest.mark.parametrize("kind", KINDS)
+def test_sigkill(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path, kind: str, point: int
+) -> None:
+    folder, expected, events = world
+    # Evenly over the run, the first and the last event among them.
+    k = 1 + round(point * (events[kind] - 1) / (POINTS_PER_KIND - 1))
+    arguments = settings(folder, tmp_path / "run")
+    log = tmp_path / "log"
+    assert finish(arguments, log, (kind, k)) == -signal.SIGKILL
+    assert finish(arguments, log) == 0, log.read_text()
+    assert result(tmp_path / "run") == expected
+    assert not list((tmp_path / "run").rglob(f"{TEMPORARY}*"))
+
+
+def test_killed_again_and_again(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    """Asynchronous kills at random times, in a chain on one folder."""
+    folder, expected, _ = world
+    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        process = start(arguments, log)
+        time.sleep(random.uniform(0.3, 2.0))
+        process.kill()
+        process.join()
+    assert finish(arguments, log) == 0, log.read_text()
+    assert result(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "action"),
+    [("training", 3, "SIGTERM"), ("sampling", 5, "SIGTERM"), ("scoring", 2, "SIGINT")],
+)
+def test_a_signal_saves_and_exits_with_the_documented_code(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path, kind: str, k: int, action: str
+) -> None:
+    folder, expected, _ = world
+    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
+    assert finish(arguments, log, (kind, k), action) == EXIT_RESUMABLE
+    assert "goes on from here" in log.read_text()
+    if kind == "training":  # the step was finished and saved, not lost
+        assert list((tmp_path / "run").rglob("step-*"))
+    assert finish(arguments, log) == 0, log.read_text()
+    assert result(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("k", [3, 20, 45])
+def test_a_full_disk_is_one_message_and_loses_nothing(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path, k: int
+) -> None:
+    folder, expected, _ = world
+    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
+    assert finish(arguments, log, ("saving", k), "full disk") == EXIT_INPUT
+    assert "No space left" in log.read_text() and "Traceback" not in log.read_text()
+    assert finish(arguments, log) == 0, log.read_text()
+    assert result(tmp_path / "run") == expected
+
+
+def test_a_damaged_artefact_is_made_again(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    folder, expected, _ = world
+    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
+    assert finish(arguments, log, ("training", 6)) == -signal.SIGKILL
+    damaged = sorted((tmp_path / "run").rglob("answers.safetensors"))[-1]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert finish(arguments, log) == 0, log.read_text()
+    assert result(tmp_path / "run") == expected
+
+
+def test_a_second_process_is_refused(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    folder, expected, _ = world
+    arguments = settings(folder, tmp_path / "run")
+    first = start(arguments, tmp_path / "first", ("training", 1), "SIGSTOP")
+    while not list((tmp_path / "run").rglob("reference/*")):
+        time.sleep(0.05)
+    assert finish(arguments, tmp_path / "second") == EXIT_INPUT
+    assert f"process {first.pid} is working in this run folder" in (tmp_path / "second").read_text()
+    while first.is_alive() and first.exitcode is None and not _stopped(first.pid):
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(180)
+    assert first.exitcode == 0
+    assert result(tmp_path / "run") == expected
+
+
+def test_another_configuration_is_refused(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    folder, _, _ = world
+    before = {p: file_hash(p) for p in (folder / "run").rglob("*") if p.is_file()}
+    log = tmp_path / "log"
+    assert finish(settings(folder, folder / "run", **{"train.lr": "2e-3"}), log) == EXIT_INPUT
+    assert "train.lr" in log.read_text() and "0.002" in log.read_text()
+    after = {p: file_hash(p) for p in (folder / "run").rglob("*") if p.is_file()}
+    assert {p: h for p, h in after.items() if p.name != "lock"} == {
+        p: h for p, h in before.items() if p.name != "lock"
+    }
+
+
+def test_every_artefact_is_hashed_and_nothing_is_pickled(
+    world: tuple[Path, dict[str, str], Counter[str]],
+) -> None:
+    run = world[0] / "run"
+    adapters = [path.parent for path in run.rglob("adapter_model.safetensors")]
+    assert adapters and all((folder / HASHES).is_file() for folder in adapters)
+    kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".html", ""}
+
+
+def _stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
