@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import transformers
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
@@ -319,6 +320,7 @@ def load_base(
     Raises:
         InputError: what is missing or cannot be served, by name.
     """
+    transformers.utils.logging.disable_progress_bar()
     where = str(packaged("tiny/model")) if path == "tiny" else path
     folder = Path(where)
     if folder.exists() and not (folder / "config.json").is_file():

@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -170,6 +171,8 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
+    # Deprecations between transformers and PEFT are for them to settle.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
     try:
         body(sys.argv[1:])
         return EXIT_OK

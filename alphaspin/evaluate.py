@@ -213,3 +213,8 @@ def row(evaluation: Evaluation) -> list[str]:
         f"{e.margin:+.3f}",
         "-" if e.name == "base" else percent(e.preferred, e.preferred_se),
     ]
+
+
+def line(evaluation: Evaluation) -> str:
+    """An evaluation in one line."""
+    return ", ".join(f"{k} {v}" for k, v in zip(header()[1:], row(evaluation)[1:], strict=True))

@@ -273,8 +273,9 @@ def plot_iterates(rows: Sequence[Row], title: str, curves: Curves) -> Markup:
                 capsize=2,
                 **look(css),
             )
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -2), max(high, 5))  # no closer look than this at shares of 0 %
+        if not any(measure == "nll" for measure, _, _ in curves):
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -2), max(high, 5))  # no closer look than this at 0 %
         axes.set_xlabel("iteration t")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.xaxis.set_major_formatter(lambda x, _: "base" if x == -1 else f"{x:.0f}")
@@ -307,7 +308,8 @@ def plot_steps(
                 axes.plot(x, [part[:, 1].mean() for part in parts], marker=marker, **look(css))
                 if len(points) > bins:
                     low, high = ([f(part[:, 1]) for part in parts] for f in (np.min, np.max))
-                    axes.fill_between(x, low, high, color=COLOURS[css[0]], alpha=0.2, linewidth=0)
+                    # The edge has a width so that a single outlier is seen.
+                    axes.fill_between(x, low, high, color=COLOURS[css[0]], alpha=0.25, lw=0.7)
         for t, step in marks:
             if t in starts:
                 axes.axvline(starts[t] + step, color=COLOURS["alarm"], lw=0.9, linestyle=":")

@@ -124,11 +124,15 @@ def write_atomically(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
+Mirror = Callable[[Mapping[str, float], int], None]
+"""Called with (values by name, global step) for each record of numbers."""
+
+
 class Metrics:
     """`metrics.jsonl`: a JSON object a line, each with its `stage` (e.g. `train/0`) and `step`."""
 
-    def __init__(self, path: Path, mirror: Callable[[Mapping[str, float], int], None] | None = None):
-        """Open `path`; `mirror(values, global step)` also gets the numbers (TensorBoard, wandb)."""
+    def __init__(self, path: Path, mirror: Mirror | None = None):
+        """Open `path`; `mirror` also gets the numbers (TensorBoard, wandb)."""
         self._path = path
         self._mirror = mirror
         self._step = 0

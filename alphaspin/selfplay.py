@@ -14,7 +14,7 @@ the same bits as one that was never killed.
 import json
 import platform
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,16 @@ from alphaspin.config import Config, InputError, at, contraction_note, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
 from alphaspin.losses import ignores_equal_pairs, mixture_reference, pairwise
 from alphaspin.opponents import BASE, assign, choose_prompts, opponents
-from alphaspin.runs import Metrics, Run, SignalGuard, commit, file_hash, verifies, write_atomically
+from alphaspin.runs import (
+    Metrics,
+    Mirror,
+    Run,
+    SignalGuard,
+    commit,
+    file_hash,
+    verifies,
+    write_atomically,
+)
 from alphaspin.sampling import Answer, decode, uniforms
 from alphaspin.scoring import ReferenceCache, batched, score
 from alphaspin.trainer import Example, Job, Objective, train
@@ -371,7 +380,7 @@ class SelfPlay:
             if base:
                 adapter = self.folder(t) / "adapter"
                 rows.append(self.evaluate(str(t), self.folder(t), adapter, base, t))
-                console.table("", measures.header(), [measures.row(row) for row in rows])
+                console.note(f"t={t}: {measures.line(rows[-1])}")
         if config.control == "sft":
             for t in range(config.selfplay.iterations):
                 folder = self.train_control(t)
@@ -411,10 +420,10 @@ def run(config: Config) -> dict[str, Any]:
     guard = SignalGuard()
     job = Run(config.run_folder(), identity)
     try:
-        mirror: Callable[[Mapping[str, float], int], None] | None = None
+        mirror: Mirror | None = None
         if config.log.trackers:
             accelerator.init_trackers(config.name, config=_flat(settings))
-            mirror = lambda values, step: accelerator.log(values, step=step)  # noqa: E731
+            mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
         metrics = Metrics(job.folder / "metrics.jsonl", mirror)
         job.record(environment=environment(accelerator))
         introduce(config, job, chat, demonstrations, heldout, accelerator)

@@ -254,11 +254,13 @@ def test_works_without_evaluation(tmp_path: Path) -> None:
 
 
 def test_works_with_one_iteration_and_no_control(tmp_path: Path) -> None:
-    rows = [row("base", 0), row("0", 1, nll=math.nan)]
+    rows = [row("base", 0, nll=0.3), row("0", 1, nll=math.nan)]
     text = page(tmp_path, summary(rows=rows, name="прогон α → 数"), STEPS[:1])
     assert "<h1>прогон α → 数</h1>" in text
     assert "0 nan 22.3 ± 2.1" in plain(text) and "Control:" not in text
     assert '<span class="a dashed">' not in text
+    nll = re.findall(r">([^<]*)</text>", text[text.index('aria-label="NLL') :].split("</svg>")[0])
+    assert "0.3" in nll and "5" not in nll  # the axis is as long as the values, not a share's
 
 
 def test_works_without_steps_or_with_torn_ones(tmp_path: Path) -> None:
@@ -272,11 +274,26 @@ def test_works_without_steps_or_with_torn_ones(tmp_path: Path) -> None:
     assert "Where the margin comes from" in text
 
 
+def test_numbers_that_are_not_finite_are_left_out() -> None:
+    records = [
+        {"stage": "train/1", "step": 2, "loss": math.nan, "grad_norm": math.inf, "tokens": 3},
+        {"stage": "train/0", "step": 1, "loss": 0.5, "note": "text"},
+        {"stage": "train/0", "step": 1, "alarm": "x"},
+        {"stage": "control/0", "step": 1, "loss": 0.25},
+        {"step": 1, "loss": 0.25},
+    ]
+    assert report.training_steps(records) == {0: {1: {"loss": 0.5}}, 1: {2: {"tokens": 3.0}}}
+
+
 def test_long_runs_are_thinned_and_their_extremes_kept(tmp_path: Path) -> None:
     records = [step(t, s, grad_norm=1.0) for t in (0, 1, 2) for s in range(1, 2001)]
     records[777]["grad_norm"] = 987.0
+    for s, record in enumerate(records):
+        record["loss"] = math.sin(s) + math.sin(s * s)  # nothing that an SVG writer can simplify
     text = page(tmp_path, summary(), records)
     assert len(text) < 1_000_000
+    points = [len(re.findall("[ML]", d)) for d in re.findall(r' d="([^"]*)"', text)]
+    assert 100 <= max(points) <= 2 * report.POINTS  # a band goes there and back
     plot = text[text.index('aria-label="Gradient norm') :].split("</svg>")[0]
     assert "800" in re.findall(r">([^<]*)</text>", plot)  # the axis reaches the one outlier
     assert "drawn as their mean" in text

@@ -315,9 +315,13 @@ def test_a_fresh_adapter_starts_near_log_2_however_the_reference_was_batched(mod
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_gradients_do_not_depend_on_splitting_or_layout(model: Path, kind: str) -> None:
-    """8 x 1, 4 x 2, 1 x 8, padded and packed into rows of several lengths."""
+    """8 x 1, 4 x 2, 1 x 8, padded and packed into rows of several lengths.
+
+    In float64, but for the norms, which transformers computes in fp32: rounding is 1e-7 there, and
+    2e-6 where all is fp32.
+    """
     loss = LOSSES[kind][0]
-    backbone = load(model, POLICY, PREVIOUS)
+    backbone = load(model, POLICY, PREVIOUS).double()
     trees = make_trees(8, seed=6)
     one = TrainConfig(batch_size=8, accumulation=1, layout="padded")
     reference = references(backbone, PREVIOUS, trees, one)
@@ -340,13 +344,13 @@ def test_gradients_do_not_depend_on_splitting_or_layout(model: Path, kind: str) 
         )
         split = step(backbone, examples, loss, config)
         assert deviation(split.gradients, whole.gradients) < 1e-6, config
-        assert split.metrics == pytest.approx(whole.metrics, rel=1e-6, abs=1e-5)
+        assert split.metrics == pytest.approx(whole.metrics, rel=1e-6, abs=1e-6)
 
 
 def test_micro_batches_of_unlike_length_weigh_by_their_pairs(model: Path) -> None:
     """The gradient of a batch is the mean over its pairs, not a mean of means."""
     loss = LOSSES["dpo"][0]
-    backbone = load(model, POLICY, PREVIOUS)
+    backbone = load(model, POLICY, PREVIOUS).double()
     trees = make_trees(3, seed=7)
     config = TrainConfig(batch_size=8, accumulation=2, layout="packed")
     reference = references(backbone, PREVIOUS, trees, config)
@@ -363,7 +367,7 @@ def test_equal_pairs_may_be_skipped(model: Path, kind: str) -> None:
     """Loser = winner, left out or computed: the same loss and the same gradient."""
     loss = LOSSES[kind][0]
     assert ignores_equal_pairs(loss)
-    backbone = load(model, POLICY, PREVIOUS)
+    backbone = load(model, POLICY, PREVIOUS).double()
     trees = make_trees(8, seed=8)
     equal = {1, 4, 5}
     trees = [

@@ -342,7 +342,7 @@ def test_compile_without_graph_break(unpacked):
     torch.testing.assert_close(results[0], results[1])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 70),
     h=st.integers(1, 70),
@@ -429,15 +429,15 @@ def test_portable_version_builds_no_logit_matrix():
 
 
 def test_peak_memory(unpacked, monkeypatch):
-    """Forward and both backward passes stay far below the 341 MiB of one [N, V] matrix."""
+    """Forward and both backward passes stay far below the 251 MiB of one [N, V] matrix."""
     monkeypatch.setattr(MODULE, "TILE", TILE)
     monkeypatch.setattr(MODULE, "ROWS", ROWS)
-    case = problem(n=349, h=4, v=256_000)
+    case = problem(n=257, h=4, v=256_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     differentiate(linear_logprob, case, trainable=False)
     differentiate(linear_logprob, case, trainable=True)
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown_kib < 100 * 1024
+    assert grown_kib < 80 * 1024
 
 
 def test_status_names_the_implementation():
