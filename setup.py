@@ -14,6 +14,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+RECIPE_FILES = ("yaml", "jsonl", "json", "safetensors", "jinja")
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
 
 
@@ -67,9 +68,7 @@ setup(
         "alphaspin_kernels",
     ],
     package_data={
-        "alphaspin": [
-            f"recipes/**/*.{suffix}" for suffix in ("yaml", "jsonl", "json", "safetensors", "jinja")
-        ]
+        "alphaspin": ["report.html.jinja", *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES)]
     },
     **extension_arguments(),
 )

@@ -6,14 +6,13 @@ blurred by luck; standard errors are those of a mean over prompts.
 
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from alphaspin.answers import checked_part, preference, word_f1
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree
 from alphaspin.config import Config, InputError, at
@@ -34,6 +33,7 @@ class Evaluation:
 
     name: str
     nll: float
+    nll_se: float
     nll_per_token: float
     sampled: float
     sampled_se: float
@@ -57,41 +57,6 @@ class Evaluation:
     def load(cls, path: Path) -> "Evaluation":
         """Read what `save` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def checked_part(pattern: str | None) -> Callable[[str], str | None]:
-    """The part of an answer that must match: all of it, or the last match's first group."""
-    if pattern is None:
-        return lambda text: " ".join(text.split())
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(
-            f"evaluate.answer = {pattern!r}: not a regular expression: {error}"
-        ) from None
-    if not compiled.groups:
-        raise InputError(f"evaluate.answer = {pattern!r}: needs a group, e.g. '#### (.+)'")
-
-    def part(text: str) -> str | None:
-        found = list(compiled.finditer(text))
-        return found[-1].group(1).strip() if found and found[-1].group(1) else None
-
-    return part
-
-
-def word_f1(answer: str, demonstration: str) -> float:
-    """F1 of the words of two texts, order ignored (as in SQuAD, Rajpurkar et al., 2016)."""
-    ours, theirs = Counter(answer.lower().split()), Counter(demonstration.lower().split())
-    shared = sum((ours & theirs).values())
-    return 2 * shared / max(1, sum(ours.values()) + sum(theirs.values()))
-
-
-def preference(ours: tuple[bool, float], theirs: tuple[bool, float]) -> float:
-    """1, ½ or 0: a matching answer beats one that does not match; among those that do not, the one
-    that shares more words with the demonstration (word F1) does; else a tie."""
-    if ours[0] == theirs[0] == True:  # noqa: E712 - two matches tie, whatever their wording
-        return 0.5
-    return 0.5 if ours == theirs else float(ours > theirs)
 
 
 def evaluate(
@@ -172,7 +137,7 @@ def evaluate(
     margins = (gains[:, 0] - gains[:, 1])[differ]
     return Evaluation(
         name=name,
-        nll=float(-scored[:, 0].mean()),
+        **_mean("nll", (-scored[:, 0]).tolist()),
         nll_per_token=float(-scored[:, 0].sum() / sum(len(demo.response) for demo in heldout)),
         **_mean("sampled", matches(texts)),
         **_mean("greedy", matches(greedy_texts)),
@@ -207,7 +172,7 @@ def row(evaluation: Evaluation) -> list[str]:
 
     return [
         e.name,
-        f"{e.nll:.3f}",
+        f"{e.nll:.3f} ± {e.nll_se:.3f}",
         percent(e.sampled, e.sampled_se),
         percent(e.greedy, e.greedy_se),
         f"{e.margin:+.3f}",

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pydantic import BaseModel, Field, ValidationError
 
+from alphaspin.answers import checked_part
 from alphaspin.config import Config, InputError
 from alphaspin.runs import Metrics, write_atomically
 
@@ -234,14 +235,8 @@ def describe(config: Config) -> str:
 
 
 def matches(pattern: str | None, answer: str, demonstration: str) -> bool:
-    """Exact match as `evaluate.checked_part` has it (which would cost an import of torch)."""
-
-    def part(text: str) -> str | None:
-        if pattern is None:
-            return " ".join(text.split())
-        found = list(re.finditer(pattern, text))
-        return found[-1].group(1).strip() if found and found[-1].group(1) else None
-
+    """Exact match, as the evaluation counts it."""
+    part = checked_part(pattern)
     return part(answer) is not None and part(answer) == part(demonstration)
 
 

@@ -282,15 +282,16 @@ def test_numbers_that_are_not_finite_are_left_out() -> None:
         {"stage": "control/0", "step": 1, "loss": 0.25},
         {"step": 1, "loss": 0.25},
     ]
-    assert report.training_steps(records) == {0: {1: {"loss": 0.5}}, 1: {2: {"tokens": 3.0}}}
+    kept = {0: {1: {"step": 1.0, "loss": 0.5}}, 1: {2: {"step": 2.0, "tokens": 3.0}}}
+    assert report.training_steps(records) == kept
 
 
 def test_long_runs_are_thinned_and_their_extremes_kept(tmp_path: Path) -> None:
-    records = [step(t, s, grad_norm=1.0) for t in (0, 1, 2) for s in range(1, 2001)]
+    records = [step(t, s, grad_norm=1.0) for t in (0, 1, 2) for s in range(1, 1001)]
     records[777]["grad_norm"] = 987.0
     for s, record in enumerate(records):
         record["loss"] = math.sin(s) + math.sin(s * s)  # nothing that an SVG writer can simplify
-    text = page(tmp_path, summary(), records)
+    text = page(tmp_path, summary(rows=[]), records)
     assert len(text) < 1_000_000
     points = [len(re.findall("[ML]", d)) for d in re.findall(r' d="([^"]*)"', text)]
     assert 100 <= max(points) <= 2 * report.POINTS  # a band goes there and back
