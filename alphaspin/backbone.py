@@ -8,22 +8,24 @@ forward pass is ours.
 
 import json
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import transformers
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphaspin import rng
-from alphaspin.batching import Batch, Segment
+from alphaspin.batching import Batch, Segment, Tree, collate
 from alphaspin.config import InputError, LoraConfig, packaged
 from alphaspin.runs import file_hash, folder_hash
 
@@ -117,7 +119,9 @@ class Backbone(nn.Module):
         model.requires_grad_(False)
         self.model: PreTrainedModel | PeftModel = model
         self._causal_lm = model
+        self.eval()
         self._check_head()
+        self._check_layout()
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +142,6 @@ class Backbone(nn.Module):
     def _check_head(self) -> None:
         """Compare softcap(W h + b) with the model's own logits: some families scale them."""
         ids = torch.arange(1, 5, device=self.device)[None]
-        self._causal_lm.eval()
         expected = cast(Any, self._causal_lm)(input_ids=ids, use_cache=False).logits.float()
         hidden = cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
         found = self.logits(hidden)
@@ -147,6 +150,32 @@ class Backbone(nn.Module):
             raise InputError(
                 f"{self.path}: its logits are not softcap(W h + b) (relative difference "
                 f"{error:.2g}); this model family post-processes them in a way not supported here"
+            )
+
+    @torch.no_grad()
+    def _check_layout(self) -> None:
+        """Compare two trees packed into one row with the same sequences one at a time.
+
+        A family that derives positions or masks in a way of its own would be computed wrongly and
+        silently: this finds it before anything is trained.
+        """
+        prompts = [np.array([1, 2, 3], np.int32), np.array([4, 3], np.int32)]
+        answers = [np.array([2, 1, 4, 3], np.int32), np.array([3, 4], np.int32)]
+        trees = [Tree(prompt, tuple(answers)) for prompt in prompts]
+        batch = collate([(None, trees)], layout="packed", row_tokens=64).to(self.device)
+        found = self(batch).float()
+        expected: list[Tensor] = []
+        for tree in trees:
+            for answer in tree.responses:
+                ids = torch.from_numpy(np.concatenate([tree.prompt, answer])).long()[None]
+                plain = cast(Any, self.decoder)(input_ids=ids.to(self.device), use_cache=False)
+                start = len(tree.prompt) - 1
+                expected.append(plain.last_hidden_state[0, start : start + len(answer)].float())
+        error = (found - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
+        if not error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
+            raise InputError(
+                f"{self.path}: this model family does not follow position_ids and a 4D attention "
+                f"mask (relative difference {error:.2g} between packed and single sequences)"
             )
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
@@ -203,8 +232,15 @@ class Backbone(nn.Module):
                 f"lora.targets = {config.target_modules!r} puts an adapter on the head, which "
                 "all policies share; leave it out"
             )
-        for layer in self.layers():
-            layer.route = self.route
+        for module_name, layer in self.model.named_modules():
+            if isinstance(layer, RoutedLinear):
+                layer.route = self.route
+            elif isinstance(layer, BaseTunerLayer):
+                kind = type(layer.get_base_layer()).__name__
+                raise InputError(
+                    f"lora.targets: {module_name} is a {kind}; only nn.Linear layers can carry "
+                    "the adapters of several policies"
+                )
         for key, parameter in self.named_parameters():
             parameter.requires_grad_(f".{POLICY}." in key)
 
@@ -253,12 +289,6 @@ class Backbone(nn.Module):
     def _peft(self) -> PeftModel:
         assert isinstance(self.model, PeftModel), "no adapter yet"
         return self.model
-
-    def layers(self) -> Iterator[RoutedLinear]:
-        """All layers that carry adapters."""
-        for module in self.model.modules():
-            if isinstance(module, RoutedLinear):
-                yield module
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
         """The policy's parameters by name: all that is ever trained."""

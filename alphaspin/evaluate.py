@@ -160,7 +160,7 @@ def _mean(name: str, values: list[float]) -> dict[str, float]:
 
 def header() -> list[str]:
     """Column names of the table by iteration."""
-    return ["t", "NLL/answer", "sampled %", "greedy %", "margin", "preferred to base %"]
+    return ["t", "NLL/answer", "sampled %", "greedy %", "margin", "wins vs base %"]
 
 
 def row(evaluation: Evaluation) -> list[str]:

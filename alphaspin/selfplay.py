@@ -11,6 +11,7 @@ from what is, as a function of (seed, t, example), so a killed run that is start
 the same bits as one that was never killed.
 """
 
+import importlib.util
 import json
 import platform
 import time
@@ -44,6 +45,7 @@ from alphaspin.runs import (
     SignalGuard,
     commit,
     file_hash,
+    remove,
     verifies,
     write_atomically,
 )
@@ -245,6 +247,7 @@ class SelfPlay:
         train(self.accelerator, self.backbone, examples, job, self.metrics, self.guard)
         with commit(folder / "adapter") as temporary:
             self.backbone.save_adapter(POLICY, temporary)
+        remove(job.checkpoints)
         self.run.record(adapters={job.stage: file_hash(folder / "adapter" / WEIGHTS)})
 
     def train_iterate(self, iteration: int) -> None:
@@ -398,8 +401,13 @@ def run(config: Config) -> dict[str, Any]:
         Interrupted: a signal came; the same call goes on from there.
         TrainingStopped: see `trainer`.
     """
+    for tracker in config.log.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise InputError(f"log.trackers = {tracker}: not installed (pip install {tracker})")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    accelerator = Accelerator(log_with=list(config.log.trackers) or None, project_dir=config.output)
+    accelerator = Accelerator(
+        log_with=list(config.log.trackers) or None, project_dir=str(config.run_folder())
+    )
     if accelerator.num_processes > 1:
         raise InputError("several processes are not supported yet: start alphaspin-train once")
     backbone, tokenizer = load_base(
@@ -467,7 +475,10 @@ def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], li
     if config.heldout:
         heldout = load(config.heldout, "tiny/heldout.jsonl")[: config.evaluate.prompts]
     else:
-        demonstrations, heldout = hold_out(demonstrations, config.evaluate.prompts, config.seed)
+        count = min(config.evaluate.prompts, len(demonstrations) // 5)
+        if count < config.evaluate.prompts:
+            console.note(f"only {count} of {len(demonstrations)} demonstrations are held out")
+        demonstrations, heldout = hold_out(demonstrations, count, config.seed)
     return demonstrations, heldout
 
 
