@@ -569,7 +569,7 @@ def summarise(
         "samples": [
             {
                 "origin": heldout[i].origin,
-                "prompt": chat.decode(heldout[i].prompt),
+                "prompt": chat.tokenizer.decode(heldout[i].prompt),
                 "demonstration": heldout[i].answer,
                 "answers": {row.name: row.answers[i] for row in rows},
             }

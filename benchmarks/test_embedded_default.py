@@ -1,4 +1,4 @@
-"""What `make demo` shows, on three seeds: does self-play improve, and does further SFT do better?"""
+"""What `make demo` shows, on three seeds: does self-play improve, and is further SFT better?"""
 
 import math
 import time
