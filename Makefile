@@ -18,7 +18,7 @@ demo: .venv/installed  ## self-play on the embedded model
 
 test: .venv/installed  ## tests, linter, types: what CI runs
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not sweep"
 
 test-all: .venv/installed  ## and the longer sweeps

@@ -52,6 +52,10 @@ def load(folder: Path, *adapters: str) -> Backbone:
     return backbone
 
 
+def routed_layers(backbone: Backbone) -> list[RoutedLinear]:
+    return [module for module in backbone.modules() if isinstance(module, RoutedLinear)]
+
+
 def perturb(backbone: Backbone, name: str, seed: int) -> None:
     """Move an adapter away from zero, as training would, by enough to show."""
     generator = torch.Generator().manual_seed(seed)
@@ -255,7 +259,9 @@ def test_saved_adapters_are_pefts_files(family: Family, tmp_path: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 6, 0)
-    assert config["base_model_name_or_path"] == str(family.folder)
+    for name in (POLICY, PREVIOUS):  # PEFT names the base in the first adapter of a model alone
+        written = json.loads((family.folder / name / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == str(family.folder)
     assert config["inference_mode"] is True
     # `all-linear` is resolved as PEFT does it, and written in an order of its own.
     plain = PeftLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -312,7 +318,7 @@ def trained_gradients(folder: Path, *, checkpointing: bool) -> tuple[dict[str, T
         nonlocal calls
         calls += 1
 
-    next(backbone.layers()).register_forward_hook(count)
+    routed_layers(backbone)[0].register_forward_hook(count)
     batch, _ = mixed_batch()
     torch.manual_seed(7)
     weights = torch.randn(len(batch.lengths), generator=torch.Generator().manual_seed(4))
@@ -378,7 +384,7 @@ def test_dropout_has_lora_statistics() -> None:
     backbone = Backbone(cast(Any, helpers.make_model("llama")), "x", "y")
     backbone.add_adapter(POLICY, LoraConfig(r=4, alpha=6, dropout=0.3), seed=0, iteration=0)
     perturb(backbone, POLICY, 1)
-    layer = next(backbone.layers()).train()
+    layer = routed_layers(backbone)[0].train()
     batch = collate([(POLICY, make_trees(1, 1))], layout="packed", row_tokens=1)
     layer.route.segments = batch.segments
     torch.manual_seed(0)
@@ -460,7 +466,7 @@ def test_targets_on_the_head_or_on_nothing_are_refused(
 def test_targets_that_cannot_be_routed_are_refused(targets: tuple[str, ...]) -> None:
     """PEFT has adapters for embeddings; ours would put them on every row, whoever it belongs to."""
     backbone = Backbone(cast(Any, helpers.make_model("llama")), "x", "y")
-    with pytest.raises(InputError, match=r"lora\.targets = .*embed_tokens"):
+    with pytest.raises(InputError, match=r"lora\.targets.*embed_tokens"):
         backbone.add_adapter(POLICY, LoraConfig(targets=targets), seed=0, iteration=0)
 
 
@@ -470,8 +476,8 @@ def test_layers_that_cannot_be_routed_are_refused() -> None:
         "gpt2", vocab_size=300, n_embd=32, n_layer=1, n_head=4, bos_token_id=None, eos_token_id=1
     )
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(InputError, match="not supported"):
-        backbone = Backbone(model, "x", "y")
+    backbone = Backbone(model, "x", "y")
+    with pytest.raises(InputError, match="Conv1D"):
         backbone.add_adapter(POLICY, LORA, seed=0, iteration=0)
 
 
@@ -487,7 +493,7 @@ def test_the_head_is_never_adapted_by_all_linear(family: Family) -> None:
     tied = family.name.startswith("gemma")
     embeddings = backbone.decoder.get_input_embeddings().weight
     assert (backbone.head.weight is embeddings) == tied
-    assert len(list(backbone.layers())) == 2 * 7
+    assert len(routed_layers(backbone)) == 2 * 7
     assert not isinstance(backbone.head, RoutedLinear)
 
 
@@ -700,7 +706,7 @@ def test_bf16_is_loaded_on_demand(family: Family) -> None:
     with torch.no_grad():
         expected = plain_logps(plain_model(family.folder, POLICY), trees)
     error = (found.detach() - expected).abs() / batch.lengths
-    assert error.max() < 0.15, "nats per token"
+    assert error.max() < 0.05, "nats per token"
     assert load_base(str(family.folder), dtype="auto", device=CPU)[0].head.weight.dtype is (
         torch.float32
     )
