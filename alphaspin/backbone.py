@@ -6,7 +6,6 @@ only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; on
 forward pass is ours.
 """
 
-import json
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -70,7 +70,9 @@ class RoutedLinear(LoraLinear):
                 continue
             down = cast(nn.Linear, self.lora_A[name]).weight.to(x.dtype)
             up = cast(nn.Linear, self.lora_B[name]).weight.to(x.dtype)
-            low = nn.functional.linear(self.lora_dropout[name](x[rows]), down)
+            # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
+            noisy = self.lora_dropout[name](x[rows]) if name == POLICY else x[rows]
+            low = nn.functional.linear(noisy, down)
             update = nn.functional.linear(low, up) * cast(float, self.scaling[name])
             updates.append(base[rows] + update)
         return updates[0] if len(updates) == 1 else torch.cat(updates)
@@ -146,7 +148,8 @@ class Backbone(nn.Module):
         hidden = cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
         found = self.logits(hidden)
         error = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
-        if not error < 0.02:  # bf16 rounds logits to 1/256; a missing scale is far beyond
+        # bf16 rounds logits to 1/256 of their size.
+        if not error < (0.02 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
             raise InputError(
                 f"{self.path}: its logits are not softcap(W h + b) (relative difference "
                 f"{error:.2g}); this model family post-processes them in a way not supported here"
@@ -163,7 +166,12 @@ class Backbone(nn.Module):
         answers = [np.array([2, 1, 4, 3], np.int32), np.array([3, 4], np.int32)]
         trees = [Tree(prompt, tuple(answers)) for prompt in prompts]
         batch = collate([(None, trees)], layout="packed", row_tokens=64).to(self.device)
-        found = self(batch).float()
+        try:
+            found = self(batch).float()
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.path}: this model family does not take a 4D attention mask ({error})"
+            ) from None
         expected: list[Tensor] = []
         for tree in trees:
             for answer in tree.responses:
@@ -200,6 +208,13 @@ class Backbone(nn.Module):
             InputError: `lora.targets` names nothing in this model, or the head.
         """
         targets = list(config.targets)
+        names = [name for name, _ in self._causal_lm.named_modules()]
+        for target in targets if targets != ["all-linear"] else []:
+            # PEFT passes over a misspelt name that stands beside a right one.
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise InputError(
+                    f"lora.targets = {targets!r}: no module of this model is called {target!r}"
+                )
         peft_config = PeftLoraConfig(
             r=config.r,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
@@ -360,15 +375,19 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         text_config: Any = config.get_text_config()
         capped = getattr(text_config, "attn_logit_softcapping", None)
-        model = AutoModelForCausalLM.from_pretrained(
+        load = cast(Any, AutoModelForCausalLM.from_pretrained)
+        model, loaded = load(
             where,
+            output_loading_info=True,
             dtype=torch.bfloat16 if choose_bf16(dtype, device) else torch.float32,
             # SDPA has no soft-capping of attention scores (Gemma 2).
             attn_implementation="eager" if capped else "sdpa",
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if loaded["missing_keys"]:  # transformers goes on with random numbers in their place
+            raise ValueError(f"it has no weights for {min(loaded['missing_keys'])}")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"model = {path}: cannot be loaded: {reason[0] if reason else repr(error)}"

@@ -15,8 +15,9 @@ import numpy as np
 from alphaspin.answers import checked_part, preference, word_f1
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree
-from alphaspin.config import Config, InputError, at
+from alphaspin.config import Config, InputError
 from alphaspin.data import ChatFormat, Demonstration
+from alphaspin.losses import reward_scale
 from alphaspin.sampling import decode, uniforms
 from alphaspin.scoring import logps
 
@@ -142,7 +143,9 @@ def evaluate(
         **_mean("sampled", matches(texts)),
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
-        margin=at(config.loss.beta, iteration) * float(margins.mean()) if len(margins) else 0.0,
+        margin=reward_scale(config.loss, iteration) * float(margins.mean())
+        if len(margins)
+        else 0.0,
         answers=texts,
         greedy_answers=greedy_texts,
         answer_tokens=[answer.tokens.tolist() for answer in sampled],

@@ -34,7 +34,8 @@ def dpo(
 ) -> Tensor:
     """-(1-ε) log σ(βΔ) - ε log σ(-βΔ)  (Rafailov et al., arXiv 2305.18290, eq. 7).
 
-    ε > 0 is conservative DPO: the share of pairs assumed to be labelled the wrong way round.
+    ε > 0 is conservative DPO (Mitchell, 2023): the share of pairs assumed to be labelled the wrong
+    way round. TRL's `sigmoid` has no such term; its `robust` is another, unbiased one.
     """
     logit = beta * margin(policy_w, policy_l, ref_w, ref_l)
     loss = -F.logsigmoid(logit)
@@ -122,6 +123,11 @@ def pairwise(
     if config.nll_weight:
         loss = loss - config.nll_weight * policy[:, 0] / lengths[:, 0]
     return loss
+
+
+def reward_scale(config: LossConfig, iteration: int) -> float:
+    """Factor of lp_θ - lp_ref in the rewards that are logged: β, or τ for `ipo`, as in TRL."""
+    return config.ipo_tau if config.kind == "ipo" else at(config.beta, iteration)
 
 
 def ignores_equal_pairs(config: LossConfig) -> bool:

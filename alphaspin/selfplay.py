@@ -34,9 +34,14 @@ from alphaspin import __version__, console
 from alphaspin import evaluate as measures
 from alphaspin.backbone import POLICY, WEIGHTS, Backbone, average_adapters, load_base
 from alphaspin.batching import Tree
-from alphaspin.config import Config, InputError, at, contraction_note, packaged
+from alphaspin.config import Config, InputError, contraction_note, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
-from alphaspin.losses import ignores_equal_pairs, mixture_reference, pairwise
+from alphaspin.losses import (
+    ignores_equal_pairs,
+    mixture_reference,
+    pairwise,
+    reward_scale,
+)
 from alphaspin.opponents import BASE, assign, choose_prompts, opponents
 from alphaspin.runs import (
     Metrics,
@@ -238,7 +243,7 @@ class SelfPlay:
         job = Job(
             objective=objective,
             config=config.train,
-            beta=at(config.loss.beta, iteration),
+            beta=reward_scale(config.loss, iteration),
             iteration=iteration,
             seed=config.seed,
             stage=f"{stage}/{iteration}",

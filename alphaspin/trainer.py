@@ -55,7 +55,7 @@ class Job:
 
     objective: Objective
     config: TrainConfig
-    beta: float
+    beta: float  # scales the rewards that are logged, see `losses.reward_scale`
     iteration: int
     seed: int
     stage: str
