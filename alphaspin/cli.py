@@ -102,9 +102,9 @@ def _train(arguments: Sequence[str]) -> None:
     if plan_only:
         _plan(config)
         return
-    from alphaspin import report, selfplay  # torch takes seconds to import; --help need not wait
+    from alphaspin import job, report  # torch takes seconds to import; --help need not wait
 
-    selfplay.run(config)
+    job.run(config)
     page = report.write(config.run_folder())
     console.note(f"report: {page}")
 

@@ -16,8 +16,8 @@ from alphaspin import console
 from alphaspin.backbone import choose_bf16
 from alphaspin.config import Config, InputError, PlanHints, at, contraction_note, packaged
 from alphaspin.data import ChatFormat
+from alphaspin.job import load_data
 from alphaspin.opponents import BASE, opponents
-from alphaspin.selfplay import load_data
 from alphaspin.trainer import total_steps
 
 GIB = 2**30

@@ -166,22 +166,22 @@ class Metrics:
 class Run:
     """One run folder, locked by this process for as long as the object is open."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
+    def __init__(self, path: Path, identity: dict[str, Any]):
         """Create or reopen the folder.
 
         Args:
-            folder: created if missing.
+            path: created if missing.
             identity: what decides the result (configuration, hashes of base and data). A folder
                 that holds a run of another identity is refused.
 
         Raises:
             InputError: another process has the folder, or it belongs to another run.
         """
-        make_folder(folder)
-        self.folder = folder
+        make_folder(path)
+        self.path = path
         self._lock = self._acquire()
         try:
-            for leftover in folder.rglob(f"{TEMPORARY}*"):
+            for leftover in path.rglob(f"{TEMPORARY}*"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             self.manifest = self._open_manifest(identity)
         except BaseException:
@@ -189,7 +189,7 @@ class Run:
             raise
 
     def _acquire(self) -> TextIO:
-        lock = (self.folder / "lock").open("a+")
+        lock = (self.path / "lock").open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -197,7 +197,7 @@ class Run:
             owner = lock.read().strip()
             lock.close()
             raise InputError(
-                f"{self.folder}: process {owner} is working in this run folder; wait for it, or "
+                f"{self.path}: process {owner} is working in this run folder; wait for it, or "
                 "choose another --output"
             ) from None
         lock.truncate(0)
@@ -206,13 +206,13 @@ class Run:
         return lock
 
     def _open_manifest(self, identity: dict[str, Any]) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
+        path = self.path / "manifest.json"
         identity = json.loads(json.dumps(identity))
         if path.exists():
             manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             for line in _differences(manifest["identity"], identity):
                 raise InputError(
-                    f"{self.folder} holds another run: {line}. Choose another --output, or give "
+                    f"{self.path} holds another run: {line}. Choose another --output, or give "
                     "this run's settings to go on with it"
                 )
             return manifest
@@ -226,7 +226,7 @@ class Run:
             old = self.manifest.get(name)
             self.manifest[name] = {**old, **value} if isinstance(old, dict) else value
         text = json.dumps(self.manifest, indent=1)
-        write_atomically(self.folder / "manifest.json", text)
+        write_atomically(self.path / "manifest.json", text)
 
     def close(self) -> None:
         """Release the lock."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alphaspin.config import load_config
-from alphaspin.selfplay import run
+from alphaspin.job import run
 
 SEEDS = (0, 1, 2)
 

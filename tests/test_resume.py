@@ -26,7 +26,7 @@ KINDS = ("sampling", "scoring", "training", "saving")
 POINTS_PER_KIND = 9
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["alphaspin.selfplay", "alphaspin.cli", "alphaspin.report"])
+CONTEXT.set_forkserver_preload(["alphaspin.job", "alphaspin.cli", "alphaspin.report"])
 
 
 def settings(folder: Path, run: Path, **changes: str) -> list[str]:
