@@ -6,7 +6,7 @@ The script writes three things under ``alphaspin/recipes/tiny/``, from nothing b
     A Llama-style causal LM of about 870,000 parameters with its tokenizer and chat template, in the
     Hugging Face format.
 ``train.jsonl``, ``heldout.jsonl``
-    Demonstrations, one ``{"prompt": ..., "completion": ...}`` per line. Ten small skills, several
+    Demonstrations, one ``{"prompt": ..., "completion": ...}`` per line. Nine small skills, several
     phrasings each. The completion is a function of the prompt, so a response is right exactly when
     it equals the demonstration.
 
