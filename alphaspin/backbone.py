@@ -7,7 +7,7 @@ forward pass is ours.
 """
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -208,13 +208,7 @@ class Backbone(nn.Module):
             InputError: `lora.targets` names nothing in this model, or the head.
         """
         targets = list(config.targets)
-        names = [name for name, _ in self._causal_lm.named_modules()]
-        for target in targets if targets != ["all-linear"] else []:
-            # PEFT passes over a misspelt name that stands beside a right one.
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise InputError(
-                    f"lora.targets = {targets!r}: no module of this model is called {target!r}"
-                )
+        target_modules(self._causal_lm, config.targets)
         peft_config = PeftLoraConfig(
             r=config.r,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
@@ -278,11 +272,12 @@ class Backbone(nn.Module):
         config.inference_mode = inference
 
     def adapter_state(self, name: str) -> dict[str, Tensor]:
-        """The adapter's tensors under PEFT's names, contiguous, on the CPU."""
+        """Copies of the adapter's tensors under PEFT's names, contiguous, on the CPU."""
         state = get_peft_model_state_dict(
             self._peft, adapter_name=name, save_embedding_layers=False
         )
-        return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        # On the CPU `.cpu()` alone would be the live parameter.
+        return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
 
     def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
         """Overwrite an adapter's tensors; it then has no identity until saved and loaded."""
@@ -370,7 +365,7 @@ def load_base(
     folder = Path(where)
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"model = {path}: no config.json in this folder")
-    try:
+    with loading(path):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         text_config: Any = config.get_text_config()
@@ -387,17 +382,45 @@ def load_base(
         )
         if loaded["missing_keys"]:  # transformers goes on with random numbers in their place
             raise ValueError(f"it has no weights for {min(loaded['missing_keys'])}")
+    if folder.exists():
+        identity = folder_hash(folder, ("*.safetensors", "config.json"))
+    else:
+        identity = f"{path}@{getattr(config, '_commit_hash', None)}"
+    backbone = Backbone(cast(PreTrainedModel, cast(nn.Module, model).to(device)), where, identity)
+    return backbone, tokenizer
+
+
+def target_modules(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
+    """Modules that `lora.targets` names, by full name or its last parts, as PEFT matches them.
+
+    Raises:
+        InputError: a name that no module has; PEFT passes over one that stands beside a right one.
+    """
+    modules = dict(model.named_modules())
+    if tuple(targets) == ("all-linear",):
+        head = cast(Any, model).get_output_embeddings()
+        return [m for m in modules.values() if isinstance(m, nn.Linear) and m is not head]
+    found: dict[str, nn.Module] = {}
+    for target in targets:
+        named = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
+        if not named:
+            raise InputError(
+                f"lora.targets = {list(targets)!r}: no module of this model is called {target!r}"
+            )
+        found |= named
+    return list(found.values())
+
+
+@contextmanager
+def loading(path: str) -> Generator[None]:
+    """Turn what transformers raises about a model or tokenizer into one line."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"model = {path}: cannot be loaded: {reason[0] if reason else repr(error)}"
         ) from None
-    if folder.exists():
-        identity = folder_hash(folder, "*.safetensors")
-    else:
-        identity = f"{path}@{getattr(config, '_commit_hash', None)}"
-    backbone = Backbone(cast(PreTrainedModel, cast(nn.Module, model).to(device)), where, identity)
-    return backbone, tokenizer
 
 
 def choose_bf16(dtype: Literal["auto", "bf16", "fp32"], device: torch.device) -> bool:

@@ -4,7 +4,6 @@ Exit codes: 0 done; 2 bad input, nothing changed; 3 training stopped itself; 75 
 or Ctrl-C after saving, and the same command goes on.
 """
 
-import errno
 import os
 import shutil
 import sys
@@ -80,6 +79,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
         )
         # tyro builds sections one by one; this checks them together, the defaults included.
         fields = command.model_dump(exclude={"plan"})
+        if (command.model, command.data) != (recipe.model, recipe.data):
+            fields["hints"] = None  # they are facts about the recipe's own model and data
         return Config.model_validate(fields), command.plan
     except ValidationError as error:
         raise InputError(explain(error)) from None
@@ -183,7 +184,7 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     except KeyboardInterrupt:
         return _fail("stopped before the run began", EXIT_RESUMABLE)
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
+        if error.errno is None:
             raise
         return _fail(f"{error.filename or 'run folder'}: {error.strerror}", EXIT_INPUT)
     except Exception as error:

@@ -10,7 +10,7 @@ import json
 import math
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -27,11 +27,13 @@ def _as_tuple(value: Any) -> Any:
 
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PerIterationFloat = Annotated[
     tuple[PositiveFloat, ...], BeforeValidator(_as_tuple), Field(min_length=1)
 ]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 PerIterationInt = Annotated[
     tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)
 ]
@@ -115,9 +117,9 @@ class LossConfig(Section):
     """`ipo` on log-probs summed over tokens (the paper) or averaged (several trainers)."""
     slic_delta: PositiveFloat = 1.0
     """Margin δ of `slic`, in nats."""
-    slic_lambda: Annotated[float, Field(ge=0)] = 0.0
+    slic_lambda: NonNegativeFloat = 0.0
     """Weight λ of the winner's log-prob in `slic`."""
-    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    nll_weight: NonNegativeFloat = 0.0
     """Weight of the winner's negative log-likelihood per token, added to any loss."""
 
 
@@ -130,7 +132,7 @@ class LoraConfig(Section):
     """LoRA alpha: the update is scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input, in training."""
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: Names = ("all-linear",)
     """Module names that get an adapter, or `all-linear` (all but the head)."""
 
 
@@ -153,7 +155,7 @@ class TrainConfig(Section):
     """Share of an iteration's steps in which the rate rises from 0."""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     """Optimiser, as in torch.optim."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of AdamW (L2 for RMSProp)."""
     clip: PositiveFloat | None = 1.0
     """Largest gradient norm; `None` for no clipping."""
@@ -229,7 +231,7 @@ class PlanHints(Section):
 class Config(Section):
     """A self-play run."""
 
-    name: str = "run"
+    name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")] = "run"
     """Name of the run; part of its default folder."""
     model: str = "tiny"
     """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
@@ -272,10 +274,34 @@ class Config(Section):
             )
         return self
 
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same: all but where results go and how the work is cut up.
+
+        The latter (micro-batches, layout, recomputation) changes numbers by rounding only, so a run
+        that ran out of memory may go on with other values; it is bit-identical with the same ones.
+        """
+        free: dict[str, Any] = {
+            "name": True,
+            "output": True,
+            "log": True,
+            "hints": True,
+            "control": True,
+            "train": {
+                "accumulation",
+                "activation_checkpointing",
+                "checkpoint_every",
+                "layout",
+                "row_tokens",
+            },
+            "sampling": {"batch_size"},
+            "evaluate": {"show"},
+        }
+        return self.model_dump(mode="json", exclude=free)
+
     def digest(self) -> str:
-        """First 8 hex digits of the hash of everything that decides the result."""
-        fields = self.model_dump(mode="json", exclude={"output", "log", "hints"})
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+        """First 8 hex digits of the hash of the identity."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def run_folder(self) -> Path:
         """The run's folder: `output`, or one named after the configuration."""
@@ -365,9 +391,9 @@ def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += all_keys(kind, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # also `Section | None`
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += all_keys(kind, f"{prefix}{name}.")
     return keys
 
 

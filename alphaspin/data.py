@@ -257,6 +257,8 @@ def load_demonstrations(
         for (messages, origin), (prompt, raw) in zip(batch, chat.tokenise(texts), strict=True):
             with _located(origin):
                 response = chat.close(raw)
+                if not prompt:
+                    raise InputError("the prompt has no tokens: nothing precedes the answer")
                 if len(prompt) > text.max_prompt_tokens and text.too_long == "error":
                     raise InputError(
                         f"the prompt has {len(prompt)} tokens, text.max_prompt_tokens is "

@@ -60,6 +60,24 @@ class Evaluation:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> list[str]:
+    """The part of each demonstration that an answer must match.
+
+    Raises:
+        InputError: a demonstration without the pattern of `evaluate.answer`.
+    """
+    part = checked_part(pattern)
+    answers: list[str] = []
+    for demo in heldout:
+        answer = part(demo.answer)
+        if answer is None:
+            raise InputError(
+                f"{demo.origin}: no match of evaluate.answer = {pattern!r} in the demonstration"
+            )
+        answers.append(answer)
+    return answers
+
+
 def evaluate(
     name: str,
     backbone: Backbone,
@@ -86,14 +104,7 @@ def evaluate(
         InputError: a demonstration without the pattern of `evaluate.answer`.
     """
     part = checked_part(config.evaluate.answer)
-    gold = [part(demo.answer) for demo in heldout]
-    for demo, answer in zip(heldout, gold, strict=True):
-        if answer is None:
-            raise InputError(
-                f"{demo.origin}: no match of evaluate.answer = {config.evaluate.answer!r} in the "
-                "demonstration"
-            )
-
+    gold = checked_answers(heldout, config.evaluate.answer)
     cap = config.text.max_response_tokens
     prompts = [demo.prompt for demo in heldout]
     draws = [uniforms(config.seed, 0, "evaluate", demo.index, cap) for demo in heldout]

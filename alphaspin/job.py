@@ -1,5 +1,6 @@
 """One run from its configuration to `summary.json`: load, check, play, summarise."""
 
+import contextlib
 import importlib.util
 import json
 import platform
@@ -11,10 +12,11 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 
 from alphaspin import __version__, console
 from alphaspin import evaluate as measures
-from alphaspin.backbone import Backbone, load_base
+from alphaspin.backbone import POLICY, Backbone, load_base
 from alphaspin.config import Config, InputError, contraction_note, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
 from alphaspin.runs import Metrics, Mirror, Run, SignalGuard, write_atomically
@@ -33,9 +35,21 @@ def run(config: Config) -> dict[str, Any]:
     for tracker in config.log.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise InputError(f"log.trackers = {tracker}: not installed (pip install {tracker})")
+    guard = SignalGuard()
+    try:
+        return _run(config, guard)
+    finally:
+        guard.restore()
+
+
+def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Precision and accumulation are this configuration's, not those of `accelerate config`.
     accelerator = Accelerator(
-        log_with=list(config.log.trackers) or None, project_dir=str(config.run_folder())
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(config.log.trackers) or None,
+        project_dir=str(config.run_folder()),
     )
     if accelerator.num_processes > 1:
         raise InputError("several processes are not supported yet: start alphaspin-train once")
@@ -47,19 +61,22 @@ def run(config: Config) -> dict[str, Any]:
     chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
     demonstrations, heldout = load_data(config, chat)
     check_lengths(config, backbone, demonstrations + heldout)
-    settings = config.model_dump(mode="json", exclude={"output", "log", "hints", "name"})
+    # What would fail in a later phase had better fail before a folder is bound to these settings.
+    backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
+    measures.checked_answers(heldout, config.evaluate.answer)
     identity = {
-        "config": settings,
+        "config": config.identity(),
         "base": backbone.identity,
+        "dtype": str(backbone.head.weight.dtype),
+        "end_tokens": sorted(chat.stop_token_ids),
         "data": fingerprint(demonstrations),
         "heldout": fingerprint(heldout),
     }
-    guard = SignalGuard()
-    folder = Run(config.run_folder(), identity)
-    try:
+    guard.check()
+    with contextlib.closing(Run(config.run_folder(), identity)) as folder:
         mirror: Mirror | None = None
         if config.log.trackers:
-            accelerator.init_trackers(config.name, config=_flat(settings))
+            accelerator.init_trackers(config.name, config=_flat(config.identity()))
             mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
         metrics = Metrics(folder.path / "metrics.jsonl", mirror)
         folder.record(environment=environment(accelerator))
@@ -85,9 +102,6 @@ def run(config: Config) -> dict[str, Any]:
         if config.log.trackers:
             accelerator.end_training()
         return summary
-    finally:
-        guard.restore()
-        folder.close()
 
 
 def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:

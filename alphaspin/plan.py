@@ -13,14 +13,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin import console
-from alphaspin.backbone import choose_bf16
+from alphaspin.backbone import choose_bf16, loading, target_modules
 from alphaspin.config import Config, InputError, PlanHints, at, contraction_note, packaged
 from alphaspin.data import ChatFormat
 from alphaspin.job import load_data
 from alphaspin.opponents import BASE, opponents
 from alphaspin.trainer import total_steps
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def show(config: Config) -> None:
@@ -59,7 +59,8 @@ def gather(config: Config) -> PlanHints:
     if model.exists():
         facts |= _model_facts(model, config)
         if local_data:
-            tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+            with loading(config.model):
+                tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
             chat = ChatFormat.create(tokenizer, config.text.template)
             demonstrations, _ = load_data(config, chat)
             facts |= {
@@ -72,19 +73,11 @@ def gather(config: Config) -> PlanHints:
 
 def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
     """Sizes of a local model, built without memory on the meta device."""
-    with torch.device("meta"):
+    with loading(config.model), torch.device("meta"):
         model_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_config(model_config)
     text: Any = model_config.get_text_config()
-    head = model.get_output_embeddings()
-    names = config.lora.targets
-    targets = [
-        module
-        for name, module in cast(nn.Module, model).named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and (names == ("all-linear",) or name.rsplit(".", 1)[-1] in names)
-    ]
+    targets = cast(list[nn.Linear], target_modules(model, config.lora.targets))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "hidden": text.hidden_size,
@@ -150,8 +143,8 @@ def estimates(config: Config, facts: PlanHints) -> list[str]:
         f"{base / GIB:.2f} ({8 * width} bit) + adapter, gradient and {config.train.optimizer} "
         f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f}",
         f"  not needed: [tokens, vocabulary] logits of a micro-batch, {logits / GIB:.2f} GiB fp32",
-        f"disk: at most {(answers + cached + adapters + 2 * checkpoint) / GIB:.3f} GiB = answers "
-        f"{answers / GIB:.3f} + reference log-probs {cached / GIB:.3f} + adapters "
-        f"{adapters / GIB:.3f} + one checkpoint (two while saving) {2 * checkpoint / GIB:.3f}",
+        f"disk: about {(answers + cached + adapters + 2 * checkpoint) / MIB:,.1f} MiB = answers of "
+        f"full length {answers / MIB:,.1f} + reference log-probs {cached / MIB:,.1f} + adapters "
+        f"{adapters / MIB:,.1f} + a checkpoint (two while saving) {2 * checkpoint / MIB:,.1f}",
         f"run folder: {config.run_folder()}",
     ]

@@ -11,12 +11,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
+
+from safetensors import SafetensorError
 
 from alphaspin.config import InputError
 
@@ -42,9 +45,9 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def folder_hash(folder: Path, pattern: str = "*") -> str:
-    """SHA-256 over the sorted names and hashes of a folder's files that match `pattern`."""
-    names = sorted(p for p in folder.rglob(pattern) if p.is_file() and p.name != HASHES)
+def folder_hash(folder: Path, patterns: Sequence[str]) -> str:
+    """SHA-256 over the sorted names and hashes of a folder's files that match a pattern."""
+    names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     lines = [f"{path.relative_to(folder)} {file_hash(path)}\n" for path in names]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -68,6 +71,19 @@ def make_folder(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
+def _safetensors_as_os_errors() -> Generator[None]:
+    """safetensors reports a full disk in an exception of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if not found:
+            raise
+        code = int(found.group(1))
+        raise OSError(code, os.strerror(code)) from None
+
+
+@contextlib.contextmanager
 def commit(folder: Path) -> Generator[Path]:
     """Write an artefact: the body fills the yielded temporary folder, which then becomes `folder`.
 
@@ -79,7 +95,8 @@ def commit(folder: Path) -> Generator[Path]:
     remove(temporary)
     temporary.mkdir()
     try:
-        yield temporary
+        with _safetensors_as_os_errors():
+            yield temporary
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         hashes = {str(path.relative_to(temporary)): file_hash(path) for path in files}
         (temporary / HASHES).write_text(json.dumps(hashes, indent=1))
@@ -106,7 +123,8 @@ def verifies(folder: Path) -> bool:
     """Whether `folder` is a whole artefact: each file has its recorded hash and none is missing."""
     try:
         hashes: dict[str, str] = json.loads((folder / HASHES).read_text())
-        return all(file_hash(folder / name) == digest for name, digest in hashes.items())
+        matches = [file_hash(folder / name) == digest for name, digest in hashes.items()]
+        return bool(matches) and all(matches)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -138,12 +156,14 @@ class Metrics:
         self._step = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a line torn by a kill is passed over."""
+        """All whole records; a line torn by a kill, or anything else, is passed over."""
         records: list[dict[str, Any]] = []
         if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):
-                    records.append(json.loads(line))
+                    record = json.loads(line)
+                    if isinstance(record, dict) and isinstance(record.get("stage"), str):
+                        records.append(record)
         return records
 
     def rewind(self, stage: str, step: int = 0) -> None:
@@ -175,15 +195,20 @@ class Run:
                 that holds a run of another identity is refused.
 
         Raises:
-            InputError: another process has the folder, or it belongs to another run.
+            InputError: another process has the folder, or it holds another run or other things.
         """
+        if path.exists() and not path.is_dir():
+            raise InputError(f"output = {path}: is a file")
         make_folder(path)
+        names = {entry.name for entry in path.iterdir()}
+        if names and not names & {"manifest.json", f"{TEMPORARY}manifest.json", "lock"}:
+            raise InputError(f"output = {path}: is not empty and holds no run; choose another")
         self.path = path
         self._lock = self._acquire()
         try:
-            for leftover in path.rglob(f"{TEMPORARY}*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             self.manifest = self._open_manifest(identity)
+            for leftover in [*path.rglob(f"{TEMPORARY}*")]:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         except BaseException:
             self.close()
             raise
@@ -209,8 +234,15 @@ class Run:
         path = self.path / "manifest.json"
         identity = json.loads(json.dumps(identity))
         if path.exists():
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            for line in _differences(manifest["identity"], identity):
+            try:
+                manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                before = manifest["identity"]
+                assert isinstance(manifest["adapters"], dict)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                raise InputError(
+                    f"{path}: damaged; restore it, or choose another --output"
+                ) from None
+            for line in _differences(before, identity):
                 raise InputError(
                     f"{self.path} holds another run: {line}. Choose another --output, or give "
                     "this run's settings to go on with it"
@@ -219,6 +251,21 @@ class Run:
         manifest = {"identity": identity, "adapters": {}}
         write_atomically(path, json.dumps(manifest, indent=1))
         return manifest
+
+    def record_adapter(self, stage: str, weights: Path) -> None:
+        """Record an adapter's hash, or compare it with the one recorded.
+
+        Raises:
+            InputError: the file is another than the one that later artefacts were made with.
+        """
+        found, known = file_hash(weights), self.manifest["adapters"].get(stage)
+        if known is None:
+            self.record(adapters={stage: found})
+        elif known != found:
+            raise InputError(
+                f"{weights}: is not the adapter that this run made ({found[:12]} on disk, "
+                f"{known[:12]} in the manifest); restore it, or choose another --output"
+            )
 
     def record(self, **entries: Any) -> None:
         """Add entries to `manifest.json`, durably; mappings are merged."""

@@ -41,7 +41,6 @@ from alphaspin.runs import (
     Run,
     SignalGuard,
     commit,
-    file_hash,
     remove,
     verifies,
 )
@@ -185,7 +184,7 @@ class SelfPlay:
         with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
             for number, shard in enumerate(batched(trees, config.sampling.shard_size)):
                 folder = self.folder(iteration) / "reference" / f"{number:05d}"
-                if not self.cache.load(folder):
+                if not self.cache.load(folder) or self._incomplete(policies, shard):
                     scored = score(
                         self.backbone,
                         self.cache,
@@ -207,6 +206,11 @@ class SelfPlay:
         kind = "arithmetic" if config.reference.kind == "arithmetic" else "geometric"
         mixed = mixture_reference(prev, base, alpha=alpha, kind=kind)
         return [tuple(row) for row in mixed.tolist()]
+
+    def _incomplete(self, policies: Sequence[str | None], trees: Sequence[Tree]) -> bool:
+        """Whether the cache lacks a log-prob: a shard may verify and be of other tokens."""
+        ids = [self.backbone.adapter_ids[policy] for policy in policies]
+        return any(self.cache.missing(identity, trees) for identity in ids)
 
     # Phase 3: training
 
@@ -243,15 +247,21 @@ class SelfPlay:
         train(self.accelerator, self.backbone, examples, job, self.metrics, self.guard)
         with commit(folder / "adapter") as temporary:
             self.backbone.save_adapter(POLICY, temporary)
-        remove(job.checkpoints)
-        self.run.record(adapters={job.stage: file_hash(folder / "adapter" / WEIGHTS)})
+        self.finished(job.stage, folder)
+
+    def finished(self, stage: str, folder: Path) -> bool:
+        """Whether a stage's adapter is on disk; its hash is then recorded or compared."""
+        if not verifies(folder / "adapter"):
+            return False
+        self.run.record_adapter(stage, folder / "adapter" / WEIGHTS)
+        remove(folder / "checkpoints")
+        return True
 
     def train_iterate(self, iteration: int) -> None:
         """Phases 1 to 3 of iteration t; nothing to do where its adapter is on disk."""
         config = self.config
         folder = self.folder(iteration)
-        done = verifies(folder / "adapter")
-        if done:
+        if self.finished(f"train/{iteration}", folder):
             for shard in sorted((folder / "reference").glob("*")):
                 self.cache.load(shard)  # the base's log-probs serve later iterations too
             return
@@ -289,7 +299,7 @@ class SelfPlay:
         """
         config = self.config
         folder = self.control_folder(iteration)
-        if verifies(folder / "adapter"):
+        if self.finished(f"control/{iteration}", folder):
             return folder
         counts, seed = config.selfplay.prompts, config.seed
         chosen = choose_prompts(len(self.demonstrations), counts, iteration, seed)

@@ -114,6 +114,7 @@ def train(
     per_epoch = math.ceil(len(examples) / config.batch_size)
     peak = at(config.lr, job.iteration)
     watch = Watch(job.stage, metrics)
+    watch.restore()
     with console.bar(job.stage, total, "steps", done=step) as advance:
         while step < total:
             started = time.perf_counter()
@@ -236,6 +237,15 @@ class Watch:
         self._metrics = metrics
         self._rewards: deque[tuple[float, float]] = deque(maxlen=2 * self.WINDOW)
         self._fell = False
+
+    def restore(self) -> None:
+        """Pick up where a killed run was, from what it recorded."""
+        for record in self._metrics.read():
+            if record["stage"] == self._stage:
+                if "fall together" in record.get("alarm", ""):
+                    self._fell = True
+                elif "rewards/rejected" in record:
+                    self._rewards.append((record["rewards/chosen"], record["rewards/rejected"]))
 
     def alarm(self, step: int, text: str) -> None:
         """Print and record one alarm."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import yaml
 from helpers import arithmetic, make_model, make_tokenizer, save_model, write_rows
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alphaspin import cli
@@ -167,6 +169,15 @@ def test_hub_recipes_plan_without_a_download(alphaspin: Any, name: str) -> None:
     assert "50,000" in printed
 
 
+def test_hints_are_not_passed_off_as_facts_about_something_else(
+    folder: Path, alphaspin: Any
+) -> None:
+    code, printed = alphaspin("plan", "gemma-2b-ultrachat", "--data", folder / "data.jsonl")
+    assert code == EXIT_INPUT and "207,865" not in printed and "hints" in printed
+    code, printed = alphaspin(*own(folder, folder / "run", "--lora.targets", "q_prj"), "--plan")
+    assert code == EXIT_INPUT and "q_prj" in printed
+
+
 def test_plan_without_facts_is_an_error(alphaspin: Any) -> None:
     code, printed = alphaspin("plan", "--model=someone/model", "--data=someone/data")
     assert code == EXIT_INPUT and "someone/model" in printed and "hints" in printed
@@ -206,6 +217,7 @@ def test_recipes(alphaspin: Any, tmp_path: Path) -> None:
         ),
         (["--lora.targets", "nothing_proj"], ["lora.targets", "nothing_proj"]),
         (["--lora.targets", "lm_head"], ["lora.targets", "lm_head", "head"]),
+        (["--name=../../elsewhere"], ["name", "elsewhere"]),
         (["--evaluate.answer=(("], ["evaluate.answer", "(("]),
         (["--evaluate.answer=#### (.+)"], ["evaluate.answer", "data.jsonl:"]),
         (["--reference.kind=ema", "--selfplay.no_warm_start"], ["ema", "warm_start"]),
@@ -219,7 +231,7 @@ def test_bad_values(
     assert code == EXIT_INPUT, printed
     assert all(part in printed for part in said), printed
     assert "Traceback" not in printed
-    assert not list(tmp_path.rglob("adapter*"))
+    assert not run.exists(), "what is bad is found before a folder is bound to it"
 
 
 def test_bad_data_leaves_a_finished_run_alone(folder: Path, tmp_path: Path, alphaspin: Any) -> None:
@@ -238,6 +250,90 @@ def test_model_without_tokenizer(folder: Path, tmp_path: Path, alphaspin: Any) -
     code, printed = alphaspin(*own(folder, tmp_path / "run", f"--model={tmp_path / 'bare'}"))
     assert code == EXIT_INPUT and f"model = {tmp_path / 'bare'}" in printed
     assert "tokenizer" in printed and "Traceback" not in printed
+
+
+def test_a_folder_that_is_no_run_is_left_alone(
+    folder: Path, tmp_path: Path, alphaspin: Any
+) -> None:
+    (tmp_path / "home/.tmp-work").mkdir(parents=True)
+    thesis = tmp_path / "home/.tmp-work/thesis.txt"
+    thesis.write_text("years of work")
+    code, printed = alphaspin(*own(folder, tmp_path / "home"))
+    assert code == EXIT_INPUT and "holds no run" in printed
+    code, printed = alphaspin(*own(folder, thesis))
+    assert code == EXIT_INPUT and "is a file" in printed
+    assert thesis.read_text() == "years of work"
+    assert [p.name for p in (tmp_path / "home").iterdir()] == [".tmp-work"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"identity": {}}'])
+def test_a_damaged_manifest(folder: Path, tmp_path: Path, alphaspin: Any, content: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "manifest.json").write_text(content)
+    code, printed = alphaspin(*own(folder, run))
+    assert code == EXIT_INPUT and "damaged" in printed and "Traceback" not in printed
+    assert (run / "manifest.json").read_text() == content
+
+
+def test_garbage_in_the_metrics_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"stage": "train/0", "step": 1, "loss": 0.5}\n'
+    path.write_bytes(good + b'17\n{"loss": 1}\n\xff\xfe\n[]\n{"stage": 3}\n{"stage": "tr')
+    assert Metrics(path).read() == [json.loads(good)]
+
+
+def test_an_exchanged_adapter_is_refused(folder: Path, tmp_path: Path, alphaspin: Any) -> None:
+    run = tmp_path / "run"
+    assert alphaspin(*own(folder, run))[0] == 0
+    shutil.rmtree(run / "iterations/0/adapter")
+    shutil.copytree(run / "iterations/1/adapter", run / "iterations/0/adapter")
+    shutil.rmtree(run / "iterations/1")
+    code, printed = alphaspin(*own(folder, run))
+    assert code == EXIT_INPUT and "iterations/0/adapter" in printed and "manifest" in printed
+
+
+def test_what_only_cuts_up_the_work_may_change(
+    folder: Path, tmp_path: Path, alphaspin: Any
+) -> None:
+    run = tmp_path / "run"
+    assert alphaspin(*own(folder, run))[0] == 0
+    options = ["--train.accumulation=3", "--train.layout=padded", "--control=sft"]
+    code, printed = alphaspin(*own(folder, run, *options))
+    assert code == 0, printed
+    summary = json.loads((run / "summary.json").read_text())
+    assert [row["name"] for row in summary["rows"]] == ["base", "0", "1", "sft 0", "sft 1"]
+
+
+def test_the_moving_average_reference(folder: Path, tmp_path: Path, alphaspin: Any) -> None:
+    """ema_2 = d adapter_0 + (1-d) adapter_1, and losses are taken against it, not against π_1."""
+    run = tmp_path / "run"
+    options = ["--reference.kind=ema", "--reference.ema_decay=0.7", "--selfplay.iterations=3"]
+    assert alphaspin(*own(folder, run, *options, "--train.lr=1e-2"))[0] == 0
+    zero, one, average = (
+        load_file(run / f"iterations/{name}/adapter_model.safetensors")
+        for name in ("0/adapter", "1/adapter", "2/ema")
+    )
+    moved = 0.0
+    for key in average:
+        torch.testing.assert_close(average[key], 0.7 * zero[key] + 0.3 * one[key])
+        moved = max(moved, (one[key] - zero[key]).abs().max().item())
+    assert moved > 1e-3
+    # The policy starts from π_1 and the reference is elsewhere: the first margins are not zero.
+    assert abs(records(run, "train/2")[0]["rewards/margins"]) > 1e-4
+
+
+def test_the_environment_of_accelerate_changes_nothing(
+    folder: Path, tmp_path: Path, alphaspin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashes(run: Path) -> Any:
+        assert alphaspin(*own(folder, run))[0] == 0
+        return json.loads((run / "summary.json").read_text())["adapters"]
+
+    plain = hashes(tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert hashes(tmp_path / "configured") == plain
 
 
 @pytest.mark.parametrize(
@@ -290,6 +386,18 @@ def test_alarms(tmp_path: Path) -> None:
         watch.check_rewards(step, {"rewards/chosen": -0.1 * step, "rewards/rejected": -0.2 * step})
     alarms = [record["alarm"] for record in metrics.read()]
     assert len(alarms) == 1 and "fall together" in alarms[0]
+    # A run that was killed in the middle raises the same alarm at the same step, and once.
+    for split in (10, 22):
+        resumed = Metrics(tmp_path / f"{split}.jsonl")
+        for step in range(25):
+            if step in (0, split):
+                again = Watch("train/0", resumed)
+                again.restore()
+            values = {"rewards/chosen": -0.1 * step, "rewards/rejected": -0.2 * step}
+            resumed.write("train/0", step, values)
+            again.check_rewards(step, values)
+        found = [record["step"] for record in resumed.read() if "alarm" in record]
+        assert found == [record["step"] for record in metrics.read() if "alarm" in record]
     dead, alive = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     dead.grad, alive.grad = torch.zeros(2), torch.ones(2)
     watch.check_gradients({"a.lora_B.policy": dead, "b.lora_B.policy": alive})

@@ -131,6 +131,8 @@ def result(run: Path) -> dict[str, str]:
     }
     summary = json.loads((run / "summary.json").read_text())
     found["rows"] = json.dumps(summary["rows"])
+    found["lineage"] = json.dumps(summary["adapters"])
+    assert len(summary["adapters"]) == 4
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # What was measured in training is repeated exactly too, once each and in order.
     volatile = ("tokens_per_second", "seconds")
