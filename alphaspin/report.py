@@ -99,7 +99,7 @@ class Sample(BaseModel):
 
 
 class Summary(BaseModel):
-    """`summary.json`, as `selfplay.summarise` makes it."""
+    """`summary.json`, as `job.summarise` makes it."""
 
     name: str
     config: Config
