@@ -99,6 +99,8 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
         if rows:
             title = f"{config.name}: held-out measures by iteration ({len(heldout)} prompts)"
             console.table(title, measures.header(), [measures.row(row) for row in rows])
+        for kind, count in summary["trained_tokens"].items():
+            console.note(f"{kind}: {count:,} response tokens that carried a gradient")
         if config.log.trackers:
             accelerator.end_training()
         return summary
@@ -191,10 +193,13 @@ def summarise(
     """What `summary.json` holds and the report shows."""
     records = metrics.read()
     seconds: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     for record in records:
         kind, _, phase = record["stage"].partition("/")
         if kind == "time":
             seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
+        elif "tokens" in record:
+            tokens[kind] = tokens.get(kind, 0) + int(record["tokens"])
     scalars = [
         {name: value for name, value in asdict(row).items() if isinstance(value, (str, float))}
         for row in rows
@@ -207,6 +212,7 @@ def summarise(
         "adapters": folder.manifest["adapters"],
         "rows": scalars,
         "seconds": seconds,
+        "trained_tokens": tokens,
         "alarms": [f"{r['stage']}: {r['alarm']}" for r in records if "alarm" in r],
         "notes": [note for note in [contraction_note(config)] if note],
         "samples": [

@@ -107,6 +107,7 @@ class Summary(BaseModel):
     adapters: dict[str, str]
     rows: list[Row]
     seconds: dict[str, float]
+    trained_tokens: dict[str, int] = {}
     alarms: list[str]
     notes: list[str]
     samples: list[Sample]

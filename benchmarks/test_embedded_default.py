@@ -24,7 +24,9 @@ def test_embedded_default(tmp_path: Path, record: Callable[..., Path]) -> None:
         started = time.perf_counter()
         summary = run(config)
         seconds.append(time.perf_counter() - started)
-        raw.append({"seed": seed, "seconds": seconds[-1], "rows": summary["rows"]})
+        tokens = summary["trained_tokens"]
+        entry = {"seed": seed, "seconds": seconds[-1], "tokens": tokens, "rows": summary["rows"]}
+        raw.append(entry)
         for row in summary["rows"]:
             rows.append(
                 [
@@ -39,7 +41,10 @@ def test_embedded_default(tmp_path: Path, record: Callable[..., Path]) -> None:
             )
     text = (
         f"`pytest benchmarks/test_embedded_default.py --benchmark`; ± is one standard error over "
-        f"prompts; seconds per seed, control included: {', '.join(f'{s:.0f}' for s in seconds)}."
+        f"prompts; seconds per seed, control included: {', '.join(f'{s:.0f}' for s in seconds)}.\n\n"
+        "Response tokens that carried a gradient, self-play / control: "
+        + ", ".join(f"{r['tokens']['train']:,} / {r['tokens']['control']:,}" for r in raw)
+        + ". Both process as many; a loser that equals its winner carries none."
     )
     record("embedded-default", header, rows, text, raw)
     for result in raw:
