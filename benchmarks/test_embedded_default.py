@@ -41,7 +41,7 @@ def test_embedded_default(tmp_path: Path, record: Callable[..., Path]) -> None:
             )
     text = (
         f"`pytest benchmarks/test_embedded_default.py --benchmark`; ± is one standard error over "
-        f"prompts; seconds per seed, control included: {', '.join(f'{s:.0f}' for s in seconds)}.\n\n"
+        f"prompts; seconds per seed with control: {', '.join(f'{s:.0f}' for s in seconds)}.\n\n"
         "Response tokens that carried a gradient, self-play / control: "
         + ", ".join(f"{r['tokens']['train']:,} / {r['tokens']['control']:,}" for r in raw)
         + ". Both process as many; a loser that equals its winner carries none."

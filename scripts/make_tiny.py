@@ -21,7 +21,7 @@ No question that is held out appears in any training phase, in any phrasing. A s
 
 Usage::
 
-    python scripts/make_tiny.py                       # everything, ten-odd minutes on two cores
+    python scripts/make_tiny.py                       # everything, about 20 minutes on one core
     python scripts/make_tiny.py --tuning tuning.jsonl --data-only
 """
 
