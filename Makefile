@@ -8,7 +8,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.8,torch==2.13.0)
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja
+	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja numpy
 	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	touch $@

@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -64,7 +64,8 @@ def without_extension(reason: str) -> dict:
 setup(
     package_dir={"alphaspin": "alphaspin", "alphaspin_kernels": "kernels/alphaspin_kernels"},
     packages=[
-        *find_packages(include=["alphaspin", "alphaspin.*"]),
+        # The folders of recipes too: they hold data, and setuptools wants them named.
+        *find_namespace_packages(include=["alphaspin", "alphaspin.*"]),
         "alphaspin_kernels",
     ],
     package_data={
