@@ -33,7 +33,10 @@ def problem() -> str | None:
 @functools.cache
 def warn_once(reason: str) -> None:
     """Warn, once per reason and process, that the CPU operators run through PyTorch."""
-    warnings.warn(f"alphaspin_kernels runs on the CPU through PyTorch: {reason}", stacklevel=2)
+    warnings.warn(
+        f"alphaspin_kernels runs on the CPU through PyTorch, which is slower: {reason}",
+        stacklevel=2,
+    )
 
 
 def kernel_status() -> dict[str, str]:
