@@ -6,7 +6,7 @@ blurred by luck; standard errors are those of a mean over prompts.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,6 +87,7 @@ def evaluate(
     config: Config,
     base: Evaluation | None,
     iteration: int,
+    progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> Evaluation:
     """Measure one policy.
 
@@ -99,6 +100,7 @@ def evaluate(
         config: sampling, β, what is compared.
         base: the base's evaluation; None when this is the base itself.
         iteration: t, which selects β for the margin.
+        progress: called with the answers finished and the tokens decoded.
 
     Raises:
         InputError: a demonstration without the pattern of `evaluate.answer`.
@@ -117,6 +119,7 @@ def evaluate(
             stop_ids=chat.stop_token_ids,
             config=config.sampling,
             draws=noise,
+            progress=progress,
         )
         for noise in (draws, None)
     )

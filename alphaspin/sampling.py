@@ -70,7 +70,7 @@ def decode(
     stop_ids: frozenset[int],
     config: SamplingConfig,
     draws: Sequence[Tensor] | None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> list[Answer]:
     """One answer per prompt, decoded in batches of similar prompt length.
 
@@ -82,7 +82,7 @@ def decode(
         stop_ids: tokens that end an answer (and belong to it).
         config: temperature, filters, batch size.
         draws: uniforms [max_tokens] per prompt, or None for greedy decoding.
-        progress: called with the number of tokens decoded at each step.
+        progress: called at each step with the answers finished and the tokens decoded.
     """
     backbone.eval()
     answers: list[Answer | None] = [None] * len(prompts)
@@ -114,7 +114,7 @@ def _decode_batch(
     stop: Tensor,
     config: SamplingConfig,
     draws_BL: Tensor | None,
-    progress: Callable[[int], None],
+    progress: Callable[[int, int], None],
 ) -> tuple[Tokens, Tokens]:
     """Tokens [B, max_tokens] int32 and their number [B]; finished rows leave the batch early."""
     device = backbone.device
@@ -148,11 +148,13 @@ def _decode_batch(
         else:
             token_B = invert(filtered(logits_BV, config), draws_BL[:, step])
         out[live, step] = torch.where(done_B, 0, token_B.cpu()).int()
-        progress(int((~done_B).sum()))
+        decoded = int((~done_B).sum())
         ended = torch.isin(token_B, stop).cpu() & ~done_B
         length[live[ended]] = step + 1
         done_B |= ended
-        if done_B.all() or step + 1 == max_tokens:
+        last = step + 1 == max_tokens
+        progress(decoded if last else int(ended.sum()), decoded)
+        if done_B.all() or last:
             break
         input_BP = token_B[:, None]
         position_BP = position_BP[:, -1:] + 1

@@ -93,12 +93,14 @@ class ReferenceCache:
         """Add values."""
         self._values.update(zip(keys, values, strict=True))
 
-    def save(self, folder: Path, keys: list[bytes], values: list[float]) -> None:
-        """Add values and write them as a durable shard."""
+    def save(
+        self, folder: Path, keys: list[bytes], values: list[float], policies: dict[str, str]
+    ) -> None:
+        """Add values and write them as a durable shard; the header names the policies' hashes."""
         packed = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
         with commit(folder) as temporary:
             tensors = {"key": packed, "logp": np.array(values, np.float32)}
-            save_file(tensors, temporary / "logps.safetensors")
+            save_file(tensors, temporary / "logps.safetensors", metadata=policies)
         self.store(keys, values)
 
     def load(self, folder: Path) -> bool:
@@ -119,7 +121,7 @@ def score(
     trees: Sequence[Tree],
     train: TrainConfig,
     *,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Callable[[int, int], None] = lambda trees, tokens: None,
 ) -> tuple[list[bytes], list[float]]:
     """Log-probs that the cache lacks, all policies' rows in one pass per batch.
 
@@ -129,7 +131,7 @@ def score(
         policies: adapter names; None is the base.
         trees: prompts with their responses.
         train: `layout`, `row_tokens`; two micro-batches' worth of trees per pass.
-        progress: called with the number of response tokens scored.
+        progress: called with the trees done and the response tokens scored.
 
     Returns:
         keys and values to add to the cache.
@@ -140,6 +142,7 @@ def score(
     for part in batched(trees, 2 * max(1, train.batch_size // train.accumulation)):
         groups: list[tuple[str | None, list[Tree]]] = []
         part_keys: list[bytes] = []
+        tokens = 0
         for name in policies:
             identity = backbone.adapter_ids[name]
             wanted = cache.missing(identity, part)
@@ -153,7 +156,8 @@ def score(
             cache.store(part_keys, found)  # so that later parts do not compute a repetition again
             keys += part_keys
             values += found
-            progress(int(batch.lengths.sum()))
+            tokens = int(batch.lengths.sum())
+        progress(len(part), tokens)
     return keys, values
 
 

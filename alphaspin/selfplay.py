@@ -140,10 +140,11 @@ class SelfPlay:
                 name = "base" if player == BASE else f"iterate-{player}"
                 for number, shard in enumerate(batched(mine, config.sampling.shard_size)):
                     folder = self.folder(iteration) / "opponents" / f"{name}-{number:05d}"
-                    if not verifies(folder):
+                    if verifies(folder):
+                        advance(len(shard), 0)
+                    else:
                         self._sample_shard(iteration, player, shard, folder, advance)
                         self.guard.check()
-                    advance(len(shard), 0)
                     for example, answer in _load_answers(folder):
                         result[example] = Duel(self.demonstrations[example], player, answer)
         return [result[example] for example in examples]
@@ -167,7 +168,7 @@ class SelfPlay:
             stop_ids=self.chat.stop_token_ids,
             config=config.sampling,
             draws=[uniforms(config.seed, iteration, "sample", e, cap) for e in shard],
-            progress=lambda tokens: advance(0, tokens),
+            progress=advance,
         )
         with commit(folder) as temporary:
             _save_answers(temporary, shard, answers)
@@ -180,6 +181,7 @@ class SelfPlay:
         previous = self.load_reference_adapter(iteration)
         # At α = 1 the base takes no part, at α = 0 the previous iterate; at t = 0 they are one.
         policies = list(dict.fromkeys([previous] * (alpha > 0) + [None] * (alpha < 1)))
+        hashes = {name or "base": self.backbone.adapter_ids[name] for name in policies}
         trees = [duel.tree() for duel in duels]
         with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
             for number, shard in enumerate(batched(trees, config.sampling.shard_size)):
@@ -191,11 +193,12 @@ class SelfPlay:
                         policies,
                         shard,
                         config.train,
-                        progress=lambda tokens: advance(0, tokens),
+                        progress=advance,
                     )
-                    self.cache.save(folder, *scored)
+                    self.cache.save(folder, *scored, hashes)
                     self.guard.check()
-                advance(len(shard), 0)
+                else:
+                    advance(len(shard), 0)
 
         def lookup(policy: str | None) -> Tensor:
             identity = self.backbone.adapter_ids[policy]
@@ -344,9 +347,10 @@ class SelfPlay:
     ) -> measures.Evaluation:
         """Measures of the base or of an adapter on disk."""
         if not verifies(folder / "evaluation"):
+            answers = 2 * len(self.heldout)  # sampled and greedy
             with (
                 self.timed("evaluate", iteration),
-                console.bar(f"evaluate {name}", 1, "pass") as done,
+                console.bar(f"evaluate {name}", answers, "answers") as advance,
             ):
                 if adapter is not None:
                     self.backbone.load_adapter("evaluated", adapter)
@@ -359,8 +363,8 @@ class SelfPlay:
                     self.config,
                     base,
                     iteration,
+                    advance,
                 )
-                done(1, sum(map(len, evaluation.answer_tokens)))
                 with commit(folder / "evaluation") as temporary:
                     evaluation.save(temporary / "evaluation.json")
             if adapter is not None:

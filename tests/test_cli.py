@@ -1,5 +1,6 @@
 """The command as a person uses it: whole runs on small models, and what bad input is told."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import yaml
 from helpers import arithmetic, make_model, make_tokenizer, save_model, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from alphaspin import cli
@@ -250,6 +252,22 @@ def test_model_without_tokenizer(folder: Path, tmp_path: Path, alphaspin: Any) -
     code, printed = alphaspin(*own(folder, tmp_path / "run", f"--model={tmp_path / 'bare'}"))
     assert code == EXIT_INPUT and f"model = {tmp_path / 'bare'}" in printed
     assert "tokenizer" in printed and "Traceback" not in printed
+
+
+def test_trackers(
+    folder: Path, tmp_path: Path, alphaspin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert alphaspin(*own(folder, run, "--log.trackers", "tensorboard"))[0] == 0
+    scalars = EventAccumulator(str(run / "default")).Reload()
+    expected = [record["loss"] for record in records(run, "train/0") + records(run, "train/1")]
+    assert [event.value for event in scalars.Scalars("train/loss")] == pytest.approx(expected)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+    )
+    code, printed = alphaspin(*own(folder, tmp_path / "none", "--log.trackers", "wandb"))
+    assert code == EXIT_INPUT and "log.trackers = wandb: not installed" in printed
 
 
 def test_a_folder_that_is_no_run_is_left_alone(
