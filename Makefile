@@ -19,10 +19,10 @@ demo: .venv/installed  ## self-play on the embedded model
 test: .venv/installed  ## tests, linter, types: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
-	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not sweep"
+	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-all: .venv/installed  ## and the longer sweeps
-	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+test-all: .venv/installed  ## the same tests with more kill points
+	ALPHASPIN_SWEEP=1 ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

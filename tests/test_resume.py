@@ -23,7 +23,7 @@ from helpers import arithmetic, save_model, write_rows
 from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, HASHES, TEMPORARY, file_hash
 
 KINDS = ("sampling", "scoring", "training", "saving")
-POINTS_PER_KIND = 9
+POINTS_PER_KIND = 30 if os.environ.get("ALPHASPIN_SWEEP") else 9
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["alphaspin.job", "alphaspin.cli", "alphaspin.report"])
