@@ -6,6 +6,7 @@ the hash of all three, so that a value of another adapter or other tokens is nev
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -100,7 +101,9 @@ class ReferenceCache:
         packed = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
         with commit(folder) as temporary:
             tensors = {"key": packed, "logp": np.array(values, np.float32)}
-            save_file(tensors, temporary / "logps.safetensors", metadata=policies)
+            # One entry: safetensors writes several in an order that differs between processes.
+            header = {"policies": json.dumps(policies, sort_keys=True)}
+            save_file(tensors, temporary / "logps.safetensors", metadata=header)
         self.store(keys, values)
 
     def load(self, folder: Path) -> bool:
