@@ -26,7 +26,14 @@ from alphaspin.config import (
     packaged,
     recipe_names,
 )
-from alphaspin.runs import EXIT_INPUT, EXIT_OK, EXIT_RESUMABLE, EXIT_STOPPED, Interrupted
+from alphaspin.runs import (
+    EXIT_INPUT,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_STOPPED,
+    Interrupted,
+    TrainingStopped,
+)
 
 USAGE = """\
 usage: alphaspin COMMAND …
@@ -187,9 +194,7 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
         if error.errno is None:
             raise
         return _fail(f"{error.filename or 'run folder'}: {error.strerror}", EXIT_INPUT)
-    except Exception as error:
-        if type(error).__name__ != "TrainingStopped":
-            raise
+    except TrainingStopped as error:
         return _fail(str(error), EXIT_STOPPED)
 
 

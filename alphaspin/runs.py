@@ -39,6 +39,10 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; the work up to here is on disk."""
 
 
+class TrainingStopped(Exception):
+    """Training must not go on, e.g. because the loss is not finite; no update was made."""
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

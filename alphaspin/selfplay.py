@@ -96,10 +96,10 @@ class SelfPlay:
             self.backbone.load_adapter(name, self.folder(iteration) / "adapter")
         return name
 
-    def unload_iterates(self, keep: set[str | None]) -> None:
-        """Forget the frozen adapters that are not needed any more."""
+    def unload_iterates(self) -> None:
+        """Forget the frozen adapters, which training does not need."""
         for name in list(self.backbone.adapter_ids):
-            if name is not None and name not in keep:
+            if name is not None:
                 self.backbone.remove_adapter(name)
 
     def load_reference_adapter(self, iteration: int) -> str | None:
@@ -204,10 +204,9 @@ class SelfPlay:
             identity = self.backbone.adapter_ids[policy]
             return torch.tensor([self.cache.lookup(identity, tree) for tree in trees])
 
-        prev = lookup(policies[0])
-        base = lookup(policies[-1])
+        logps = [lookup(policy) for policy in policies]
         kind = "arithmetic" if config.reference.kind == "arithmetic" else "geometric"
-        mixed = mixture_reference(prev, base, alpha=alpha, kind=kind)
+        mixed = mixture_reference(logps[0], logps[-1], alpha=alpha, kind=kind)
         return [tuple(row) for row in mixed.tolist()]
 
     def _incomplete(self, policies: Sequence[str | None], trees: Sequence[Tree]) -> bool:
@@ -285,7 +284,7 @@ class SelfPlay:
             f"t={iteration}: {len(duels)} pairs, {equal} of them with loser = winner (no gradient "
             f"from the pair), {cut} losers cut at the length cap"
         )
-        self.unload_iterates(keep=set())
+        self.unload_iterates()
         before = self.folder(iteration - 1) / "adapter" if iteration else None
 
         def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:

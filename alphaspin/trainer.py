@@ -25,15 +25,19 @@ from alphaspin import console, rng
 from alphaspin.backbone import POLICY, Backbone
 from alphaspin.batching import Tree, collate
 from alphaspin.config import TrainConfig, at
-from alphaspin.runs import Interrupted, Metrics, SignalGuard, commit, remove, verifies
+from alphaspin.runs import (
+    Interrupted,
+    Metrics,
+    SignalGuard,
+    TrainingStopped,
+    commit,
+    remove,
+    verifies,
+)
 from alphaspin.scoring import sequence_logps
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(lp_θ [B, K], lp_ref [B, K], tokens [B, K]) → loss [B]."""
-
-
-class TrainingStopped(Exception):
-    """Training must not go on, e.g. because the loss is not finite; no update was made."""
 
 
 @dataclass(frozen=True, slots=True)
