@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from alphaspin_kernels import _extension
+from alphaspin_kernels import _dispatch
 from alphaspin_kernels.reference import accumulation_dtype, check_linear_logprob, check_targets
 
 # Workspace of the portable version: ROWS x TILE logits and a TILE x H copy of the head in fp32.
@@ -145,24 +145,33 @@ def _portable(
     return logp_NK, lse_N, row_NH
 
 
-_linear_logprob = torch.library.custom_op("alphaspin::linear_logprob", _portable, mutates_args=())
-
-
-def _cpu(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the C++ version, or the portable one (float64, or no extension)."""
-    if hidden.dtype != torch.float64:
-        reason = _extension.problem()
-        if reason is None:
+@torch.library.custom_op("alphaspin::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    with_row: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rest = (weight, targets, bias, softcap, temperature, ignore_index, with_row)
+    match _dispatch.choose("linear_logprob", hidden):
+        case "csrc":
             return torch.ops.alphaspin.linear_logprob_cpu(hidden, *rest)
-        _extension.warn_once(reason)
-    return _portable(hidden, *rest)
+        case "triton":
+            from alphaspin_kernels._triton import linear_logprob as kernels
+
+            return kernels.linear_logprob(hidden, *rest)
+        case "torch":
+            return _portable(hidden, *rest)
 
 
 def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _empty_outputs(hidden, targets, with_row=rest[-1])
 
 
-_linear_logprob.register_kernel("cpu")(_cpu)
 _linear_logprob.register_fake(_fake)
 
 

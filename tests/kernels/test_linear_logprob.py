@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from alphaspin_kernels import _extension, kernel_status, linear_logprob, reference
+from alphaspin_kernels import _dispatch, kernel_status, linear_logprob, reference
 from alphaspin_kernels.linear_logprob import ROWS, TILE, _linear_logprob, _portable
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 # The package's attribute of this name is the function.
 MODULE = sys.modules["alphaspin_kernels.linear_logprob"]
 CSRC_TILE = 256
-BUILT = _extension.problem() is None
-needs_csrc = pytest.mark.skipif(not BUILT, reason=f"C++ operators: {_extension.problem()}")
+BUILT = _dispatch.csrc_problem() is None
+needs_csrc = pytest.mark.skipif(not BUILT, reason=f"C++ operators: {_dispatch.csrc_problem()}")
 
 
 def use(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,8 +32,8 @@ def use(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # Small chunks, so that small inputs have several of them and a partial last one.
         monkeypatch.setattr(MODULE, "TILE", CSRC_TILE)
         monkeypatch.setattr(MODULE, "ROWS", 16)
-        monkeypatch.setattr(_extension, "problem", lambda: "disabled by the test")
-        monkeypatch.setattr(_extension, "warn_once", lambda reason: None)
+        monkeypatch.setattr(_dispatch, "csrc_problem", lambda: "disabled by the test")
+        monkeypatch.setattr(_dispatch, "_warn_once", lambda reason: None)
     if implementation == "packed":
         packed = torch.ops.alphaspin.linear_logprob_cpu_packed
         monkeypatch.setattr(torch.ops.alphaspin, "linear_logprob_cpu", packed)
@@ -460,9 +460,9 @@ def test_without_the_extension_it_works_and_says_so_once(content, reason, tmp_pa
     library = tmp_path / "_C.so"
     if content is not None:
         library.write_bytes(content)
-    monkeypatch.setattr(_extension, "_LIBRARY", library)
-    _extension.problem.cache_clear()
-    _extension.warn_once.cache_clear()
+    monkeypatch.setattr(_dispatch, "_LIBRARY", library)
+    _dispatch.csrc_problem.cache_clear()
+    _dispatch._warn_once.cache_clear()
     try:
         case = problem(n=3)
         arguments = (case["hidden"], case["weight"], case["targets"])
@@ -473,13 +473,13 @@ def test_without_the_extension_it_works_and_says_so_once(content, reason, tmp_pa
         torch.testing.assert_close(logp[1], reference.linear_logprob(*arguments))
     finally:
         monkeypatch.undo()
-        _extension.problem.cache_clear()
+        _dispatch.csrc_problem.cache_clear()
 
 
 def test_extension_is_built_where_it_is_expected():
     if os.environ.get("ALPHASPIN_EXPECT_CSRC") != "1":
         pytest.skip("ALPHASPIN_EXPECT_CSRC is not 1: the C++ operators are optional here")
-    assert BUILT, _extension.problem()
+    assert BUILT, _dispatch.csrc_problem()
 
 
 def test_kernels_folder_is_no_package():

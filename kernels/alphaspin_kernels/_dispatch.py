@@ -1,0 +1,119 @@
+"""Which implementation serves a tensor: Triton, the C++ extension, or PyTorch, and why.
+
+CUDA tensors go to the Triton kernels and CPU tensors to the C++ extension. PyTorch serves float64
+and operators that C++ would not make faster; where something is missing (a CPU wheel without the
+extension, a GPU without Triton) it is the fallback, and says once that it is slower. With
+``TRITON_INTERPRET=1`` CPU tensors go through the Triton kernels too, interpreted, which is how they
+are tested without a GPU.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+_BUILD = "build it with `pip install --no-build-isolation -e .` (or `python setup.py build_ext -i`)"
+
+Implementation = Literal["triton", "csrc", "torch"]
+
+# Operators that have a C++ version: where it is faster than PyTorch (benchmarks/results).
+CSRC = frozenset({"linear_logprob"})
+OPERATORS = ("linear_logprob",)
+
+
+def choose(operator: str, tensor: Tensor) -> Implementation:
+    """Return the implementation that serves ``tensor``; warn once if it is only the fallback."""
+    if tensor.dtype == torch.float64:
+        return "torch"
+    if tensor.is_cuda or interpreting():
+        reason = triton_problem()
+        if reason is None:
+            return "triton"
+    elif operator not in CSRC:
+        return "torch"
+    else:
+        reason = csrc_problem()
+        if reason is None:
+            return "csrc"
+    _warn_once(reason)
+    return "torch"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Return None, or the reason why the Triton kernels cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@functools.cache
+def csrc_problem() -> str | None:
+    """Load ``_C.so`` and return None, or return the reason why it cannot be used."""
+    if not _LIBRARY.exists():
+        return f"extension not built ({_LIBRARY} does not exist); {_BUILD}"
+    # A library of another torch release may crash instead of failing to load, so its version is
+    # read from the bytes of the file, where csrc/ leaves a marker, before anything is executed.
+    marker = re.search(rb"ALPHASPIN_TORCH=(\d+\.\d+)", _LIBRARY.read_bytes())
+    built_for = marker.group(1).decode() if marker else "unknown"
+    running = ".".join(torch.__version__.split(".")[:2])
+    if built_for != running:
+        return f"extension was built for torch {built_for}, this is torch {running}; {_BUILD}"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"extension does not load ({error.__cause__ or error}); {_BUILD}"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    """Warn, once per reason and process, that operators run through PyTorch."""
+    warnings.warn(
+        f"alphaspin_kernels runs through PyTorch, which is slower: {reason}", stacklevel=2
+    )
+
+
+def kernel_status() -> dict[str, str]:
+    """Say which implementation each operator uses on each device, and why.
+
+    Returns:
+        ``{"<operator>.<device type>": "<implementation and reason>"}``; loads the C++ extension if
+        that has not happened yet.
+    """
+    status: dict[str, str] = {}
+    problem = triton_problem()
+    triton = f"PyTorch: {problem}" if problem else "Triton (float64: PyTorch)"
+    for operator in OPERATORS:
+        problem = csrc_problem()
+        if interpreting():
+            cpu = f"{triton}, interpreted because TRITON_INTERPRET=1"
+        elif operator not in CSRC:
+            cpu = "PyTorch: a C++ version would not be faster"
+        elif problem is not None:
+            cpu = f"PyTorch: {problem}"
+        else:
+            cpu = f"C++ extension {_LIBRARY} ({_path(operator)}float64: PyTorch)"
+        status |= {f"{operator}.cpu": cpu, f"{operator}.cuda": triton}
+    return status
+
+
+def _path(operator: str) -> str:
+    """How the C++ version multiplies on this processor, for the operators that do."""
+    if operator != "linear_logprob":
+        return ""
+    path = torch.ops.alphaspin.linear_logprob_cpu_path
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return "".join(f"{str(dtype).removeprefix('torch.')}: {path(dtype)}; " for dtype in dtypes)
