@@ -1,0 +1,3 @@
+from implementations import force
+
+__all__ = ["force"]
