@@ -201,7 +201,8 @@ struct Arguments {
   Tensor active_A;                                  // rows with a target that counts
   Head head;
   int64_t ignore_index;
-  Tensor logp_NK, lse_N, row_NH;  // row undefined: not wanted
+  float skip_below;                         // tiles with no probability of this size leave the row out
+  Tensor logp_NK, lse_N, row_NH, skipped_N;  // row undefined: not wanted
 };
 
 // The two products of a block with the head, as fp32 tiles. at::mm, because ATen does not export its
@@ -317,6 +318,7 @@ void run_block(const Arguments& args, int64_t first, int64_t count) {
   Tensor maximum = at::full({2, rows}, std::numeric_limits<float>::lowest(), at::kFloat);
   Tensor tile_sum = at::empty({rows}, at::kFloat);
   Tensor sum = at::zeros({rows}, at::kDouble);
+  Tensor skipped = at::zeros({rows}, at::kDouble);
   Tensor target_z = at::zeros({rows, targets_per_row}, at::kFloat);
   Tensor mean = with_row ? at::zeros({rows, width}, at::kFloat) : Tensor();
   float* z_TR = z.mutable_data_ptr<float>();
@@ -324,6 +326,7 @@ void run_block(const Arguments& args, int64_t first, int64_t count) {
   float* old_max_R = max_R + rows;
   float* tile_sum_R = tile_sum.mutable_data_ptr<float>();
   double* sum_R = sum.mutable_data_ptr<double>();
+  double* skipped_R = skipped.mutable_data_ptr<double>();
   float* target_z_RK = target_z.mutable_data_ptr<float>();
   float* mean_RH = with_row ? mean.mutable_data_ptr<float>() : nullptr;
   const float* bias_V = args.bias_V.defined() ? args.bias_V.const_data_ptr<float>() : nullptr;
@@ -343,21 +346,35 @@ void run_block(const Arguments& args, int64_t first, int64_t count) {
         }
       }
     }
+    const Tensor top = with_row && args.skip_below > 0.0f ? tile.amax(0) : Tensor();
     loops().exponentiate(z_TR, entries, rows, args.head, with_row, max_R, tile_sum_R);
     for (int64_t r = 0; r < rows; ++r) {
       const float rescale = std::exp(old_max_R[r] - max_R[r]);
       // Double: thousands of tile sums are added.
       sum_R[r] = sum_R[r] * rescale + tile_sum_R[r];
+      skipped_R[r] *= rescale;
       if (with_row && rescale != 1.0f) {
         for (int64_t h = 0; h < width; ++h) mean_RH[r * width + h] *= rescale;
       }
     }
-    if (with_row) products.accumulate(tile, mean);
+    // e^(top - max) / sum so far is no less than the final probability.
+    bool skip = top.defined();
+    for (int64_t r = 0; skip && r < count; ++r) {
+      const float largest = std::exp(top.const_data_ptr<float>()[r] - max_R[r]);
+      skip = largest < args.skip_below * sum_R[r];
+    }
+    if (skip) {
+      for (int64_t r = 0; r < count; ++r) skipped_R[r] += tile_sum_R[r];
+    } else if (with_row) {
+      products.accumulate(tile, mean);
+    }
   }
 
   float* logp_NK = args.logp_NK.mutable_data_ptr<float>();
   float* lse_N = args.lse_N.mutable_data_ptr<float>();
+  float* skipped_N = args.skipped_N.mutable_data_ptr<float>();
   for (int64_t r = 0; r < count; ++r) {
+    skipped_N[index_R[r]] = static_cast<float>(skipped_R[r] / sum_R[r]);
     const double log_sum = std::log(sum_R[r]);
     lse_N[index_R[r]] = static_cast<float>(max_R[r] + log_sum);
     for (int64_t k = 0; k < targets_per_row; ++k) {
@@ -399,10 +416,11 @@ bool packs(at::ScalarType dtype, int64_t width, Path path) {
   return fits && (path == Path::packed || has_matrix_units(dtype));
 }
 
-std::tuple<Tensor, Tensor, Tensor> run(const Tensor& hidden, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor> run(const Tensor& hidden, const Tensor& weight,
                                        const Tensor& targets, const std::optional<Tensor>& bias,
                                        std::optional<double> softcap, double temperature,
-                                       int64_t ignore_index, bool with_row, Path path) {
+                                       int64_t ignore_index, bool with_row, double skip_below,
+                                       Path path) {
   // Shapes, dtypes and devices were checked in Python; memory safety does not rest on that alone.
   const auto dtype = hidden.scalar_type();
   TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
@@ -432,6 +450,8 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& hidden, const Tensor& weigh
   const auto fp32 = hidden.options().dtype(at::kFloat);
   args.logp_NK = at::zeros({rows, targets_per_row}, fp32);
   args.lse_N = at::zeros({rows}, fp32);
+  args.skipped_N = at::zeros({rows}, fp32);
+  args.skip_below = static_cast<float>(skip_below);
   Tensor row = at::zeros({with_row ? rows : 0, width}, targets_per_row == 1 ? hidden.options() : fp32);
   if (with_row) args.row_NH = row;
 
@@ -469,24 +489,24 @@ std::tuple<Tensor, Tensor, Tensor> run(const Tensor& hidden, const Tensor& weigh
       }
     }
   });
-  return {args.logp_NK, args.lse_N, row};
+  return {args.logp_NK, args.lse_N, row, args.skipped_N};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_logprob_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_cpu(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets,
     const std::optional<Tensor>& bias, std::optional<double> softcap, double temperature,
-    int64_t ignore_index, bool with_row) {
+    int64_t ignore_index, bool with_row, double skip_below) {
   return run(hidden, weight, targets, bias, softcap, temperature, ignore_index, with_row,
-             Path::automatic);
+             skip_below, Path::automatic);
 }
 
 // For the tests: the layout of the matrix units, also on processors that have none.
-std::tuple<Tensor, Tensor, Tensor> linear_logprob_cpu_packed(
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_cpu_packed(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets,
     const std::optional<Tensor>& bias, std::optional<double> softcap, double temperature,
-    int64_t ignore_index, bool with_row) {
+    int64_t ignore_index, bool with_row, double skip_below) {
   return run(hidden, weight, targets, bias, softcap, temperature, ignore_index, with_row,
-             Path::packed);
+             skip_below, Path::packed);
 }
 
 std::string linear_logprob_cpu_path(at::ScalarType dtype) {
@@ -501,7 +521,8 @@ std::string linear_logprob_cpu_path(at::ScalarType dtype) {
 TORCH_LIBRARY_FRAGMENT(alphaspin, m) {
   const std::string arguments =
       "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float? softcap, "
-      "float temperature, int ignore_index, bool with_row) -> (Tensor, Tensor, Tensor)";
+      "float temperature, int ignore_index, bool with_row, float skip_below) "
+      "-> (Tensor, Tensor, Tensor, Tensor)";
   m.def(("linear_logprob_cpu" + arguments).c_str());
   m.def(("linear_logprob_cpu_packed" + arguments).c_str());
   m.def("linear_logprob_cpu_path(ScalarType dtype) -> str", &linear_logprob_cpu_path);

@@ -23,11 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from alphaspin_kernels import OPERATORS
 from alphaspin_kernels._triton.common import Launch
 
-OPERATORS = (
-    "linear_logprob",
-)
+OPERATORS = ("linear_logprob",)
 # Shared memory one block may have, bytes: CUDA C++ programming guide, "technical specifications per
 # compute capability" (163 KB on 8.0, 227 KB on 9.0 and 10.0).
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -83,8 +82,6 @@ def describe(operator: str, index: int, capability: int) -> Report:
         },
     )
     usage = _resource_usage(compiled.asm["cubin"])
-    # A product of small blocks is right on any tensor-core instruction that the GPU still has.
-    units = {TENSOR_CORES[capability], *launch.constexprs.get("UNITS", ())}
     constants = ", ".join(
         f"{name} {value}" for name, value in launch.constexprs.items() if value is not None
     )
@@ -98,7 +95,7 @@ def describe(operator: str, index: int, capability: int) -> Report:
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=compiled.metadata.shared,
         products=launch.products,
-        tensor_cores=any(unit in compiled.asm["ptx"] for unit in units),
+        tensor_cores=TENSOR_CORES[capability] in compiled.asm["ptx"],
     )
 
 

@@ -39,6 +39,8 @@ def linear_logprob(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    skip_below: float = 0.0,
+    skipped_mass: Tensor | None = None,
 ) -> Tensor:
     """Return ``log_softmax(cap(hidden @ weight.T + bias) / temperature)`` at the targets.
 
@@ -54,6 +56,13 @@ def linear_logprob(
         temperature: divides the logits, positive.
         ignore_index: target whose log-prob is 0 and has no gradient. Rows with no other target
             are skipped: their hidden states are not read.
+        skip_below: ε in [0, 1); with a frozen head, tiles of the vocabulary (of some hundred
+            entries and rows) in which no probability reaches ε are left out of the gradient's
+            E_p[W]. Log-probs stay exact. The vocabulary is walked once, so the first tiles, where
+            little of the sum is known, are rarely left out.
+        skipped_mass: [N] buffer, fp32 (float64 for float64 inputs), that receives the probability
+            mass left out of each row. It bounds the error of d lp / d hidden, elementwise by
+            mass x max |W| / temperature.
 
     Returns:
         Log-probs in nats, shaped like ``targets``, fp32 (float64 for float64 inputs).
@@ -61,15 +70,32 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a target outside [0, V), a
-            softcap or temperature that is not positive.
+            softcap or temperature that is not positive, ε outside [0, 1) or with a head that
+            requires a gradient.
+
+    Example, the log-probs of a DPO loop without its logits::
+
+        hidden = model.model(input_ids, attention_mask).last_hidden_state[:, :-1]
+        logps = linear_logprob(hidden.flatten(0, 1), model.lm_head.weight, labels[:, 1:].flatten())
+        logps = logps.view(len(labels), -1).sum(1)  # one per sequence; labels of -100 count as 0
 
     Source: the two-product form is section 5 of the project's algorithm notes; the running
     log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
     check_linear_logprob(hidden, weight, targets, bias, softcap, temperature)
     trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if skipped_mass is not None and skipped_mass.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"skipped_mass must be [N] with N = {len(hidden)}, got {list(skipped_mass.shape)}"
+        )
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"skip_below must be in [0, 1), got {skip_below}")
+    if skip_below and trainable_head:
+        raise ValueError(
+            f"skip_below = {skip_below} needs a frozen head, but weight or bias requires a gradient"
+        )
     with_row = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
-    logp_NK, _, _ = _linear_logprob(
+    logp_NK, _, _, skipped_N = _linear_logprob(
         hidden,
         weight,
         targets.reshape(hidden.shape[0], 1) if targets.dim() == 1 else targets,
@@ -78,7 +104,10 @@ def linear_logprob(
         float(temperature),
         ignore_index,
         with_row,
+        float(skip_below),
     )
+    if skipped_mass is not None:
+        skipped_mass.copy_(skipped_N)
     return logp_NK.reshape(targets.shape)
 
 
@@ -91,8 +120,11 @@ def _portable(
     temperature: float,
     ignore_index: int,
     with_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Portable version. Returns (logp [N, K], log-normaliser [N], row [N, H] or [0, H]).
+    skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Portable version.
+
+    Returns (logp [N, K], log-normaliser [N], row [N, H] or [0, H], skipped mass [N]).
 
     ``row`` is what the backward pass of a frozen head needs. With one target per row it is the
     finished d lp / d hidden, in the dtype of hidden: the head need not be kept. With K targets it
@@ -100,8 +132,8 @@ def _portable(
     """
     dtype = accumulation_dtype(hidden.dtype)
     vocabulary, single = weight.shape[0], targets.shape[1] == 1
-    logp_NK, lse_N, row_NH = _empty_outputs(hidden, targets, with_row)
-    for output in (logp_NK, lse_N, row_NH):
+    logp_NK, lse_N, row_NH, skipped_N = _empty_outputs(hidden, targets, with_row)
+    for output in (logp_NK, lse_N, row_NH, skipped_N):
         output.zero_()
     check_targets(targets, vocabulary, ignore_index)
     active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
@@ -114,7 +146,7 @@ def _portable(
             count = len(rows_R)
             # Not -inf: a first tile of nothing but -inf (masked padding) would give -inf - -inf.
             max_R = hidden_RH.new_full((count,), torch.finfo(dtype).min)
-            sum_R = hidden_RH.new_zeros(count)
+            sum_R, skipped_R = hidden_RH.new_zeros((2, count))
             z_RK = hidden_RH.new_zeros(targets_RK.shape)
             mean_RH = torch.zeros_like(hidden_RH) if with_row else None
             for start in range(0, vocabulary, TILE):
@@ -128,21 +160,28 @@ def _portable(
                 rescale_R = torch.exp(max_R - new_max_R)
                 max_R = new_max_R
                 p_RT = z_RT.sub_(max_R[:, None]).exp_()
-                sum_R = sum_R * rescale_R + p_RT.sum(1)
+                mass_R = p_RT.sum(1)
+                sum_R = sum_R * rescale_R + mass_R
+                skipped_R *= rescale_R
                 if mean_RH is not None:
-                    weighted_RT = p_RT if slope_RT is None else p_RT.mul_(slope_RT)
-                    mean_RH.mul_(rescale_R[:, None]).addmm_(weighted_RT, weight_TH)
+                    mean_RH *= rescale_R[:, None]
+                    # p / sum so far is no less than the final probability.
+                    if (p_RT.amax(1) < skip_below * sum_R).all():
+                        skipped_R += mass_R
+                        continue
+                    mean_RH.addmm_(p_RT if slope_RT is None else p_RT.mul_(slope_RT), weight_TH)
             # z - max first: both are large together on peaked rows, and the rest is what matters.
             logp_RK = z_RK - max_R[:, None] - sum_R.log()[:, None]
             logp_NK[rows_R] = logp_RK.masked_fill(targets_RK == ignore_index, 0.0)
             lse_N[rows_R] = max_R + sum_R.log()
+            skipped_N[rows_R] = skipped_R / sum_R
             if mean_RH is not None:
                 row_RH = mean_RH.div_(sum_R[:, None]).div_(temperature)
                 if single:
-                    slope_R1 = _target_slope(z_RK, softcap, temperature)
+                    slope_R1 = target_slope(z_RK, softcap, temperature)
                     row_RH = slope_R1 * weight[targets_RK[:, 0]].to(dtype) - row_RH
                 row_NH[rows_R] = row_RH.to(row_NH.dtype)
-    return logp_NK, lse_N, row_NH
+    return logp_NK, lse_N, row_NH, skipped_N
 
 
 @torch.library.custom_op("alphaspin::linear_logprob", mutates_args=())
@@ -155,8 +194,9 @@ def _linear_logprob(
     temperature: float,
     ignore_index: int,
     with_row: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rest = (weight, targets, bias, softcap, temperature, ignore_index, with_row)
+    skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rest = (weight, targets, bias, softcap, temperature, ignore_index, with_row, skip_below)
     match _dispatch.choose("linear_logprob", hidden):
         case "csrc":
             return torch.ops.alphaspin.linear_logprob_cpu(hidden, *rest)
@@ -169,7 +209,7 @@ def _linear_logprob(
 
 
 def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _empty_outputs(hidden, targets, with_row=rest[-1])
+    return _empty_outputs(hidden, targets, with_row=rest[-2])
 
 
 _linear_logprob.register_fake(_fake)
@@ -177,7 +217,7 @@ _linear_logprob.register_fake(_fake)
 
 def _empty_outputs(
     hidden_NH: Tensor, targets_NK: Tensor, with_row: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(hidden_NH.dtype)
     rows, width = hidden_NH.shape
     return (
@@ -187,11 +227,11 @@ def _empty_outputs(
             (rows if with_row else 0, width),
             dtype=hidden_NH.dtype if targets_NK.shape[1] == 1 else dtype,
         ),
+        hidden_NH.new_empty((rows,), dtype=dtype),
     )
 
 
-@torch.library.custom_op("alphaspin::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
+def _portable_backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -251,6 +291,27 @@ def _linear_logprob_backward(
     return d_hidden_NH, d_weight_VH, d_bias_V
 
 
+@torch.library.custom_op("alphaspin::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (hidden, weight, targets, bias, lse, softcap, temperature, ignore_index, needs)
+    if _dispatch.choose("linear_logprob_backward", hidden) == "triton":
+        from alphaspin_kernels._triton import linear_logprob as kernels
+
+        return kernels.backward(grad, *arguments)
+    return _portable_backward(grad, *arguments)
+
+
 @_linear_logprob_backward.register_fake
 def _backward_fake(
     grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
@@ -270,10 +331,11 @@ def _empty_gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, ctx.softcap, ctx.temperature, ctx.ignore_index, with_row = inputs
-    logp, lse, row = output
+    hidden, weight, targets, bias, ctx.softcap, ctx.temperature, ctx.ignore_index, *rest = inputs
+    with_row, _ = rest
+    logp, lse, row, skipped = output
     needs_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-    ctx.mark_non_differentiable(lse, row)
+    ctx.mark_non_differentiable(lse, row, skipped)
     ctx.scales_row = with_row and not needs_head
     ctx.single = targets.shape[1] == 1
     if ctx.scales_row and ctx.single:
@@ -312,13 +374,13 @@ def _backward(ctx: Any, grad_NK: Tensor, *_: Tensor | None) -> tuple[Tensor | No
         mean_NH, weight, targets_NK, logp_NK, lse_N = ctx.saved_tensors
         valid_NK = targets_NK != ctx.ignore_index
         grad_NK = grad_NK * valid_NK
-        slope_NK = _target_slope(logp_NK + lse_N[:, None], ctx.softcap, ctx.temperature)
+        slope_NK = target_slope(logp_NK + lse_N[:, None], ctx.softcap, ctx.temperature)
         sum_NH = -grad_NK.sum(1, keepdim=True) * mean_NH
         for k in range(targets_NK.shape[1]):
             weight_NH = weight[targets_NK[:, k] * valid_NK[:, k]].to(mean_NH.dtype)
             sum_NH = torch.addcmul(sum_NH, (grad_NK * slope_NK)[:, k, None], weight_NH)
         d_hidden = sum_NH.to(weight.dtype)
-    return d_hidden, d_weight, None, d_bias, None, None, None, None
+    return d_hidden, d_weight, None, d_bias, None, None, None, None, None
 
 
 # A second differentiation would take the saved row for a constant; better an error than that.
@@ -358,7 +420,7 @@ def _local_targets(targets_RK: Tensor, start: int, width: int) -> tuple[Tensor, 
     return inside_RK, local_RK.masked_fill(~inside_RK, 0)
 
 
-def _target_slope(z_RK: Tensor, softcap: float | None, temperature: float) -> Tensor:
+def target_slope(z_RK: Tensor, softcap: float | None, temperature: float) -> Tensor:
     """d z' / d z at the targets, from z'."""
     if softcap is None:
         return torch.full_like(z_RK, 1.0 / temperature)

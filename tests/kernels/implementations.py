@@ -31,7 +31,6 @@ def force(monkeypatch):
 
     def use(name: str) -> None:
         if name == "triton" and not GPU:
-            # Read when a kernel's module is imported: nothing else in the tests may import one.
             monkeypatch.setenv("TRITON_INTERPRET", "1")
         torch.set_default_device("cuda" if name == "triton" and GPU else "cpu")
         choose = lambda operator, tensor: "torch" if tensor.dtype == torch.float64 else name  # noqa: E731

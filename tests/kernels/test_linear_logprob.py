@@ -4,6 +4,7 @@ Implementations: "torch" (portable), "csrc" (C++, what this processor gets), "pa
 layout of the 16-bit matrix units, which processors without them emulate).
 """
 
+import importlib
 import math
 import os
 import resource
@@ -17,43 +18,42 @@ from alphaspin_kernels import _dispatch, kernel_status, linear_logprob, referenc
 from alphaspin_kernels.linear_logprob import ROWS, TILE, _linear_logprob, _portable
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import BUILT, CSRC, TORCH, TRITON, generator, needs_csrc
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
 # The package's attribute of this name is the function.
 MODULE = sys.modules["alphaspin_kernels.linear_logprob"]
 CSRC_TILE = 256
-BUILT = _dispatch.csrc_problem() is None
-needs_csrc = pytest.mark.skipif(not BUILT, reason=f"C++ operators: {_dispatch.csrc_problem()}")
 
 
-def use(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def use(implementation: str, force, monkeypatch: pytest.MonkeyPatch) -> None:
+    force("csrc" if implementation == "packed" else implementation)
+    # Small chunks, so that small inputs have several of them and a partial last one.
     if implementation == "torch":
-        # Small chunks, so that small inputs have several of them and a partial last one.
         monkeypatch.setattr(MODULE, "TILE", CSRC_TILE)
         monkeypatch.setattr(MODULE, "ROWS", 16)
-        monkeypatch.setattr(_dispatch, "csrc_problem", lambda: "disabled by the test")
-        monkeypatch.setattr(_dispatch, "_warn_once", lambda reason: None)
+    if implementation == "triton":
+        kernels = importlib.import_module("alphaspin_kernels._triton.linear_logprob")
+        monkeypatch.setattr(kernels, "ROWS", 16)
+        monkeypatch.setattr(kernels, "CHUNKS", ((16, CSRC_TILE),))
     if implementation == "packed":
         packed = torch.ops.alphaspin.linear_logprob_cpu_packed
         monkeypatch.setattr(torch.ops.alphaspin, "linear_logprob_cpu", packed)
 
 
-@pytest.fixture(
-    params=[
-        "torch",
-        pytest.param("csrc", marks=needs_csrc),
-        pytest.param("packed", marks=needs_csrc),
-    ]
-)
-def implementation(request, monkeypatch) -> str:
-    use(request.param, monkeypatch)
+PACKED = pytest.param("packed", marks=needs_csrc)
+
+
+@pytest.fixture(params=[TORCH, CSRC, PACKED, TRITON])
+def implementation(request, force, monkeypatch) -> str:
+    use(request.param, force, monkeypatch)
     return request.param
 
 
-@pytest.fixture(params=["torch", pytest.param("csrc", marks=needs_csrc)])
-def unpacked(request, monkeypatch) -> str:
-    use(request.param, monkeypatch)
+@pytest.fixture(params=[TORCH, CSRC, TRITON])
+def unpacked(request, force, monkeypatch) -> str:
+    use(request.param, force, monkeypatch)
     return request.param
 
 
@@ -61,14 +61,14 @@ def problem(
     n=37, h=64, v=701, k=None, dtype=torch.float32, scale=1.0, bias=False, ignored=0.2, seed=0
 ) -> dict:
     """Inputs of one case; targets [n] or [n, k], about a fifth of them ignored."""
-    generator = torch.Generator().manual_seed(seed)
+    random = generator(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=random)
 
     shape = (n,) if k is None else (n, k)
-    targets = torch.randint(0, max(v, 1), shape, generator=generator)
-    targets[torch.rand(shape, generator=generator) < ignored] = -100
+    targets = torch.randint(0, max(v, 1), shape, generator=random)
+    targets[torch.rand(shape, generator=random) < ignored] = -100
     return {
         "hidden": (scale * normal(n, h)).to(dtype),
         "weight": (normal(v, h) / math.sqrt(h)).to(dtype),
@@ -323,7 +323,7 @@ def test_a_second_derivative_is_an_error_not_a_number():
 def test_opcheck(k, with_row, unpacked):
     case = problem(n=5, h=8, v=11, k=k, bias=True)
     arguments = (case["hidden"].requires_grad_(), case["weight"], case["targets"], case["bias"])
-    torch.library.opcheck(_linear_logprob, (*arguments, 2.0, 0.8, -100, with_row))
+    torch.library.opcheck(_linear_logprob, (*arguments, 2.0, 0.8, -100, with_row, 0.0))
 
 
 def test_compile_without_graph_break(unpacked):
@@ -361,8 +361,8 @@ def test_any_shape(n, h, v, k, dtype, softcap, temperature, seed):
         warnings.simplefilter("ignore")
         assert_no_worse(case, trainable=bool(seed % 3), **options)
     targets = case["targets"].reshape(n, -1)
-    logp, _, _ = _portable(
-        case["hidden"], case["weight"], targets, case["bias"], softcap, temperature, -100, False
+    logp, *_ = _portable(
+        case["hidden"], case["weight"], targets, case["bias"], softcap, temperature, -100, False, 0.0
     )
     exact = reference.linear_logprob(
         case["hidden"].double(),
@@ -422,7 +422,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_portable_version_builds_no_logit_matrix():
     case = problem(n=64, h=4, v=256_000, k=1)
-    arguments = (case["hidden"], case["weight"], case["targets"], None, None, 1.0, -100, True)
+    arguments = (case["hidden"], case["weight"], case["targets"], None, None, 1.0, -100, True, 0.0)
     with LargestTensor() as largest:
         _portable(*arguments)
     assert 0 < largest.numel <= 64 * TILE < 64 * 256_000 / 100

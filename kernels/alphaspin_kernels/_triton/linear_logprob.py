@@ -1,0 +1,634 @@
+"""linear_logprob on the GPU.
+
+Without a gradient, one kernel multiplies and takes the running log-sum-exp of each tile while it is
+in registers. With one, the products are bare cuBLAS products (Triton's reach about two thirds of
+their speed on Hopper): logits of a vocabulary chunk that stays in the L2 cache in fp32, one Triton
+pass over it for the running softmax, the second product into E_p[slope W]. A trainable head
+recomputes the chunks in its backward pass.
+
+Shape suffixes: A active rows, R rows and T vocabulary entries of a block, C entries of a chunk, H
+hidden size, V vocabulary, K targets per row.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alphaspin_kernels._triton.common import (
+    SIGNATURE,
+    Launch,
+    aligned,
+    capability_of,
+    dot,
+    multiply_add,
+    processors,
+    tanh,
+)
+from alphaspin_kernels.linear_logprob import target_slope
+from alphaspin_kernels.reference import check_targets
+
+LOWEST = tl.constexpr(-3.4028234e38)
+
+# Logits of a chunk take at most 4096 x 2048 x 4 bytes: 32 MiB, within the L2 cache of H100 and later.
+ROWS = 4096
+CHUNKS = ((1024, 8192), (ROWS, 2048))  # (rows up to, entries): few rows would wait for launches
+# Tile skipping decides for SKIP_R rows and SKIP_T entries at a time.
+SKIP_R, SKIP_T = 128, 128
+# p is kept relative to a maximum that moves only when it is exceeded by this much, so that the
+# accumulated row is almost never rescaled. e^8 fits into fp16, and loses nothing in bf16.
+SLACK = tl.constexpr(8.0)
+
+
+@triton.jit
+def _bounded(z, cap, temperature, CAPPED: tl.constexpr):
+    """z' = cap(z) / temperature."""
+    if CAPPED:
+        z = cap * tanh(z / cap)
+    return z / temperature
+
+
+@triton.jit
+def _slope(z, cap, temperature, CAPPED: tl.constexpr):
+    """d z' / d z times the temperature, from z'."""
+    if CAPPED:
+        t = z * (temperature / cap)
+        return 1.0 - t * t
+    return tl.full(z.shape, 1.0, tl.float32)
+
+
+@triton.jit(do_not_specialize=["A", "V", "K", "span"])
+def _forward_kernel(
+    hidden,
+    weight,
+    bias,
+    targets,
+    rows,
+    peaks,
+    sums,
+    chosen,
+    A,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    K,
+    span,
+    cap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Maximum and sum of e^(z' - maximum) of BLOCK_R rows over `span` entries; z' at the targets.
+
+    Programs that run together have different rows and the same entries: they share the head's tiles
+    in the L2 cache.
+    """
+    split = tl.program_id(1)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.load(rows + r, mask=r < A, other=0)
+    first = split * span
+    last = tl.minimum(first + span, V)
+    h = tl.arange(0, BLOCK_H)
+    hidden_R = hidden + row * hidden_stride
+    peak_R = tl.full((BLOCK_R,), LOWEST, tl.float32)
+    sum_R = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(first, last, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        # Entries past the end read the last one, and are masked below.
+        weight_T = weight + tl.minimum(t, V - 1).to(tl.int64) * weight_stride
+        z_RT = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
+        for at in range(0, H, BLOCK_H):
+            hidden_RH = hidden_R[:, None] + (at + h)[None, :]
+            weight_HT = weight_T[None, :] + (at + h)[:, None]
+            if EVEN_H:
+                z_RT = dot(tl.load(hidden_RH), tl.load(weight_HT), z_RT)
+            else:
+                inside = at + h < H
+                hidden_RH = tl.load(hidden_RH, mask=inside[None, :], other=0.0)
+                weight_HT = tl.load(weight_HT, mask=inside[:, None], other=0.0)
+                z_RT = dot(hidden_RH, weight_HT, z_RT)
+        if HAS_BIAS:
+            z_RT += tl.load(bias + t, mask=t < last, other=0.0).to(tl.float32)[None, :]
+        z_RT = _bounded(z_RT, cap, temperature, CAPPED)
+        z_RT = tl.where((t < last)[None, :], z_RT, -float("inf"))
+        for k in range(K):
+            target_R = tl.load(targets + row * K + k, mask=r < A, other=-1)
+            here_R = (target_R >= start) & (target_R < tl.minimum(start + BLOCK_T, last))
+            z_R = tl.sum(tl.where(t[None, :] == target_R[:, None], z_RT, 0.0), 1)
+            tl.store(chosen + r.to(tl.int64) * K + k, z_R, mask=here_R)
+        new_R = tl.maximum(peak_R, tl.max(z_RT, 1))
+        sum_R = sum_R * tl.exp(peak_R - new_R) + tl.sum(tl.exp(z_RT - new_R[:, None]), 1)
+        peak_R = new_R
+    tl.store(peaks + split * A + r, peak_R, mask=r < A)
+    tl.store(sums + split * A + r, sum_R, mask=r < A)
+
+
+@triton.jit(do_not_specialize=["start", "K"])
+def _chunk_kernel(
+    logits,
+    bias,
+    targets,
+    peaks,
+    sums,
+    chosen,
+    means,
+    p,
+    tops,
+    masses,
+    start,
+    width,
+    H,
+    K,
+    cap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TILED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One row: take a chunk of raw logits into its running softmax, and write p = e^(z' - peak).
+
+    Rescales the row's accumulated mean where its peak moves. TILED also writes, for each BLOCK_T
+    entries, the largest p as a share of the sum so far, which bounds the final probability from
+    above, and the sum of p.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    z_C = tl.load(logits + row * width + c, mask=c < width, other=0.0)
+    if HAS_BIAS:
+        z_C += tl.load(bias + start + c, mask=c < width, other=0.0).to(tl.float32)
+    z_C = _bounded(z_C, cap, temperature, CAPPED)
+    z_C = tl.where(c < width, z_C, -float("inf"))
+    for k in range(K):
+        target = tl.load(targets + row * K + k)
+        if (target >= start) & (target < start + width):
+            z = tl.sum(tl.where(c == target - start, z_C, 0.0), 0)
+            tl.store(chosen + row * K + k, z)
+    old = tl.load(peaks + row)
+    top = tl.max(z_C, 0)
+    peak = tl.where(top > old + SLACK, top, old)
+    rescale = tl.exp(old - peak)
+    p_C = tl.exp(z_C - peak)
+    total = tl.load(sums + row) * rescale + tl.sum(p_C, 0)
+    tl.store(peaks + row, peak)
+    tl.store(sums + row, total)
+    if rescale != 1.0:
+        for at in range(0, H, BLOCK_H):
+            h = at + tl.arange(0, BLOCK_H)
+            mean_H = tl.load(means + row * H + h, mask=h < H)
+            tl.store(means + row * H + h, mean_H * rescale, mask=h < H)
+    if TILED:
+        TILES: tl.constexpr = BLOCK_C // BLOCK_T
+        tile = tl.arange(0, TILES)
+        p_tiles = tl.reshape(p_C, (TILES, BLOCK_T))
+        bound = tl.max(p_tiles, 1) / tl.maximum(total, 1e-30)
+        tl.store(tops + row * TILES + tile, bound)
+        tl.store(masses + row * TILES + tile, tl.sum(p_tiles, 1))
+    weighted_C = p_C * _slope(z_C, cap, temperature, CAPPED) if CAPPED else p_C
+    tl.store(p + row * width + c, weighted_C.to(p.dtype.element_ty), mask=c < width)
+
+
+@triton.jit(do_not_specialize=["A"])
+def _kept_tiles_kernel(
+    p,
+    weight,
+    means,
+    kept,
+    counts,
+    A,
+    H,
+    width,
+    weight_stride,
+    TILES: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """means += p [A, width] weight [width, H], over the tiles listed for each block of rows."""
+    block = tl.program_id(0)
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    row = tl.minimum(r, A - 1).to(tl.int64)
+    for i in range(0, tl.load(counts + block)):
+        t = tl.load(kept + block * TILES + i) * BLOCK_T + tl.arange(0, BLOCK_T)
+        p_RT = tl.load(p + row[:, None] * width + t[None, :], mask=(t < width)[None, :], other=0.0)
+        weight_TH = weight + t.to(tl.int64)[:, None] * weight_stride + h[None, :]
+        if EVEN_H:
+            weight_TH = tl.load(weight_TH, mask=(t < width)[:, None], other=0.0)
+        else:
+            inside = (t < width)[:, None] & (h < H)[None, :]
+            weight_TH = tl.load(weight_TH, mask=inside, other=0.0)
+        sum_RH = dot(p_RT, weight_TH, sum_RH)
+    at = means + row[:, None] * H + h[None, :]
+    inside = (r < A)[:, None] & (h < H)[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + sum_RH, mask=inside)
+
+
+@triton.jit(do_not_specialize=["start", "K"])
+def _gradient_kernel(
+    logits,
+    bias,
+    targets,
+    lse,
+    grad,
+    g,
+    start,
+    width,
+    K,
+    cap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One row: d loss / d logits = sum_k grad_k (onehot(y_k) - p) slope of a chunk."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    z_C = tl.load(logits + row * width + c, mask=c < width, other=0.0)
+    if HAS_BIAS:
+        z_C += tl.load(bias + start + c, mask=c < width, other=0.0).to(tl.float32)
+    z_C = _bounded(z_C, cap, temperature, CAPPED)
+    p_C = tl.exp(z_C - tl.load(lse + row))
+    g_C = tl.zeros((BLOCK_C,), tl.float32)
+    for k in range(K):
+        target = tl.load(targets + row * K + k)
+        upstream = tl.load(grad + row * K + k)
+        g_C += upstream * (tl.where(c == target - start, 1.0, 0.0) - p_C)
+    g_C = g_C * _slope(z_C, cap, temperature, CAPPED) / temperature
+    tl.store(g + row * width + c, g_C.to(g.dtype.element_ty), mask=c < width)
+
+
+def blocks(dtype: torch.dtype, capability: int, even: bool) -> dict[str, int]:
+    """Blocks of the forward kernel: as large as registers (forward) and shared memory allow.
+
+    ``even`` says that rows start at multiples of 16 bytes and H is a multiple of BLOCK_H; otherwise
+    every load is masked and narrow, and what it needs besides leaves room for small blocks only.
+    """
+    if not even:
+        return {"BLOCK_R": 64, "BLOCK_T": 64, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
+    if dtype == torch.float32:
+        return {"BLOCK_R": 64, "BLOCK_T": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 3}
+    if capability == 100:
+        return {"BLOCK_R": 128, "BLOCK_T": 128, "BLOCK_H": 64, "num_warps": 16, "num_stages": 4}
+    if capability == 90:
+        return {"BLOCK_R": 128, "BLOCK_T": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_R": 128, "BLOCK_T": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 4}
+
+
+def splits(row_blocks: int, tiles: int, processors: int) -> int:
+    """Parts of the vocabulary that fill the processors with the fewest tiles one after another."""
+
+    def time(parts: int) -> int:
+        return triton.cdiv(row_blocks * parts, processors) * triton.cdiv(tiles, parts)
+
+    return min(range(1, min(tiles, processors) + 1), key=time)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    with_row: bool,
+    skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Same arguments and results as the portable version."""
+    check_targets(targets, weight.shape[0], ignore_index)
+    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    rows, width = hidden.shape
+    count, per_row = len(active_A), targets.shape[1]
+    fp32 = torch.float32
+    logp_NK = hidden.new_zeros(targets.shape, dtype=fp32)
+    lse_N = hidden.new_zeros((rows,), dtype=fp32)
+    skipped_N = hidden.new_zeros((rows,), dtype=fp32)
+    row_NH = hidden.new_zeros(
+        (rows if with_row else 0, width), dtype=hidden.dtype if per_row == 1 else fp32
+    )
+    if count == 0:
+        return logp_NK, lse_N, row_NH, skipped_N
+    head = {"bias": bias, "cap": softcap or 1.0, "temperature": temperature}
+    head |= {"HAS_BIAS": bias is not None, "CAPPED": softcap is not None}
+    if not with_row:
+        _forward(hidden, weight, targets, active_A, logp_NK, lse_N, head)
+    else:
+        for rows_R in active_A.split(ROWS):
+            chunked = _forward_with_row(
+                hidden[rows_R], weight, targets[rows_R], head, softcap, skip_below
+            )
+            for output, value in zip((logp_NK, lse_N, row_NH, skipped_N), chunked, strict=True):
+                output[rows_R] = value.to(output.dtype)
+    return logp_NK.masked_fill_(targets == ignore_index, 0.0), lse_N, row_NH, skipped_N
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    active_A: Tensor,
+    logp_NK: Tensor,
+    lse_N: Tensor,
+    head: dict[str, Any],
+) -> None:
+    count, (vocabulary, width), per_row = len(active_A), weight.shape, targets.shape[1]
+    even = width % 64 == 0 and aligned(hidden) and aligned(weight)
+    config = blocks(hidden.dtype, capability_of(hidden), even)
+    tiles = triton.cdiv(vocabulary, config["BLOCK_T"])
+    row_blocks = triton.cdiv(count, config["BLOCK_R"])
+    parts = splits(row_blocks, tiles, processors(hidden))
+    span = triton.cdiv(tiles, parts) * config["BLOCK_T"]
+    parts = triton.cdiv(vocabulary, span)
+    peaks_SA, sums_SA = hidden.new_empty((2, parts, count), dtype=torch.float32)
+    chosen_AK = hidden.new_zeros((count, per_row), dtype=torch.float32)
+    _forward_kernel[(row_blocks, parts)](
+        hidden=hidden,
+        weight=weight,
+        targets=targets.contiguous(),
+        rows=active_A,
+        peaks=peaks_SA,
+        sums=sums_SA,
+        chosen=chosen_AK,
+        A=count,
+        V=vocabulary,
+        H=width,
+        hidden_stride=hidden.stride(0),
+        weight_stride=weight.stride(0),
+        K=per_row,
+        span=span,
+        EVEN_H=even,
+        **head,
+        **config,
+    )
+    peak_A = peaks_SA.amax(0)
+    log_sum_A = ((peaks_SA - peak_A).exp_() * sums_SA).sum(0).log_()
+    # z - max first: both are large together on peaked rows, and the rest is what matters.
+    logp_NK[active_A] = chosen_AK - peak_A[:, None] - log_sum_A[:, None]
+    lse_N[active_A] = peak_A + log_sum_A
+
+
+def _forward_with_row(
+    hidden_RH: Tensor,
+    weight: Tensor,
+    targets_RK: Tensor,
+    head: dict[str, Any],
+    softcap: float | None,
+    skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (count, width), vocabulary, per_row = hidden_RH.shape, weight.shape[0], targets_RK.shape[1]
+    chunk = _chunk(count)
+    fp32 = {"dtype": torch.float32, "device": hidden_RH.device}
+    peak_R = torch.full((count,), LOWEST.value, **fp32)
+    sum_R, skipped_R = torch.zeros((2, count), **fp32)
+    z_RK = torch.zeros((count, per_row), **fp32)
+    mean_RH = torch.zeros((count, width), **fp32)
+    z = torch.empty((count * chunk,), **fp32)
+    p = hidden_RH.new_empty((count * chunk,))
+    tops_RT, masses_RT = torch.zeros((2, count, chunk // SKIP_T), **fp32)
+    for start in range(0, vocabulary, chunk):
+        weight_CH = weight[start : start + chunk]
+        entries = len(weight_CH)
+        z_RC = z[: count * entries].view(count, entries)
+        p_RC = p[: count * entries].view(count, entries)
+        multiply_add(z_RC, hidden_RH, weight_CH.T, add=False)
+        before_R = peak_R.clone() if skip_below else None
+        _chunk_kernel[(count,)](
+            logits=z_RC,
+            targets=targets_RK,
+            peaks=peak_R,
+            sums=sum_R,
+            chosen=z_RK,
+            means=mean_RH,
+            p=p_RC,
+            tops=tops_RT,
+            masses=masses_RT,
+            start=start,
+            width=entries,
+            H=width,
+            K=per_row,
+            TILED=skip_below > 0,
+            **head,
+            **_chunk_blocks(chunk),
+        )
+        if before_R is None:
+            multiply_add(mean_RH, p_RC, weight_CH, add=True)
+        else:
+            skipped_R.mul_(torch.exp(before_R - peak_R))
+            skipped_R += _add_kept_tiles(mean_RH, p_RC, weight_CH, tops_RT, masses_RT, skip_below)
+    log_sum_R = sum_R.log()
+    logp_RK = z_RK - peak_R[:, None] - log_sum_R[:, None]
+    row_RH = mean_RH.div_(sum_R[:, None] * head["temperature"])
+    if per_row == 1:
+        slope_R1 = target_slope(z_RK, softcap, head["temperature"])
+        row_RH = torch.addcmul(row_RH.neg_(), slope_R1, weight[targets_RK[:, 0]].float())
+    return logp_RK, peak_R + log_sum_R, row_RH, skipped_R.div_(sum_R)
+
+
+def _add_kept_tiles(
+    mean_RH: Tensor,
+    p_RC: Tensor,
+    weight_CH: Tensor,
+    tops_RT: Tensor,
+    masses_RT: Tensor,
+    skip_below: float,
+) -> Tensor:
+    """Add the products of the tiles that some row of a block needs; return the mass left out."""
+    (count, width), entries = mean_RH.shape, len(weight_CH)
+    row_blocks, tiles = triton.cdiv(count, SKIP_R), tops_RT.shape[1]
+    block_R = torch.arange(count, device=mean_RH.device) // SKIP_R
+    top_BT = tops_RT.new_zeros((row_blocks, tiles)).index_reduce_(0, block_R, tops_RT, "amax")
+    keep_BT = top_BT >= skip_below
+    even = width % 128 == 0 and aligned(weight_CH)
+    config = _kept_blocks(p_RC.dtype, even)
+    _kept_tiles_kernel[(row_blocks, triton.cdiv(width, config["BLOCK_H"]))](
+        p=p_RC,
+        weight=weight_CH,
+        means=mean_RH,
+        kept=keep_BT.int().argsort(dim=1, descending=True, stable=True).int(),
+        counts=keep_BT.sum(1, dtype=torch.int32),
+        A=count,
+        H=width,
+        width=entries,
+        weight_stride=weight_CH.stride(0),
+        TILES=tiles,
+        EVEN_H=even,
+        **config,
+    )
+    return (masses_RT * ~keep_BT[block_R]).sum(1)
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same arguments and results as the portable version."""
+    needs_hidden, needs_weight, needs_bias = needs
+    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    hidden_AH, targets_AK, lse_A = hidden[active_A], targets[active_A], lse[active_A]
+    grad_AK = grad[active_A].float().masked_fill_(targets_AK == ignore_index, 0.0)
+    d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty((0,))
+    d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty((0,))
+    d_bias = weight.new_empty((len(weight) if needs_bias else 0,))
+    d_hidden_AH = torch.zeros_like(hidden_AH, dtype=torch.float32) if needs_hidden else None
+    chunk = _chunk(len(active_A))
+    for start in range(0, len(weight), chunk):
+        weight_CH = weight[start : start + chunk]
+        entries = len(weight_CH)
+        d_weight_CH = torch.zeros_like(weight_CH, dtype=torch.float32) if needs_weight else None
+        d_bias_C = weight.new_zeros((entries,), dtype=torch.float32)
+        for first in range(0, len(active_A), ROWS):
+            part = slice(first, first + ROWS)
+            hidden_RH = hidden_AH[part]
+            z_RC = hidden.new_empty((len(hidden_RH), entries), dtype=torch.float32)
+            g_RC = hidden.new_empty((len(hidden_RH), entries))
+            multiply_add(z_RC, hidden_RH, weight_CH.T, add=False)
+            _gradient_kernel[(len(hidden_RH),)](
+                logits=z_RC,
+                bias=bias,
+                targets=targets_AK[part],
+                lse=lse_A[part],
+                grad=grad_AK[part],
+                g=g_RC,
+                start=start,
+                width=entries,
+                K=targets.shape[1],
+                cap=softcap or 1.0,
+                temperature=temperature,
+                HAS_BIAS=bias is not None,
+                CAPPED=softcap is not None,
+                BLOCK_C=chunk,
+                num_warps=_chunk_blocks(chunk)["num_warps"],
+            )
+            if d_hidden_AH is not None:
+                multiply_add(d_hidden_AH[part], g_RC, weight_CH, add=True)
+            if d_weight_CH is not None:
+                multiply_add(d_weight_CH, g_RC.T, hidden_RH, add=True)
+            d_bias_C += g_RC.sum(0, dtype=torch.float32)
+        if d_weight_CH is not None:
+            d_weight[start : start + chunk] = d_weight_CH
+        if needs_bias:
+            d_bias[start : start + chunk] = d_bias_C
+    if d_hidden_AH is not None:
+        d_hidden[active_A] = d_hidden_AH.to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _chunk(rows: int) -> int:
+    return next((chunk for limit, chunk in CHUNKS if rows <= limit), CHUNKS[-1][1])
+
+
+def _chunk_blocks(chunk: int) -> dict[str, int]:
+    return {"BLOCK_C": chunk, "BLOCK_T": SKIP_T, "BLOCK_H": 1024, "num_warps": max(4, chunk // 512)}
+
+
+def _kept_blocks(dtype: torch.dtype, even: bool) -> dict[str, int]:
+    width = 128 if even and dtype != torch.float32 else 32
+    return {
+        "BLOCK_R": SKIP_R,
+        "BLOCK_T": SKIP_T,
+        "BLOCK_H": width,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+
+
+def launches(capability: int) -> list[Launch]:
+    """Every form in which the kernels can be launched."""
+    found: list[Launch] = []
+    plain = {"HAS_BIAS": False, "CAPPED": False, "bias": None}
+    capped = {"HAS_BIAS": True, "CAPPED": True}
+    for dtype, name in SIGNATURE.items():
+        for head, even in ((plain, True), (capped, True), (capped, False)):
+            bias = "" if "bias" in head else "bias"
+            forward = [
+                (f"*{name}", "hidden weight " + bias),
+                ("*i64", "targets rows"),
+                ("*fp32", "peaks sums chosen"),
+                ("i32", "A V H hidden_stride weight_stride K span"),
+                ("fp32", "cap temperature"),
+            ]
+            found.append(
+                Launch.of(
+                    _forward_kernel,
+                    forward,
+                    {**head, "EVEN_H": even, **blocks(dtype, capability, even)},
+                    aligned="hidden weight H hidden_stride weight_stride" if even else "",
+                    products=True,
+                )
+            )
+        for _, chunk in CHUNKS:
+            for head, tiled in ((plain, False), (capped, True)):
+                chunked = [
+                    (f"*{name}", "p " + ("" if "bias" in head else "bias")),
+                    ("*i64", "targets"),
+                    ("*fp32", "logits peaks sums chosen means tops masses"),
+                    ("i32", "start width H K"),
+                    ("fp32", "cap temperature"),
+                ]
+                found.append(
+                    Launch.of(
+                        _chunk_kernel,
+                        chunked,
+                        {**head, "TILED": tiled, **_chunk_blocks(chunk)},
+                        aligned="logits p means width H",
+                    )
+                )
+            gradient = [
+                (f"*{name}", "g bias"),
+                ("*i64", "targets"),
+                ("*fp32", "logits lse grad"),
+                ("i32", "start width K"),
+                ("fp32", "cap temperature"),
+            ]
+            warps = _chunk_blocks(chunk)["num_warps"]
+            found.append(
+                Launch.of(
+                    _gradient_kernel,
+                    gradient,
+                    {**capped, "BLOCK_C": chunk, "num_warps": warps},
+                    aligned="logits g width",
+                )
+            )
+        kept = [
+            (f"*{name}", "p weight"),
+            ("*fp32", "means"),
+            ("*i32", "kept counts"),
+            ("i32", "A H width weight_stride"),
+        ]
+        for even in (True, False):
+            found.append(
+                Launch.of(
+                    _kept_tiles_kernel,
+                    kept,
+                    {"TILES": CHUNKS[0][1] // SKIP_T, "EVEN_H": even, **_kept_blocks(dtype, even)},
+                    aligned="p weight means H width weight_stride" if even else "",
+                    products=True,
+                )
+            )
+    return found
