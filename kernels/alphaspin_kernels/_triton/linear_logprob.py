@@ -309,6 +309,7 @@ def linear_logprob(
     """Same arguments and results as the portable version."""
     check_targets(targets, weight.shape[0], ignore_index)
     hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
     active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
     rows, width = hidden.shape
     count, per_row = len(active_A), targets.shape[1]
@@ -357,7 +358,7 @@ def _forward(
     _forward_kernel[(row_blocks, parts)](
         hidden=hidden,
         weight=weight,
-        targets=targets.contiguous(),
+        targets=targets,
         rows=active_A,
         peaks=peaks_SA,
         sums=sums_SA,
@@ -485,9 +486,10 @@ def backward(
     """Same arguments and results as the portable version."""
     needs_hidden, needs_weight, needs_bias = needs
     hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
     active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
     hidden_AH, targets_AK, lse_A = hidden[active_A], targets[active_A], lse[active_A]
-    grad_AK = grad[active_A].float().masked_fill_(targets_AK == ignore_index, 0.0)
+    grad_AK = grad.contiguous()[active_A].float().masked_fill_(targets_AK == ignore_index, 0.0)
     d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty((0,))
     d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty((0,))
     d_bias = weight.new_empty((len(weight) if needs_bias else 0,))
