@@ -95,8 +95,8 @@ def _portable(
     # The states 1 ... longest, as rows of one tensor: a step of a recursion is then one operation.
     states_L = torch.arange(1, longest + 1, device=lengths_B.device)
     ended_LB = states_L[:, None] > lengths_B
-    log_pf_LB = log_pf_BL.T[:longest].double()
-    step_LB = (log_reward_BS - log_pterm_BS).T[: longest + 1].double().diff(dim=0) - log_pf_LB
+    steps = [x.T[: longest + 1].double().diff(dim=0) for x in (log_reward_BS, log_pterm_BS)]
+    step_LB = steps[0] - steps[1] - log_pf_BL.T[:longest]
     delta_LB = step_LB.masked_fill_(ended_LB, 0.0)
     fade_L = fade ** (longest - states_L).double()  # lam^-(j-1) to lam^-(longest-1)
 

@@ -17,7 +17,7 @@ from alphaspin_kernels import _dispatch, kernel_status, linear_logprob, referenc
 from alphaspin_kernels.linear_logprob import ROWS, TILE, _linear_logprob, _portable
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from implementations import LargestTensor
 
 ROOT = Path(__file__).parents[2]
 # The package's attribute of this name is the function.
@@ -404,20 +404,6 @@ def test_bad_arguments(changes, message, unpacked):
     for function in (linear_logprob, reference.linear_logprob):
         with pytest.raises(ValueError, match=message):
             function(**(arguments | changes))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remember the largest tensor any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            # A view of an argument is no memory of its own; its storage is.
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 def test_portable_version_builds_no_logit_matrix():

@@ -73,10 +73,9 @@ def recursions(
     log_pterm += states
     log_reward += states
     ends += states
-    # A number passed to a kernel is fp32: lam comes in two.
-    growth = growth_high.to(tl.float64) + growth_low.to(tl.float64)
-
     zero = tl.zeros([ROWS], tl.float64)
+    # A number passed to a kernel is fp32: this one comes in two.
+    growth = zero + growth_high + growth_low
     a, m, q, sum_q, sum_a = zero, zero, zero, zero, zero
     for j in range(1, longest + 1):
         on = j <= length
