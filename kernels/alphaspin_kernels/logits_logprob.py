@@ -11,8 +11,8 @@ takes one read of the logits z. Only the normaliser of each row is kept, and the
 takes one more read and one write. The normaliser is kept as its two parts, m and log s: their sum,
 rounded, would lose the digits that p needs where logits are large and p is near 1.
 
-One operator, ``alphaspin::logits_logprob``, dispatched by device: the portable version below, Triton
-for CUDA (``_triton/logits_logprob.py``), C++ for the CPU (``csrc/logits_logprob.cpp``).
+One operator, ``alphaspin::logits_logprob``, dispatched by device: the portable version below,
+Triton for CUDA (``_triton/logits_logprob.py``), C++ for the CPU (``csrc/logits_logprob.cpp``).
 
 Shape suffixes: N rows, V vocabulary, K targets per row, A active rows (with at least one target
 that is not ignored), R rows of one chunk.

@@ -178,7 +178,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     g_BS, d_log_pf_BL = ctx.saved_tensors
-    needs_pf, needs_pterm, needs_reward, *_ = ctx.needs_input_grad
+    needs_pf, needs_pterm, needs_reward = ctx.needs_input_grad[:3]
     return (
         grad * d_log_pf_BL if needs_pf else None,
         -grad * g_BS if needs_pterm else None,

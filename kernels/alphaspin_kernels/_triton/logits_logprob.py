@@ -1,4 +1,5 @@
-"""Log-probabilities of target tokens from logits: ``alphaspin_kernels/logits_logprob.py`` in Triton.
+# pyright: basic, reportCallIssue=false
+"""Log-probabilities of target tokens from logits: ``logits_logprob.py`` one folder up, in Triton.
 
 One program per row forward, one per row and tile backward. Both are bound by memory: the logits are
 read once each way, in vectors of 16 bytes where V and the addresses are multiples of 16.

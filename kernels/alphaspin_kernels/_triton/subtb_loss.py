@@ -1,3 +1,4 @@
+# pyright: basic, reportCallIssue=false
 """Sub-trajectory balance in O(L): the recursions of ``alphaspin_kernels/subtb_loss.py`` in Triton.
 
 A program takes a block of rows, one per thread, through the states in order and, for the gradient,
@@ -122,14 +123,13 @@ def subtb_loss(
     check_lengths(lengths, tokens)
     rows = batch if with_gradient else 0
     longest = int(lengths.max()) if batch else 0
-    double = {"dtype": torch.float64}
-    ends_BS = log_pf.new_zeros((rows, tokens + 1), **double)
-    later_BL = log_pf.new_zeros((rows, tokens), **double)
+    ends_BS = log_pf.new_zeros((rows, tokens + 1), dtype=torch.float64)
+    later_BL = log_pf.new_zeros((rows, tokens), dtype=torch.float64)
     if longest == 0:
         return log_pf.new_zeros(()), ends_BS.float(), later_BL.float()
     growth, fade = rates(lam)
-    fade_S = fade ** torch.arange(longest + 1, device=log_pf.device, **double)
-    sums_2B = log_pf.new_empty((2, batch), **double)
+    fade_S = fade ** torch.arange(longest + 1, device=log_pf.device, dtype=torch.float64)
+    sums_2B = log_pf.new_empty((2, batch), dtype=torch.float64)
     growth_high = torch.tensor(growth, dtype=torch.float32, device="cpu").item()
     recursions[(triton.cdiv(batch, ROWS),)](
         log_pf.contiguous(),
