@@ -17,8 +17,8 @@ namespace {
 
 using at::Tensor;
 
-// States of one task.
-constexpr int64_t GRAIN = 1 << 12;
+// States of one task: a millisecond or two, since waking the threads of a busy machine costs that.
+constexpr int64_t GRAIN = 1 << 16;
 
 std::tuple<Tensor, Tensor, Tensor> subtb_loss_cpu(const Tensor& log_pf, const Tensor& log_pterm,
                                                   const Tensor& log_reward, const Tensor& lengths,
