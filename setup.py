@@ -15,6 +15,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 RECIPE_FILES = ("yaml", "jsonl", "json", "safetensors", "jinja")
+# Without traps to preserve, loops with conditions in them can be vectorised.
+FLAGS = ["-O3", "-fno-trapping-math"]
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
 
 
@@ -43,7 +45,7 @@ def extension_arguments() -> dict:
     extension = CppExtension(
         "alphaspin_kernels._C",
         SOURCES,
-        extra_compile_args=["-O3", "-fopenmp"] if sys.platform == "linux" else ["-O3"],
+        extra_compile_args=[*FLAGS, "-fopenmp"] if sys.platform == "linux" else FLAGS,
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
         py_limited_api=True,
     )

@@ -28,6 +28,8 @@
 #include <string>
 #include <tuple>
 
+#include "vector_math.h"
+
 namespace {
 
 using at::Tensor;
@@ -43,45 +45,6 @@ constexpr int64_t DEPTH = 32;
 
 // Read by alphaspin_kernels/_extension.py from the bytes of the file, before it is loaded.
 __attribute__((used)) const char BUILT_FOR[] = "ALPHASPIN_TORCH=" TORCH_VERSION;
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-
-// e^x for x <= 0, about 1 ulp; 0 below the smallest normal number; NaN stays NaN.
-ALWAYS_INLINE float exp_negative(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504088896341f + kRound;
-  const float n = shifted - kRound;
-  float f = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in a product with n
-  f = f + n * 2.12194440054690583e-4f;
-  float p = 1.0f / 5040.0f;
-  p = p * f + 1.0f / 720.0f;
-  p = p * f + 1.0f / 120.0f;
-  p = p * f + 1.0f / 24.0f;
-  p = p * f + 1.0f / 6.0f;
-  p = p * f + 0.5f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits << 23) + (127u << 23);
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.3f ? 0.0f : p * power;
-}
-
-// tanh by its series near 0, where 1 - e^(-2|x|) would lose digits.
-ALWAYS_INLINE float tanh_fast(float x) {
-  const float a = std::fabs(x);
-  const float e = exp_negative(-2.0f * a);
-  const float far = std::copysign((1.0f - e) / (1.0f + e), x);
-  const float s = x * x;
-  float p = 62.0f / 2835.0f;
-  p = p * s - 17.0f / 315.0f;
-  p = p * s + 2.0f / 15.0f;
-  p = p * s - 1.0f / 3.0f;
-  p = p * s + 1.0f;
-  return a < 0.3f ? x * p : far;
-}
 
 struct Head {
   float cap;  // 0: none
@@ -152,20 +115,15 @@ struct Loops {
 
 ALPHASPIN_VERSION(baseline, )
 #if defined(__x86_64__)
-ALPHASPIN_VERSION(avx2, __attribute__((target("avx2,fma"))))
-ALPHASPIN_VERSION(avx512, __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,fma"))))
+ALPHASPIN_VERSION(avx2, ALPHASPIN_AVX2)
+ALPHASPIN_VERSION(avx512, ALPHASPIN_AVX512)
 #endif
 
 const Loops& loops() {
   static const Loops chosen = [] {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
-      return Loops{transform_avx512, exponentiate_avx512, "AVX-512"};
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      return Loops{transform_avx2, exponentiate_avx2, "AVX2"};
-    }
+    if (has_avx512()) return Loops{transform_avx512, exponentiate_avx512, "AVX-512"};
+    if (has_avx2()) return Loops{transform_avx2, exponentiate_avx2, "AVX2"};
 #endif
     return Loops{transform_baseline, exponentiate_baseline, "baseline"};
   }();

@@ -7,5 +7,14 @@ by device, and has a plain PyTorch definition of the same name in ``alphaspin_ke
 from alphaspin_kernels import reference
 from alphaspin_kernels._dispatch import OPERATORS, kernel_status
 from alphaspin_kernels.linear_logprob import linear_logprob
+from alphaspin_kernels.logits_logprob import logits_logprob
+from alphaspin_kernels.subtb_loss import subtb_loss
 
-__all__ = ["OPERATORS", "kernel_status", "linear_logprob", "reference"]
+__all__ = [
+    "OPERATORS",
+    "kernel_status",
+    "linear_logprob",
+    "logits_logprob",
+    "reference",
+    "subtb_loss",
+]

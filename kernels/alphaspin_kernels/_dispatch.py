@@ -24,8 +24,8 @@ _BUILD = "build it with `pip install --no-build-isolation -e .` (or `python setu
 Implementation = Literal["triton", "csrc", "torch"]
 
 # Operators that have a C++ version: where it is faster than PyTorch (benchmarks/results).
-CSRC = frozenset({"linear_logprob"})
-OPERATORS = ("linear_logprob",)
+CSRC = frozenset({"linear_logprob", "logits_logprob", "subtb_loss"})
+OPERATORS = ("linear_logprob", "logits_logprob", "subtb_loss")
 
 
 def choose(operator: str, tensor: Tensor) -> Implementation:

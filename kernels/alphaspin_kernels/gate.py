@@ -26,7 +26,6 @@ from triton.compiler import ASTSource
 from alphaspin_kernels import OPERATORS
 from alphaspin_kernels._triton.common import Launch
 
-OPERATORS = ("linear_logprob",)
 # Shared memory one block may have, bytes: CUDA C++ programming guide, "technical specifications per
 # compute capability" (163 KB on 8.0, 227 KB on 9.0 and 10.0).
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}

@@ -2,7 +2,8 @@
 
 They run in fp32, or in float64 when the inputs are float64, and are what the tests compare with.
 
-Shape suffixes: N rows, H hidden size, V vocabulary, K targets per row.
+Shape suffixes: N rows, H hidden size, V vocabulary, K targets per row; B sequences, L tokens,
+S = L + 1 states of a sequence.
 """
 
 import math
@@ -40,13 +41,6 @@ def check_linear_logprob(
         raise ValueError(
             f"hidden has H = {hidden_NH.shape[1]} but weight has H = {weight_VH.shape[1]}"
         )
-    if targets.dim() not in (1, 2) or targets.shape[0] != hidden_NH.shape[0]:
-        raise ValueError(
-            f"targets must be [N] or [N, K] with N = {hidden_NH.shape[0]}, "
-            f"got {list(targets.shape)}"
-        )
-    if targets.dtype != torch.int64:
-        raise ValueError(f"targets must be torch.int64, got {targets.dtype}")
     if hidden_NH.dtype not in _FLOATS:
         raise ValueError(f"hidden must be one of {_FLOATS}, got {hidden_NH.dtype}")
     if bias_V is not None and bias_V.shape != weight_VH.shape[:1]:
@@ -59,6 +53,17 @@ def check_linear_logprob(
     for name, tensor in (("weight", weight_VH), ("targets", targets), ("bias", bias_V)):
         if tensor is not None and tensor.device != hidden_NH.device:
             raise ValueError(f"hidden is on {hidden_NH.device} but {name} is on {tensor.device}")
+    _check_options(targets, hidden_NH.shape[0], softcap, temperature)
+
+
+def _check_options(targets: Tensor, rows: int, softcap: float | None, temperature: float) -> None:
+    """Raise ValueError if what all log-prob operators take does not fit together."""
+    if targets.dim() not in (1, 2) or targets.shape[0] != rows:
+        raise ValueError(
+            f"targets must be [N] or [N, K] with N = {rows}, got {list(targets.shape)}"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be torch.int64, got {targets.dtype}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be None or positive and finite, got {softcap}")
     if not (temperature > 0 and math.isfinite(temperature)):
@@ -95,10 +100,143 @@ def linear_logprob(
     logits_NV = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         logits_NV = logits_NV + bias.to(dtype)
+    return logits_logprob(
+        logits_NV, targets, softcap=softcap, temperature=temperature, ignore_index=ignore_index
+    )
+
+
+def check_logits_logprob(
+    logits_NV: Tensor,
+    targets: Tensor,
+    softcap: float | None,
+    temperature: float,
+    inplace_backward: bool,
+) -> None:
+    """Raise ValueError, naming both sides, if the arguments do not fit together.
+
+    Reads no values: see :func:`check_linear_logprob`.
+    """
+    if logits_NV.dim() != 2:
+        raise ValueError(f"logits must be [N, V], got {list(logits_NV.shape)}")
+    if logits_NV.dtype not in _FLOATS:
+        raise ValueError(f"logits must be one of {_FLOATS}, got {logits_NV.dtype}")
+    _check_options(targets, logits_NV.shape[0], softcap, temperature)
+    if targets.device != logits_NV.device:
+        raise ValueError(f"logits is on {logits_NV.device} but targets is on {targets.device}")
+    if not inplace_backward or not logits_NV.requires_grad:
+        return
+    if logits_NV.is_leaf:
+        raise ValueError(
+            "inplace_backward=True would replace the logits by their own gradient, but logits "
+            "is a leaf (logits.is_leaf = True): pass inplace_backward=False"
+        )
+    rows, vocabulary = logits_NV.shape
+    if (vocabulary > 1 and logits_NV.stride(1) != 1) or (
+        rows > 1 and logits_NV.stride(0) < vocabulary
+    ):
+        raise ValueError(
+            "inplace_backward=True needs rows that are contiguous and do not overlap, "
+            f"got logits of shape {list(logits_NV.shape)} and strides {logits_NV.stride()}"
+        )
+
+
+def logits_logprob(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Definition of :func:`alphaspin_kernels.logits_logprob`; builds the [N, V] log-softmax.
+
+    Arguments, result and errors are those of the fused operator; autograd goes through it, and
+    ``inplace_backward`` changes nothing.
+    """
+    check_logits_logprob(logits, targets, softcap, temperature, inplace_backward)
+    check_targets(targets, logits.shape[1], ignore_index)
+    targets_NK = targets if targets.dim() == 2 else targets[:, None]
+    ignored_NK = targets_NK == ignore_index
+    # Rows with nothing to score are not read: a NaN there reaches no gradient.
+    logits_NV = logits.to(accumulation_dtype(logits.dtype))
+    logits_NV = logits_NV.masked_fill(ignored_NK.all(1, keepdim=True), 0.0)
     if softcap is not None:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
-    targets_NK = targets.reshape(len(targets), -1)
-    ignored_NK = targets_NK == ignore_index
     logp_NK = logp_NV.gather(1, targets_NK.masked_fill(ignored_NK, 0))
     return logp_NK.masked_fill(ignored_NK, 0.0).reshape(targets.shape)
+
+
+def check_subtb_loss(
+    log_pf_BL: Tensor, log_pterm_BS: Tensor, log_reward_BS: Tensor, lengths_B: Tensor, lam: float
+) -> None:
+    """Raise ValueError, naming both sides, if the arguments do not fit together.
+
+    Reads no values; those of the lengths are checked by :func:`check_lengths`.
+    """
+    if log_pf_BL.dim() != 2:
+        raise ValueError(f"log_pf must be [B, L], got {list(log_pf_BL.shape)}")
+    if log_pf_BL.dtype not in _FLOATS:
+        raise ValueError(f"log_pf must be one of {_FLOATS}, got {log_pf_BL.dtype}")
+    batch, longest = log_pf_BL.shape
+    for name, tensor in (("log_pterm", log_pterm_BS), ("log_reward", log_reward_BS)):
+        if tensor.shape != (batch, longest + 1):
+            raise ValueError(
+                f"{name} must be [B, L + 1] = {[batch, longest + 1]} (log_pf is [B, L]), "
+                f"got {list(tensor.shape)}"
+            )
+        if tensor.dtype != log_pf_BL.dtype:
+            raise ValueError(f"log_pf is {log_pf_BL.dtype} but {name} is {tensor.dtype}")
+    if lengths_B.shape != (batch,) or lengths_B.dtype != torch.int64:
+        raise ValueError(
+            f"lengths must be [B] torch.int64 with B = {batch}, "
+            f"got {list(lengths_B.shape)} {lengths_B.dtype}"
+        )
+    for name, tensor in (
+        ("log_pterm", log_pterm_BS),
+        ("log_reward", log_reward_BS),
+        ("lengths", lengths_B),
+    ):
+        if tensor.device != log_pf_BL.device:
+            raise ValueError(f"log_pf is on {log_pf_BL.device} but {name} is on {tensor.device}")
+    if not (lam >= 0 and math.isfinite(lam)):
+        raise ValueError(f"lam must be finite and not negative, got {lam}")
+
+
+def check_lengths(lengths_B: Tensor, limit: int) -> None:
+    """Raise ValueError if a length is outside [0, limit]."""
+    outside_B = (lengths_B < 0) | (lengths_B > limit)
+    if outside_B.any():
+        raise ValueError(f"length {lengths_B[outside_B][0].item()} is outside [0, L = {limit}]")
+
+
+def subtb_loss(
+    log_pf: Tensor, log_pterm: Tensor, log_reward: Tensor, lengths: Tensor, lam: float
+) -> Tensor:
+    """Definition of :func:`alphaspin_kernels.subtb_loss`: all O(L^2) pairs of states.
+
+    Arguments, result and errors are those of the fused operator; autograd goes through it.
+    """
+    check_subtb_loss(log_pf, log_pterm, log_reward, lengths, lam)
+    check_lengths(lengths, log_pf.shape[1])
+    dtype = accumulation_dtype(log_pf.dtype)
+    state_S = torch.arange(log_pf.shape[1] + 1, device=log_pf.device)
+    valid_BS = state_S <= lengths[:, None]
+
+    def read(values: Tensor, valid: Tensor) -> Tensor:
+        return values.to(dtype).masked_fill(~valid, 0.0)
+
+    sum_pf_BS = torch.nn.functional.pad(read(log_pf, valid_BS[:, 1:]).cumsum(1), (1, 0))
+    r_BS = read(log_reward, valid_BS) - read(log_pterm, valid_BS) - sum_pf_BS
+    # lam^(j-i-1), over the weight of the longest pair if that is the largest: no overflow.
+    gap_SS = state_S - state_S[:, None] - 1
+    largest = max(int(lengths.max()) - 1, 0) if lam > 1 and len(lengths) else 0
+    weight_SS = torch.pow(
+        torch.tensor(lam, dtype=torch.float64, device=log_pf.device), gap_SS - largest
+    )
+    pair_BSS = valid_BS[:, :, None] & valid_BS[:, None, :] & (gap_SS >= 0)
+    weight_BSS = torch.where(pair_BSS, weight_SS, 0.0).to(dtype)
+    squares_BSS = (r_BS[:, :, None] - r_BS[:, None, :]).square()
+    total = weight_BSS.sum()
+    return (weight_BSS * squares_BSS).sum() / torch.where(total > 0, total, 1.0)

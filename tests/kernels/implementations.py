@@ -1,14 +1,17 @@
 """Force one implementation of the operators in a test, and find the device it runs on.
 
-"torch" is the portable version, "csrc" the C++ extension, "triton" the Triton kernels: on the GPU if
-there is one, otherwise on the CPU in Triton's interpreter.
+"torch" is the portable version, "csrc" the C++ extension, "triton" the Triton kernels: on the GPU
+if there is one, otherwise on the CPU in Triton's interpreter.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from alphaspin_kernels import _dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available()
 BUILT = _dispatch.csrc_problem() is None
@@ -19,7 +22,6 @@ needs_triton = pytest.mark.skipif(
 TORCH = pytest.param("torch")
 CSRC = pytest.param("csrc", marks=needs_csrc)
 TRITON = pytest.param("triton", marks=needs_triton)
-
 
 @pytest.fixture
 def force(monkeypatch):
@@ -43,3 +45,30 @@ def force(monkeypatch):
 def generator(seed: int) -> torch.Generator:
     """A generator on the device of the implementation under test."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remember the largest tensor any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            # A view of an argument is no memory of its own.
+            if tensor.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, tensor.numel())
+        return result

@@ -18,8 +18,7 @@ from alphaspin_kernels import _dispatch, kernel_status, linear_logprob, referenc
 from alphaspin_kernels.linear_logprob import ROWS, TILE, _linear_logprob, _portable
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import BUILT, CSRC, TORCH, TRITON, generator, needs_csrc
-from torch.utils._python_dispatch import TorchDispatchMode
+from implementations import BUILT, CSRC, TORCH, TRITON, LargestTensor, generator, needs_csrc
 
 ROOT = Path(__file__).parents[2]
 # The package's attribute of this name is the function.
@@ -406,20 +405,6 @@ def test_bad_arguments(changes, message, unpacked):
             function(**(arguments | changes))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remember the largest tensor any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            # A view of an argument is no memory of its own; its storage is.
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
-
-
 def test_portable_version_builds_no_logit_matrix():
     case = problem(n=64, h=4, v=256_000, k=1)
     arguments = (case["hidden"], case["weight"], case["targets"], None, None, 1.0, -100, True, 0.0)
@@ -428,6 +413,7 @@ def test_portable_version_builds_no_logit_matrix():
     assert 0 < largest.numel <= 64 * TILE < 64 * 256_000 / 100
 
 
+@pytest.mark.parametrize("unpacked", [TORCH, CSRC], indirect=True)
 def test_peak_memory(unpacked, monkeypatch):
     """Forward and both backward passes stay far below the 251 MiB of one [N, V] matrix."""
     monkeypatch.setattr(MODULE, "TILE", TILE)
@@ -442,7 +428,7 @@ def test_peak_memory(unpacked, monkeypatch):
 
 def test_status_names_the_implementation():
     status = kernel_status()
-    assert set(status) == {"linear_logprob.cpu", "linear_logprob.cuda"}
+    assert {"linear_logprob.cpu", "linear_logprob.cuda"} <= set(status)
     start = "C++ extension" if BUILT else "PyTorch: extension"
     assert status["linear_logprob.cpu"].startswith(start)
 
