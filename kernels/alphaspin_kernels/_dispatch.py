@@ -25,7 +25,7 @@ Implementation = Literal["triton", "csrc", "torch"]
 
 # Operators that have a C++ version: where it is faster than PyTorch (benchmarks/results).
 CSRC = frozenset({"linear_logprob"})
-OPERATORS = ("linear_logprob",)
+OPERATORS = ("linear_logprob", "segmented_lora")
 
 
 def choose(operator: str, tensor: Tensor) -> Implementation:

@@ -27,6 +27,7 @@ from alphaspin_kernels._triton.common import Launch
 
 OPERATORS = (
     "linear_logprob",
+    "segmented_lora",
 )
 # Shared memory one block may have, bytes: CUDA C++ programming guide, "technical specifications per
 # compute capability" (163 KB on 8.0, 227 KB on 9.0 and 10.0).
