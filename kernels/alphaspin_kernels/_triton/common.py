@@ -1,11 +1,13 @@
 """What the kernels share: dtypes under the interpreter, and the record of a launch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Triton's interpreter multiplies the raw bits of bf16 in tl.dot (triton issue 11584).
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -34,6 +36,52 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     products: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        types: Sequence[tuple[str, str]],
+        options: dict[str, Any],
+        *,
+        aligned: str = "",
+        products: bool = False,
+    ) -> "Launch":
+        """Shorter to write: ``[("*bf16", "hidden weight")]``, and the options of a launch as they are."""
+        options = dict(options)
+        compiler = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
+        named = {name: kind for kind, names in types for name in names.split()}
+        return cls(kernel, named, options, tuple(aligned.split()), products=products, **compiler)
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, so that it can be loaded 16 at a time."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def capability_of(x: Tensor) -> int:
+    """Compute capability of the tensor's GPU, 10 x major + minor; 90 where there is none."""
+    if not x.is_cuda:
+        return 90
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the tensor's GPU; 4 in the interpreter, so that work is split there too."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def multiply_add(c: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+    """c <- (c +) a b with c in fp32: 16-bit factors through cuBLAS's fp32 sums, never rounded."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if add:
+            torch.addmm(c, a, b, out_dtype=torch.float32, out=c)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=c)
+    else:
+        with torch.autocast(a.device.type, enabled=False):
+            torch.addmm(c, a.float(), b.float(), beta=float(add), out=c)
 
 
 @triton.jit
