@@ -5,8 +5,8 @@ by device, and has a plain PyTorch definition of the same name in ``alphaspin_ke
 """
 
 from alphaspin_kernels import reference
-from alphaspin_kernels._dispatch import kernel_status
+from alphaspin_kernels._dispatch import OPERATORS, kernel_status
 from alphaspin_kernels.linear_logprob import linear_logprob
 from alphaspin_kernels.segmented_lora import segmented_lora
 
-__all__ = ["kernel_status", "linear_logprob", "reference", "segmented_lora"]
+__all__ = ["OPERATORS", "kernel_status", "linear_logprob", "reference", "segmented_lora"]

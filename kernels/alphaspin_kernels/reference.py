@@ -187,7 +187,7 @@ def check_segmented_lora(
 
 def dropout_key(seed: int) -> int:
     """The 32-bit key of a 64-bit seed, as a signed integer."""
-    halves = [_signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF)]
+    halves = [signed(seed & 0xFFFFFFFF), signed(seed >> 32 & 0xFFFFFFFF)]
     low, high = torch.tensor(halves, dtype=torch.int32, device="cpu")
     return int(_mix(high ^ _mix(low)))
 
@@ -218,14 +218,15 @@ def dropout_mask(
 def _mix(h: Tensor) -> Tensor:
     """fmix32, in place: int32 products wrap, the masks make the shifts unsigned."""
     h ^= (h >> 16) & 0xFFFF
-    h *= _signed(0x85EBCA6B)
+    h *= signed(0x85EBCA6B)
     h ^= (h >> 13) & 0x7FFFF
-    h *= _signed(0xC2B2AE35)
+    h *= signed(0xC2B2AE35)
     h ^= (h >> 16) & 0xFFFF
     return h
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The 32-bit signed integer with the bits of an unsigned one."""
     return value - (value >> 31 << 32)
 
 

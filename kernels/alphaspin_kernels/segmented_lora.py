@@ -84,7 +84,7 @@ def segmented_lora(
     policy = adapters[0]
     a, b = (None, None) if policy is None else policy
     others = [pair for pair in adapters[1:] if pair is not None]
-    given = [int(pair is not None) for pair in adapters[1:]]
+    slots = itertools.count()
     trained = policy is not None and any(matrix.requires_grad for matrix in policy)
     y_NO, _ = _segmented_lora(
         x,
@@ -95,7 +95,7 @@ def segmented_lora(
         [pair[0] for pair in others],
         [pair[1] for pair in others],
         list(segments),
-        [sum(given[:s]) if given[s] else -1 for s in range(len(given))],
+        [-1, *(-1 if pair is None else next(slots) for pair in adapters[1:])],
         [float(value) for value in scalings],
         float(dropout) if a is not None else 0.0,
         seed,
@@ -172,7 +172,7 @@ def segment_pairs(
 ) -> list[tuple[slice, tuple[Tensor, Tensor] | None]]:
     """The rows and the adapter of each segment."""
     pairs = [None if a is None or b is None else (a, b)]
-    pairs += [None if slot < 0 else (others_a[slot], others_b[slot]) for slot in slots]
+    pairs += [None if slot < 0 else (others_a[slot], others_b[slot]) for slot in slots[1:]]
     stops = list(itertools.accumulate(segments))
     rows = [slice(stop - count, stop) for stop, count in zip(stops, segments, strict=True)]
     return list(zip(rows, pairs, strict=True))
@@ -208,7 +208,7 @@ def _segmented_lora(
     seed: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`a`, `b`: the policy's; `slots`: which of the others each later segment has, or -1."""
+    """`a`, `b`: the policy's; `slots`: which of the others a segment has, or -1."""
     rest = (bias, a, b, others_a, others_b, segments, slots, scaling, dropout, seed, keep)
     if _dispatch.choose("segmented_lora", x) == "triton":
         from alphaspin_kernels._triton import segmented_lora as kernels

@@ -442,7 +442,7 @@ def test_peak_memory(unpacked, monkeypatch):
 
 def test_status_names_the_implementation():
     status = kernel_status()
-    assert set(status) == {"linear_logprob.cpu", "linear_logprob.cuda"}
+    assert {"linear_logprob.cpu", "linear_logprob.cuda"} <= set(status)
     start = "C++ extension" if BUILT else "PyTorch: extension"
     assert status["linear_logprob.cpu"].startswith(start)
 

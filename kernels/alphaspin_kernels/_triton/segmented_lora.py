@@ -9,6 +9,8 @@ Shape suffixes: R rows, C columns out, K columns in and J ranks of a block, othe
 portable version: N, P, S rows, I and O width in and out.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ from alphaspin_kernels._triton.common import (
     dot,
     processors,
 )
-from alphaspin_kernels.reference import dropout_key, dropout_threshold
+from alphaspin_kernels.reference import dropout_key, dropout_threshold, signed
 from alphaspin_kernels.segmented_lora import segment_pairs
 
 SEGMENTS = 8  # per launch; their ends are arguments of the kernel
@@ -352,11 +354,12 @@ def _linear(
             up[slot, :, : b_OR.shape[1]] = b_OR
     stops = [rows.stop - start for rows, _ in pairs]
     stops += [end - start] * (SEGMENTS - len(stops))
-    slots, used = 0, 0
-    for s, (_, pair) in enumerate(pairs):
-        if pair is not None:
-            used += 1
-            slots |= used << 4 * s
+    used = itertools.accumulate(int(pair is not None) for _, pair in pairs)
+    slots = sum(
+        slot << 4 * s
+        for s, (slot, (_, pair)) in enumerate(zip(used, pairs, strict=True))
+        if pair is not None
+    )
     even = x.shape[1] % 64 == 0  # the largest BLOCK_K
     for wide in (True, False):
         options = blocks(x.dtype, low.dtype, capability_of(x), even=even, wide=wide)
@@ -374,7 +377,7 @@ def _linear(
         y[start:end],
         count,
         *stops,
-        slots,
+        signed(slots),
         x.shape[1],
         len(weight),
         low.shape[1],
