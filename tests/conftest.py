@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import os
 
-import alphaspin_kernels
 import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:

@@ -184,12 +184,9 @@ def _linear_kernel(
     if HAS_BIAS:
         y_RC += tl.load(bias + left + column).to(tl.float32)[None, :]
     inside_RC = (first + r < last)[:, None] & (left + c < outputs)[None, :]
+    y += first_64 * outputs + left
     y_RC = y_RC.to(y.dtype.element_ty)
-    tl.store(
-        y + (first_64 * outputs + left) + row[:, None] * outputs + column[None, :],
-        y_RC,
-        mask=inside_RC,
-    )
+    tl.store(y + r[:, None] * outputs + c[None, :], y_RC, mask=inside_RC)
 
 
 @triton.jit(do_not_specialize=["rows", "key", "threshold"])
