@@ -173,8 +173,9 @@ CASES = {
 DTYPES = [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP16)]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtypes", "dropout"), list(zip(DTYPES, [0.0, 0.0, 0.3, 0.3], strict=True)), ids=str
+)
 @pytest.mark.parametrize("name", CASES)
 def test_no_worse_than_pytorch(name, dtypes, dropout, three):
     dtype, adapter_dtype = dtypes
