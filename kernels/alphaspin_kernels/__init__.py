@@ -8,6 +8,7 @@ from alphaspin_kernels import reference
 from alphaspin_kernels._dispatch import OPERATORS, kernel_status
 from alphaspin_kernels.linear_logprob import linear_logprob
 from alphaspin_kernels.logits_logprob import logits_logprob
+from alphaspin_kernels.segmented_lora import segmented_lora
 from alphaspin_kernels.subtb_loss import subtb_loss
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "linear_logprob",
     "logits_logprob",
     "reference",
+    "segmented_lora",
     "subtb_loss",
 ]

@@ -3,10 +3,12 @@
 They run in fp32, or in float64 when the inputs are float64, and are what the tests compare with.
 
 Shape suffixes: N rows, H hidden size, V vocabulary, K targets per row; B sequences, L tokens,
-S = L + 1 states of a sequence.
+S = L + 1 states of a sequence; of segmented_lora: I and O width in and out, R rank or rows of a
+segment, C columns.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -240,3 +242,160 @@ def subtb_loss(
     squares_BSS = (r_BS[:, :, None] - r_BS[:, None, :]).square()
     total = weight_BSS.sum()
     return (weight_BSS * squares_BSS).sum() / torch.where(total > 0, total, 1.0)
+
+
+Adapter = tuple[Tensor, Tensor] | None
+
+
+def check_segmented_lora(
+    x_NI: Tensor,
+    weight_OI: Tensor,
+    adapters: Sequence[Adapter],
+    segments: Sequence[int],
+    scaling: float | Sequence[float],
+    bias_O: Tensor | None,
+    dropout: float,
+    seed: int,
+) -> list[float]:
+    """Return one scaling per segment; raise ValueError, naming both sides, if something is off."""
+    if x_NI.dim() != 2 or weight_OI.dim() != 2 or x_NI.shape[1] != weight_OI.shape[1]:
+        raise ValueError(
+            "x must be [N, I] and weight [O, I], "
+            f"got {list(x_NI.shape)} and {list(weight_OI.shape)}"
+        )
+    if x_NI.dtype not in _FLOATS:
+        raise ValueError(f"x must be one of {_FLOATS}, got {x_NI.dtype}")
+    (width_out, width_in), dtype = weight_OI.shape, x_NI.dtype
+    if bias_O is not None and bias_O.shape != (width_out,):
+        raise ValueError(f"bias must be [O] with O = {width_out}, got {list(bias_O.shape)}")
+    if not segments or len(adapters) != len(segments):
+        raise ValueError(f"{len(adapters)} adapters for {len(segments)} segments")
+    if min(segments) < 0 or sum(segments) != x_NI.shape[0]:
+        raise ValueError(f"segments {list(segments)} must be row counts that add up to {len(x_NI)}")
+    many = isinstance(scaling, Sequence)
+    scalings = [float(value) for value in (scaling if many else [scaling] * len(segments))]
+    if len(scalings) != len(segments):
+        raise ValueError(f"{len(scalings)} scalings for {len(segments)} segments")
+    if not all(math.isfinite(value) for value in scalings):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    frozen: list[tuple[str, Tensor]] = [("weight", weight_OI)]
+    if bias_O is not None:
+        frozen.append(("bias", bias_O))
+    for name, tensor in frozen:
+        if tensor.dtype != dtype:
+            raise ValueError(f"x is {dtype} but {name} is {tensor.dtype}")
+    named = list(frozen)
+    for s, pair in enumerate(adapters):
+        if pair is None:
+            continue
+        a_RI, b_OR = pair
+        if (
+            a_RI.dim() != 2
+            or a_RI.shape[0] == 0
+            or a_RI.shape[1] != width_in
+            or b_OR.shape != (width_out, a_RI.shape[0])
+        ):
+            raise ValueError(
+                f"adapter {s} must be A [r, {width_in}] and B [{width_out}, r], "
+                f"got {list(a_RI.shape)} and {list(b_OR.shape)}"
+            )
+        if a_RI.dtype != b_OR.dtype or a_RI.dtype not in (dtype, torch.float32):
+            raise ValueError(
+                f"adapter {s} must be {dtype} like x, or torch.float32, "
+                f"got {a_RI.dtype} and {b_OR.dtype}"
+            )
+        both = [(f"A of adapter {s}", a_RI), (f"B of adapter {s}", b_OR)]
+        named += both
+        frozen += both if s else []
+    for name, tensor in named:
+        if tensor.device != x_NI.device:
+            raise ValueError(f"x is on {x_NI.device} but {name} is on {tensor.device}")
+    for name, tensor in frozen:
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad but is frozen here: only x and the adapter of the first "
+                "segment, the policy, get gradients"
+            )
+    return scalings
+
+
+def dropout_key(seed: int) -> int:
+    """The 32-bit key of a 64-bit seed, as a signed integer."""
+    halves = [signed(seed & 0xFFFFFFFF), signed(seed >> 32 & 0xFFFFFFFF)]
+    low, high = torch.tensor(halves, dtype=torch.int32, device="cpu")
+    return int(_mix(high ^ _mix(low)))
+
+
+def dropout_threshold(dropout: float) -> int:
+    """Random bits, as a signed 32-bit integer, below this are dropped."""
+    return int(dropout * 2**32) - 2**31
+
+
+def dropout_mask(
+    rows: int, columns: range, dropout: float, seed: int, device: torch.device
+) -> Tensor:
+    """Which entries of [rows, columns] dropout keeps, [rows, len(columns)] bool.
+
+    A function of (seed, row, column) alone: bits = mix(mix(mix(row) ^ key) ^ mix(column)), with the
+    finaliser of MurmurHash3 (Appleby 2011, "fmix32") as mix.
+    """
+    row_R = torch.arange(rows, dtype=torch.int32, device=device)
+    column_C = torch.arange(columns.start, columns.stop, dtype=torch.int32, device=device)
+    row_R, column_C = _mix(_mix(row_R) ^ dropout_key(seed)), _mix(column_C)
+    kept_RC = torch.empty(rows, len(columns), dtype=torch.bool, device=device)
+    for first in range(0, rows, 64):  # bits that stay in the processor's cache
+        bits = _mix(row_R[first : first + 64, None] ^ column_C)
+        torch.ge(bits, dropout_threshold(dropout), out=kept_RC[first : first + 64])
+    return kept_RC
+
+
+def _mix(h: Tensor) -> Tensor:
+    """fmix32, in place: int32 products wrap, the masks make the shifts unsigned."""
+    h ^= (h >> 16) & 0xFFFF
+    h *= signed(0x85EBCA6B)
+    h ^= (h >> 13) & 0x7FFFF
+    h *= signed(0xC2B2AE35)
+    h ^= (h >> 16) & 0xFFFF
+    return h
+
+
+def signed(value: int) -> int:
+    """The 32-bit signed integer with the bits of an unsigned one."""
+    return value - (value >> 31 << 32)
+
+
+def segmented_lora(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    segments: Sequence[int],
+    scaling: float | Sequence[float],
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Definition of :func:`alphaspin_kernels.segmented_lora`, segment by segment.
+
+    Arguments, result and errors are those of the fused operator; autograd goes through it.
+    """
+    scalings = check_segmented_lora(x, weight, adapters, segments, scaling, bias, dropout, seed)
+    dtype = accumulation_dtype(x.dtype)
+    outputs: list[Tensor] = []
+    for s, x_RI in enumerate(x.split(list(segments))):
+        x_RI = (x_RI if s == 0 else x_RI.detach()).to(dtype)
+        y_RO = x_RI @ weight.to(dtype).T
+        if bias is not None:
+            y_RO = y_RO + bias.to(dtype)
+        pair = adapters[s]
+        if pair is not None:
+            if s == 0 and dropout:
+                mask_RI = dropout_mask(len(x_RI), range(x_RI.shape[1]), dropout, seed, x.device)
+                x_RI = x_RI * mask_RI / (1 - dropout)
+            y_RO = y_RO + scalings[s] * (x_RI @ pair[0].to(dtype).T) @ pair[1].to(dtype).T
+        outputs.append(y_RO)
+    return torch.cat(outputs).to(x.dtype)

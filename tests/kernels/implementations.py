@@ -23,6 +23,7 @@ TORCH = pytest.param("torch")
 CSRC = pytest.param("csrc", marks=needs_csrc)
 TRITON = pytest.param("triton", marks=needs_triton)
 
+
 @pytest.fixture
 def force(monkeypatch):
     """A function that makes every operator use one implementation, until the test ends.

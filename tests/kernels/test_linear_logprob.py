@@ -361,7 +361,15 @@ def test_any_shape(n, h, v, k, dtype, softcap, temperature, seed):
         assert_no_worse(case, trainable=bool(seed % 3), **options)
     targets = case["targets"].reshape(n, -1)
     logp, *_ = _portable(
-        case["hidden"], case["weight"], targets, case["bias"], softcap, temperature, -100, False, 0.0
+        case["hidden"],
+        case["weight"],
+        targets,
+        case["bias"],
+        softcap,
+        temperature,
+        -100,
+        False,
+        0.0,
     )
     exact = reference.linear_logprob(
         case["hidden"].double(),

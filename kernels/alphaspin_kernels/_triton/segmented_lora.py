@@ -1,0 +1,482 @@
+"""segmented_lora on the GPU: low = scaling drop(x) A^T per adapter, then y = x W^T + low B^T.
+
+The second kernel is a plain tiled product over the rows of all segments whose last step along the
+summed axis is the adapter's: low and B are one more pair of tiles. A block of rows never straddles
+a segment, so the whole block has one B. The gradient of x is cuBLAS's product dy W, to which a
+third kernel adds the low-rank part.
+
+Shape suffixes: R rows, C columns out, K columns in and J ranks of a block, otherwise as in the
+portable version: N, P, S rows, I and O width in and out.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alphaspin_kernels._triton.common import (
+    SIGNATURE,
+    Launch,
+    capability_of,
+    dot,
+    processors,
+)
+from alphaspin_kernels.reference import dropout_key, dropout_threshold, signed
+from alphaspin_kernels.segmented_lora import segment_pairs
+
+SEGMENTS = 8  # per launch; their ends are arguments of the kernel
+GROUP = tl.constexpr(16)  # blocks of rows that share the weight's tiles in the L2 cache
+
+
+@triton.jit
+def _mix(h):
+    """Finaliser of MurmurHash3 ("fmix32") on uint32."""
+    h ^= h >> 16
+    h *= 0x85EBCA6B
+    h ^= h >> 13
+    h *= 0xC2B2AE35
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _mask(row_R, column_C, key, threshold):
+    """Which entries dropout keeps: `reference.dropout_mask`."""
+    row_R = _mix(_mix(row_R.to(tl.uint32)) ^ key.to(tl.uint32))
+    bits_RC = _mix(row_R[:, None] ^ _mix(column_C.to(tl.uint32))[None, :])
+    return bits_RC.to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit(do_not_specialize=["rows", "key", "threshold"])
+def _low_kernel(
+    x,
+    a,
+    low,
+    kept,
+    rows,
+    inputs,
+    rank,
+    width,
+    x_stride,
+    a_stride,
+    scaling,
+    key,
+    threshold,
+    DROP: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """low [rows, width] = scaling drop(x) A^T, 0 beyond A's rank; KEEP also writes drop(x)."""
+    # Offsets of a block in 64 bits, within it in 32: fewer registers.
+    start = tl.program_id(0) * BLOCK_R
+    r = tl.arange(0, BLOCK_R)
+    row = tl.minimum(r, rows - start - 1)
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    x += start.to(tl.int64) * x_stride
+    low += start.to(tl.int64) * width
+    if KEEP:
+        kept += start.to(tl.int64) * inputs
+    keeping = tl.where(tl.program_id(1) == 0, rows, 0)
+    low_RJ = tl.zeros((BLOCK_R, BLOCK_J), tl.float32)
+    for at in range(0, inputs, BLOCK_K):
+        k = at + tl.arange(0, BLOCK_K)
+        inside_K = k < inputs
+        x_RK = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside_K[None, :], other=0.0)
+        if DROP:
+            x_RK = tl.where(_mask(start + r, k, key, threshold), x_RK, 0.0)
+        if KEEP:
+            mine_RK = (start + r < keeping)[:, None] & inside_K[None, :]
+            tl.store(kept + row[:, None] * inputs + k[None, :], x_RK, mask=mine_RK)
+        a_KJ = a + j[None, :] * a_stride + k[:, None]
+        a_KJ = tl.load(a_KJ, mask=inside_K[:, None] & (j < rank)[None, :], other=0.0)
+        low_RJ = dot(x_RK.to(a_KJ.dtype), a_KJ, low_RJ)
+    inside_RJ = (start + r < rows)[:, None] & (j < width)[None, :]
+    low_RJ = (low_RJ * scaling).to(low.dtype.element_ty)
+    tl.store(low + row[:, None] * width + j[None, :], low_RJ, mask=inside_RJ)
+
+
+@triton.jit(do_not_specialize=["row_blocks", *(f"stop_{s}" for s in range(8)), "slots"])
+def _linear_kernel(
+    x,
+    weight,
+    bias,
+    low,
+    up,
+    y,
+    row_blocks,
+    stop_0,
+    stop_1,
+    stop_2,
+    stop_3,
+    stop_4,
+    stop_5,
+    stop_6,
+    stop_7,
+    slots,
+    inputs,
+    outputs,
+    width,
+    x_stride,
+    weight_stride,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """y = x W^T + bias + low up[slot]^T, for up to 8 segments that end at the rows stop_0 ...
+
+    `slots` has four bits per segment: 0 for no adapter, otherwise one more than its slot.
+    """
+    # Neighbouring programs: GROUP blocks of rows times a few columns.
+    program = tl.program_id(0)
+    column_blocks = tl.cdiv(outputs, BLOCK_C)
+    group = program // (GROUP * column_blocks)
+    size = tl.minimum(row_blocks - group * GROUP, GROUP)
+    within = program % (GROUP * column_blocks)
+    block = group * GROUP + within % size
+    left = within // size * BLOCK_C
+
+    # The block's segment: its first row, where its segment ends, which adapter.
+    first, last, slot = 0, 0, 0
+    begin = 0
+    stops = (stop_0, stop_1, stop_2, stop_3, stop_4, stop_5, stop_6, stop_7)
+    for s in tl.static_range(8):
+        blocks = tl.cdiv(stops[s] - begin, BLOCK_R)
+        here = (block >= 0) & (block < blocks)
+        first = tl.where(here, begin + block * BLOCK_R, first)
+        last = tl.where(here, stops[s], last)
+        slot = tl.where(here, (slots >> (4 * s)) & 15, slot)
+        block -= blocks
+        begin = stops[s]
+
+    # Rows and columns past the end read the last one, and are not stored. Offsets of the block in
+    # 64 bits, within it in 32: fewer registers.
+    r, c, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    row, column = tl.minimum(r, last - first - 1), tl.minimum(c, outputs - left - 1)
+    first_64, left_64 = first.to(tl.int64), left.to(tl.int64)
+    x_RK = x + first_64 * x_stride + row[:, None] * x_stride + k[None, :]
+    weight_KC = weight + left_64 * weight_stride + column[None, :] * weight_stride + k[:, None]
+    y_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for at in range(0, inputs, BLOCK_K):
+        if EVEN:
+            y_RC = dot(tl.load(x_RK + at), tl.load(weight_KC + at), y_RC)
+        else:
+            inside_K = at + k < inputs
+            part_RK = tl.load(x_RK + at, mask=inside_K[None, :], other=0.0)
+            part_KC = tl.load(weight_KC + at, mask=inside_K[:, None], other=0.0)
+            y_RC = dot(part_RK, part_KC, y_RC)
+    # Rows without an adapter have no low: it is not read.
+    j = tl.arange(0, BLOCK_J)
+    offset = (tl.maximum(slot - 1, 0).to(tl.int64) * outputs + left) * width
+    low_RJ = low + first_64 * width + row[:, None] * width + j[None, :]
+    up_JC = up + offset + column[None, :] * width + j[:, None]
+    ranks = tl.where(slot > 0, width, 0)
+    for at in range(0, width, BLOCK_J):
+        inside_J = at + j < ranks
+        part_RJ = tl.load(low_RJ + at, mask=inside_J[None, :], other=0.0)
+        part_JC = tl.load(up_JC + at, mask=inside_J[:, None], other=0.0)
+        y_RC = dot(part_RJ, part_JC, y_RC)
+    if HAS_BIAS:
+        y_RC += tl.load(bias + left + column).to(tl.float32)[None, :]
+    inside_RC = (first + r < last)[:, None] & (left + c < outputs)[None, :]
+    y += first_64 * outputs + left
+    y_RC = y_RC.to(y.dtype.element_ty)
+    tl.store(y + r[:, None] * outputs + c[None, :], y_RC, mask=inside_RC)
+
+
+@triton.jit(do_not_specialize=["rows", "key", "threshold"])
+def _update_kernel(
+    dx,
+    low,
+    a,
+    rows,
+    inputs,
+    rank,
+    a_stride,
+    key,
+    threshold,
+    DROP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx [rows, inputs] += drop'(low A), low [rows, rank] contiguous."""
+    start = tl.program_id(0) * BLOCK_R
+    r = tl.arange(0, BLOCK_R)
+    row = tl.minimum(r, rows - start - 1)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    low += start.to(tl.int64) * rank
+    dx += start.to(tl.int64) * inputs
+    sum_RK = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for at in range(0, rank, BLOCK_J):
+        j = at + tl.arange(0, BLOCK_J)
+        inside_J = j < rank
+        low_RJ = tl.load(low + row[:, None] * rank + j[None, :], mask=inside_J[None, :], other=0.0)
+        a_JK = a + j[:, None] * a_stride + k[None, :]
+        a_JK = tl.load(a_JK, mask=inside_J[:, None] & (k < inputs)[None, :], other=0.0)
+        sum_RK = dot(low_RJ.to(a_JK.dtype), a_JK, sum_RK)
+    if DROP:
+        sum_RK = tl.where(_mask(start + r, k, key, threshold), sum_RK, 0.0)
+    inside_RK = (start + r < rows)[:, None] & (k < inputs)[None, :]
+    dx_RK = dx + row[:, None] * inputs + k[None, :]
+    sum_RK += tl.load(dx_RK, mask=inside_RK, other=0.0).to(tl.float32)
+    tl.store(dx_RK, sum_RK.to(dx.dtype.element_ty), mask=inside_RK)
+
+
+def blocks(
+    dtype: torch.dtype, low_dtype: torch.dtype, capability: int, *, even: bool, wide: bool
+) -> dict[str, int]:
+    """Blocks of the product: the largest without spilled registers.
+
+    Args:
+        dtype: of x.
+        low_dtype: of the adapters; fp32 ones beside 16 bits take registers.
+        capability: of the GPU.
+        even: whether the blocks divide the columns of x. If not, what is loaded passes through
+            registers instead of going straight to shared memory.
+        wide: whether there are enough wide blocks for all processors.
+    """
+    if dtype == torch.float32:
+        tile = {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    elif capability not in (90, 100) or not even:
+        tile = {"BLOCK_R": 128, "BLOCK_C": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    elif wide and low_dtype == dtype:
+        tile = {"BLOCK_R": 128, "BLOCK_C": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    else:
+        tile = {"BLOCK_R": 128, "BLOCK_C": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+    return {**tile, "BLOCK_J": _ranks(low_dtype)}
+
+
+def _ranks(dtype: torch.dtype) -> int:
+    """Ranks of a block. They are taken block by block, so that any number of them fits."""
+    return 16 if dtype == torch.float32 else 32
+
+
+def _small_blocks(dtype: torch.dtype) -> dict[str, int]:
+    """Blocks of the two small kernels, which wait for memory, by the dtype of the adapter."""
+    tile = {"BLOCK_R": 64, "BLOCK_J": _ranks(dtype), "BLOCK_K": 32}
+    return {**tile, "num_warps": 4, "num_stages": 3}
+
+
+def segmented_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    others_a: list[Tensor],
+    others_b: list[Tensor],
+    segments: list[int],
+    slots: list[int],
+    scaling: list[float],
+    dropout: float,
+    seed: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and results as the portable version."""
+    x, weight = _unit_stride(x), _unit_stride(weight)
+    y_NO = x.new_empty((len(x), len(weight)))
+    kept_PI = x.new_empty((segments[0] if keep else 0, x.shape[1]))
+    pairs = segment_pairs(a, b, others_a, others_b, segments, slots)
+    # Adapters of several dtypes meet in fp32.
+    dtypes = {pair[0].dtype for _, pair in pairs if pair is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32 if dtypes else x.dtype
+    width = max((len(pair[0]) for _, pair in pairs if pair is not None), default=0)
+    low_NR = x.new_empty((len(x), width), dtype=dtype)
+    for s, (rows, pair) in enumerate(pairs):
+        if pair is not None and segments[s]:
+            drop = dropout if s == 0 else 0.0
+            factor = scaling[s] / (1 - drop)
+            kept = kept_PI if s == 0 and keep else None
+            _low(x[rows], pair[0], low_NR[rows], kept, factor, drop, seed)
+    for first in range(0, len(pairs), SEGMENTS):
+        _linear(x, weight, bias, low_NR, pairs[first : first + SEGMENTS], y_NO)
+    return y_NO, kept_PI
+
+
+def _low(
+    x_SI: Tensor,
+    a_RI: Tensor,
+    low_SR: Tensor,
+    kept_SI: Tensor | None,
+    factor: float,
+    dropout: float,
+    seed: int,
+) -> None:
+    a_RI = _unit_stride(a_RI)
+    rows, width = low_SR.shape
+    options = _small_blocks(a_RI.dtype)
+    _low_kernel[(triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_J"]))](
+        x_SI,
+        a_RI,
+        low_SR,
+        kept_SI,
+        rows,
+        x_SI.shape[1],
+        len(a_RI),
+        width,
+        x_SI.stride(0),
+        a_RI.stride(0),
+        factor,
+        dropout_key(seed) if dropout else 0,
+        dropout_threshold(dropout),
+        DROP=dropout > 0,
+        KEEP=kept_SI is not None,
+        **options,
+    )
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor,
+    pairs: list[tuple[slice, tuple[Tensor, Tensor] | None]],
+    y: Tensor,
+) -> None:
+    """Rows of up to SEGMENTS segments."""
+    start, end = pairs[0][0].start, pairs[-1][0].stop
+    if start == end or not len(weight):
+        return
+    ups = [pair[1] for _, pair in pairs if pair is not None]
+    up = low
+    if ups:
+        up = low.new_zeros((len(ups), len(weight), low.shape[1]))
+        for slot, b_OR in enumerate(ups):
+            up[slot, :, : b_OR.shape[1]] = b_OR
+    stops = [rows.stop - start for rows, _ in pairs]
+    stops += [end - start] * (SEGMENTS - len(stops))
+    used = itertools.accumulate(int(pair is not None) for _, pair in pairs)
+    slots = sum(
+        slot << 4 * s
+        for s, (slot, (_, pair)) in enumerate(zip(used, pairs, strict=True))
+        if pair is not None
+    )
+    even = x.shape[1] % 64 == 0  # the largest BLOCK_K
+    for wide in (True, False):
+        options = blocks(x.dtype, low.dtype, capability_of(x), even=even, wide=wide)
+        height = options["BLOCK_R"]
+        count = sum(triton.cdiv(rows.stop - rows.start, height) for rows, _ in pairs)
+        programs = count * triton.cdiv(len(weight), options["BLOCK_C"])
+        if programs >= processors(x):
+            break
+    _linear_kernel[(programs,)](
+        x[start:end],
+        weight,
+        bias,
+        low[start:end],
+        up,
+        y[start:end],
+        count,
+        *stops,
+        signed(slots),
+        x.shape[1],
+        len(weight),
+        low.shape[1],
+        x.stride(0),
+        weight.stride(0),
+        HAS_BIAS=bias is not None,
+        EVEN=even,
+        **options,
+    )
+
+
+def input_gradient(
+    dx_PI: Tensor,
+    dy_PO: Tensor,
+    weight_OI: Tensor,
+    low_PR: Tensor | None,
+    a_RI: Tensor | None,
+    dropout: float,
+    seed: int,
+) -> None:
+    """Same arguments as the portable version; dy W is rounded before the low-rank part is added."""
+    torch.mm(dy_PO, weight_OI, out=dx_PI)
+    if low_PR is None or a_RI is None or not dx_PI.numel():
+        return
+    a_RI = _unit_stride(a_RI)
+    rows, width = dx_PI.shape
+    options = _small_blocks(a_RI.dtype)
+    _update_kernel[(triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_K"]))](
+        dx_PI,
+        low_PR.contiguous(),
+        a_RI,
+        rows,
+        width,
+        len(a_RI),
+        a_RI.stride(0),
+        dropout_key(seed) if dropout else 0,
+        dropout_threshold(dropout),
+        DROP=dropout > 0,
+        **options,
+    )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def launches(capability: int) -> list[Launch]:
+    """The forms in which the kernels can be launched.
+
+    The options once all off and once all on, which takes most registers. fp16 stands for bf16 too
+    where only one of them is listed: they differ in the name of an instruction.
+    """
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    return [
+        *forms(capability, bf16, bf16, full=False, wide=True),
+        *forms(capability, fp16, fp16, full=True, wide=False),
+        *forms(capability, bf16, fp32, full=True, wide=True),
+        *forms(capability, fp32, fp32, full=True, wide=True),
+    ]
+
+
+def forms(
+    capability: int, dtype: torch.dtype, low_dtype: torch.dtype, *, full: bool, wide: bool
+) -> list[Launch]:
+    """The three kernels for adapters of one dtype, with all options or without, aligned."""
+    name, low = SIGNATURE[dtype], SIGNATURE[low_dtype]
+    ends = " ".join(f"stop_{s}" for s in range(SEGMENTS))
+    tile = blocks(dtype, low_dtype, capability, even=not full, wide=wide)
+    small = _small_blocks(low_dtype)
+    product = Launch.of(
+        _linear_kernel,
+        [
+            (f"*{name}", "x weight y" + " bias" * full),
+            (f"*{low}", "low up"),
+            ("i32", f"row_blocks {ends} slots inputs outputs width x_stride weight_stride"),
+        ],
+        {"HAS_BIAS": full, "EVEN": not full, **tile} | ({} if full else {"bias": None}),
+        aligned="" if full else "x weight low up y inputs outputs width x_stride weight_stride",
+        products=True,
+    )
+    down = Launch.of(
+        _low_kernel,
+        [
+            (f"*{name}", "x" + " kept" * full),
+            (f"*{low}", "a low"),
+            ("i32", "rows inputs rank width x_stride a_stride key threshold"),
+            ("fp32", "scaling"),
+        ],
+        {"DROP": full, "KEEP": full, **small} | ({} if full else {"kept": None}),
+        aligned="" if full else "x a low inputs rank width x_stride a_stride",
+        products=True,
+    )
+    update = Launch.of(
+        _update_kernel,
+        [
+            (f"*{name}", "dx"),
+            ("*fp32", "low"),
+            (f"*{low}", "a"),
+            ("i32", "rows inputs rank a_stride key threshold"),
+        ],
+        {"DROP": full, **small},
+        aligned="" if full else "dx low a inputs rank a_stride",
+        products=True,
+    )
+    return [product, down, update]

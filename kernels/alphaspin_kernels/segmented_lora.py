@@ -1,0 +1,342 @@
+"""A frozen linear layer with LoRA adapters, a different one for each segment of the rows.
+
+With rows laid out in segments s = policy, previous, base, ...,
+
+    y[s] = x[s] W^T + bias + scaling_s (drop(x[s]) A_s^T) B_s^T
+
+reads W once for all of them; a segment without an adapter (the base) has the first terms only, and
+drop is the identity but for the policy. The policy is the first segment, and it alone is trained:
+
+    dx = dy W + scaling drop'(dy B A)
+    dA = scaling (dy B)^T drop(x)
+    dB = scaling dy^T (drop(x) A^T)
+
+over its rows, for which a copy of drop(x) is all that is kept; a view would keep every row of x.
+
+One operator, ``alphaspin::segmented_lora``: the portable version below, Triton kernels for CUDA.
+
+Shape suffixes: N rows, P rows of the policy, S rows of a segment, I and O width in and out, R rank,
+T columns of one tile.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from alphaspin_kernels import _dispatch
+from alphaspin_kernels.reference import (
+    Adapter,
+    accumulation_dtype,
+    check_segmented_lora,
+    dropout_mask,
+)
+
+TILE = 512  # columns of 16-bit results that are summed in fp32 at a time
+
+
+def segmented_lora(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    segments: Sequence[int],
+    scaling: float | Sequence[float],
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """Apply a frozen linear layer to all rows, and to each segment's rows that segment's adapter.
+
+    The low-rank products are summed in fp32 (float64 for float64 inputs), and so is their result
+    with x W^T before it is rounded to the dtype of x, except on CPUs that multiply 16-bit numbers
+    natively: there x W^T is rounded by itself first. Autocast changes nothing.
+
+    Args:
+        x: [N, I], bf16, fp16, fp32 or float64; any strides.
+        weight: [O, I], frozen, same dtype and device.
+        adapters: one per segment: (A [r, I], B [O, r]), in the dtype of x or fp32, or None. Ranks
+            and dtypes may differ between adapters.
+        segments: numbers of rows, 0 allowed, that add up to N. The first is the policy's.
+        scaling: of the update, alpha / r; one number, or one per segment.
+        bias: [O] or None, frozen, same dtype and device.
+        dropout: probability in [0, 1) with which an entry of the policy's x is 0 in its update; the
+            others are divided by 1 - dropout. No other segment has dropout.
+        seed: 64-bit; which entries are dropped is a function of (seed, row, column).
+
+    Returns:
+        [N, O], dtype of x. Differentiable once, in x (0 for rows after the policy's) and in the
+        policy's A and B.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, row counts that do not add
+            up to N, a dropout outside [0, 1), or weight, bias or another segment's adapter that
+            requires grad while gradients are enabled.
+
+    Source: Hu et al., "LoRA" (2021), equation 3; rows of several adapters in one product as in
+    Chen et al., "Punica" (2023).
+    """
+    scalings = check_segmented_lora(x, weight, adapters, segments, scaling, bias, dropout, seed)
+    policy = adapters[0]
+    a, b = (None, None) if policy is None else policy
+    others = [pair for pair in adapters[1:] if pair is not None]
+    slots = itertools.count()
+    trained = policy is not None and any(matrix.requires_grad for matrix in policy)
+    y_NO, _ = _segmented_lora(
+        x,
+        weight,
+        bias,
+        a,
+        b,
+        [pair[0] for pair in others],
+        [pair[1] for pair in others],
+        list(segments),
+        [-1, *(-1 if pair is None else next(slots) for pair in adapters[1:])],
+        [float(value) for value in scalings],
+        float(dropout) if a is not None else 0.0,
+        seed,
+        # Without other rows and noise, x itself can be kept.
+        torch.is_grad_enabled() and trained and (len(segments) > 1 or dropout > 0),
+    )
+    return y_NO
+
+
+def _portable(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    others_a: list[Tensor],
+    others_b: list[Tensor],
+    segments: list[int],
+    slots: list[int],
+    scaling: list[float],
+    dropout: float,
+    seed: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Portable version. Returns (y [N, O], the policy's x with 0 where dropped [P, I] or [0, I]).
+
+    The division by 1 - dropout is left to scalar factors, so that what is kept is not rounded.
+    """
+    dtype, (height, width) = accumulation_dtype(x.dtype), weight.shape
+    kept_PI = x.new_empty((segments[0] if keep else 0, width))
+    updates: list[tuple[slice, Tensor, Tensor]] = []  # rows, scaling drop(x) A^T, B
+    with torch.autocast(x.device.type, enabled=False):
+        native = multiplies_natively(x)
+        wide_NI = x if native else x.to(dtype)
+        for s, (rows, pair) in enumerate(segment_pairs(a, b, others_a, others_b, segments, slots)):
+            x_SI, factor = wide_NI[rows], scaling[s]
+            if s == 0 and dropout:
+                mask_SI = dropout_mask(len(x_SI), range(width), dropout, seed, x.device)
+                x_SI, factor = x_SI.where(mask_SI, 0.0), factor / (1 - dropout)
+            if s == 0 and keep:
+                kept_PI.copy_(x_SI)
+            if pair is not None:
+                low_SR = (x_SI.to(dtype) @ pair[0].to(dtype).T).mul_(factor)
+                updates.append((rows, low_SR, pair[1].to(dtype)))
+        if native:
+            y_NO = linear(x, weight, bias)
+            for rows, low_SR, b_OR in updates:
+                if x.dtype == dtype:
+                    y_NO[rows].addmm_(low_SR, b_OR.T)
+                else:
+                    for y_TO, low_TR in zip(
+                        y_NO[rows].split(TILE), low_SR.split(TILE), strict=True
+                    ):
+                        y_TO += low_TR @ b_OR.T
+        else:
+            y_NO = x.new_empty((len(x), height))
+            for start in range(0, height, TILE):
+                tile = slice(start, start + TILE)
+                bias_T = None if bias is None else bias[tile].to(dtype)
+                y_NT = linear(wide_NI, weight[tile].to(dtype), bias_T)
+                for rows, low_SR, b_OR in updates:
+                    y_NT[rows].addmm_(low_SR, b_OR[tile].T)
+                y_NO[:, tile] = y_NT
+    return y_NO, kept_PI
+
+
+def segment_pairs(
+    a: Tensor | None,
+    b: Tensor | None,
+    others_a: list[Tensor],
+    others_b: list[Tensor],
+    segments: list[int],
+    slots: list[int],
+) -> list[tuple[slice, tuple[Tensor, Tensor] | None]]:
+    """The rows and the adapter of each segment."""
+    pairs = [None if a is None or b is None else (a, b)]
+    pairs += [None if slot < 0 else (others_a[slot], others_b[slot]) for slot in slots[1:]]
+    stops = list(itertools.accumulate(segments))
+    rows = [slice(stop - count, stop) for stop, count in zip(stops, segments, strict=True)]
+    return list(zip(rows, pairs, strict=True))
+
+
+def multiplies_natively(x: Tensor) -> bool:
+    """Whether PyTorch multiplies this dtype fast: on CPUs, 16 bits need AVX-512 or better.
+
+    Elsewhere its 16-bit products were measured 8 times slower than converting tiles to fp32.
+    """
+    if x.is_cuda or x.dtype in (torch.float32, torch.float64):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@torch.library.custom_op("alphaspin::segmented_lora", mutates_args=())
+def _segmented_lora(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    others_a: list[Tensor],
+    others_b: list[Tensor],
+    segments: list[int],
+    slots: list[int],
+    scaling: list[float],
+    dropout: float,
+    seed: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """`a`, `b`: the policy's; `slots`: which of the others a segment has, or -1."""
+    rest = (bias, a, b, others_a, others_b, segments, slots, scaling, dropout, seed, keep)
+    if _dispatch.choose("segmented_lora", x) == "triton":
+        from alphaspin_kernels._triton import segmented_lora as kernels
+
+        return kernels.segmented_lora(x, weight, *rest)
+    return _portable(x, weight, *rest)
+
+
+@_segmented_lora.register_fake
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    segments, keep = rest[5], rest[-1]
+    return (
+        x.new_empty((x.shape[0], weight.shape[0])),
+        x.new_empty((segments[0] if keep else 0, x.shape[1])),
+    )
+
+
+@torch.library.custom_op("alphaspin::segmented_lora_backward", mutates_args=())
+def _segmented_lora_backward(
+    grad: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    rows: int,
+    scaling: float,
+    dropout: float,
+    seed: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dA, dB) from the gradient of y's first `rows` rows; empty where not needed."""
+    needs_x, needs_a, needs_b = needs
+    dtype, factor = accumulation_dtype(grad.dtype), scaling / (1 - dropout)
+    dx_NI, da_RI, db_OR = _empty_gradients(grad, weight, a, b, needs)
+    dy_PO, low_PR = grad[:rows], None
+    with torch.autocast(grad.device.type, enabled=False):
+        if a is not None and b is not None:
+            wide_PO, wide_RI = dy_PO.to(dtype), a.to(dtype)
+            low_PR = (wide_PO @ b.to(dtype)).mul_(factor)
+            if needs_a:
+                da_RI.copy_(low_PR.T @ kept.to(dtype))
+            if needs_b:
+                db_OR.copy_((wide_PO.T @ (kept.to(dtype) @ wide_RI.T)).mul_(factor))
+        if needs_x:
+            dx_NI[rows:] = 0
+            backward = _input_gradient
+            if _dispatch.choose("segmented_lora", grad) == "triton":
+                from alphaspin_kernels._triton import segmented_lora as kernels
+
+                backward = kernels.input_gradient
+            backward(dx_NI[:rows], dy_PO, weight, low_PR, a, dropout, seed)
+    return dx_NI, da_RI, db_OR
+
+
+@_segmented_lora_backward.register_fake
+def _backward_fake(
+    grad: Tensor, kept: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(grad, weight, a, b, needs=rest[-1])
+
+
+def _empty_gradients(
+    grad_NO: Tensor, weight_OI: Tensor, a: Tensor | None, b: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is not needed is empty."""
+
+    def like(tensor: Tensor | None, needed: bool) -> Tensor:
+        return grad_NO.new_empty((0,)) if tensor is None or not needed else torch.empty_like(tensor)
+
+    needs_x, needs_a, needs_b = needs
+    x_shape = (grad_NO.shape[0], weight_OI.shape[1])
+    dx_NI = grad_NO.new_empty(x_shape if needs_x else (0,))
+    return dx_NI, like(a, needs_a), like(b, needs_b)
+
+
+def _input_gradient(
+    dx_PI: Tensor,
+    dy_PO: Tensor,
+    weight_OI: Tensor,
+    low_PR: Tensor | None,
+    a_RI: Tensor | None,
+    dropout: float,
+    seed: int,
+) -> None:
+    """Portable version: dx <- dy W + mask (low A), rounded once; low = scaling dy B / (1 - p)."""
+    dtype = accumulation_dtype(dx_PI.dtype)
+    factor_PO = dy_PO if multiplies_natively(dy_PO) else dy_PO.to(dtype)
+    for start in range(0, weight_OI.shape[1], TILE):
+        tile = slice(start, start + TILE)
+        dx_PT = (factor_PO @ weight_OI[:, tile].to(factor_PO.dtype)).to(dtype)
+        if low_PR is not None and a_RI is not None:
+            a_RT = a_RI[:, tile].to(dtype)
+            if dropout:
+                columns = range(start, start + a_RT.shape[1])
+                mask_PT = dropout_mask(len(dx_PT), columns, dropout, seed, dx_PT.device)
+                dx_PT += (low_PR @ a_RT).where(mask_PT, 0.0)
+            else:
+                dx_PT.addmm_(low_PR, a_RT)
+        dx_PI[:, tile] = dx_PT
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, a, b, others, _, segments, _, scaling, ctx.dropout, ctx.seed, _ = inputs
+    kept = output[1]
+    ctx.mark_non_differentiable(kept)
+    ctx.rows, ctx.scaling, ctx.others = segments[0], scaling[0], len(others)
+    if len(segments) == 1 and not ctx.dropout and any(ctx.needs_input_grad[3:5]):
+        kept = x
+    ctx.save_for_backward(kept, weight, a, b)
+
+
+# A second differentiation would take what was kept for a constant; better an error than that.
+@once_differentiable
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    kept, weight, a, b = ctx.saved_tensors
+    needs = [bool(ctx.needs_input_grad[index]) for index in (0, 3, 4)]
+    gradients = _segmented_lora_backward(
+        grad, kept, weight, a, b, ctx.rows, ctx.scaling, ctx.dropout, ctx.seed, needs
+    )
+    return tuple(
+        gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+    )
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    dx, da, db = _gradients(ctx, grad)
+    nothing = [None] * ctx.others
+    return dx, None, None, da, db, nothing, nothing, *[None] * 6
+
+
+_segmented_lora.register_autograd(_backward, setup_context=_setup_context)
