@@ -1,18 +1,21 @@
 """Judges that are models on this machine: a reward model, and PairRM.
 
 Weights come from a Hugging Face folder or hub id and are all there, or it is an error: a head that
-is left random would judge without complaint. No code of the folder is run. Models run on the GPU in
-the checkpoint's type, or on the CPU in fp32.
+is left random would judge without complaint. Only safetensors are read and no code of the folder is
+run. Models run on the GPU in the checkpoint's type, or on the CPU in fp32.
 """
 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,34 +32,41 @@ from alphaspin.judges import Comparison, plain_text
 from alphaspin.runs import folder_hash
 
 
+@contextmanager
+def _loading(source: str) -> Generator[None]:
+    """Turn what transformers raises into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"judge {source}: cannot be loaded: {reason}") from error
+
+
 def _load(source: str, load: Callable[..., Any], tokenizer: Any) -> tuple[Any, Any, str]:
-    """Model with every weight from the checkpoint, tokenizer, and identity.
+    """Model, tokenizer, and what identifies them.
 
     Raises:
-        InputError: cannot be loaded, or lacks weights: they would be random numbers.
+        InputError: cannot be loaded, or lacks weights.
     """
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    transformers.utils.logging.disable_progress_bar()
+    with _loading(source):
         model, report = load(
-            source, dtype="auto", trust_remote_code=False, output_loading_info=True
+            source,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        if report["missing_keys"]:  # transformers goes on with random numbers in their place
+            raise ValueError(f"it has no weights for {min(report['missing_keys'])}")
         tokenizer = tokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"judge {source}: {error}") from error
-    absent = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
-    if absent:
-        raise InputError(f"judge {source}: the checkpoint has no fitting {', '.join(absent[:3])}")
-    folder = Path(source)
-    patterns = ("*.safetensors", "*.json", "*.jinja")
-    identity = (
-        folder_hash(folder, patterns)[:32]
-        if folder.is_dir()
-        else f"{source}@{getattr(config, '_commit_hash', None)}"
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        model = model.float()
-    return model.to(device).eval().requires_grad_(False), tokenizer, identity
+    if Path(source).is_dir():
+        identity = folder_hash(Path(source), ("*.safetensors", "*.json", "*.jinja"))[:32]
+    else:
+        identity = f"{source}@{getattr(model.config, '_commit_hash', None)}"
+    cuda = torch.cuda.is_available()
+    model = model.to("cuda") if cuda else model.float()
+    return model.eval().requires_grad_(False), tokenizer, identity
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
@@ -212,8 +222,8 @@ class PairRMJudge:
 
     The facts are from the package's source, the model card, config.json and added_tokens.json; the
     weights themselves have not been run here. The tokenizer is `tokenizer.json` as it stands:
-    transformers 5 would rebuild its normaliser for the class `DebertaV2Tokenizer`. The original
-    repository llm-blender/PairRM has no model config and does not load.
+    transformers 5 would rebuild its normaliser for the class `DebertaV2Tokenizer`. The config.json
+    of the original repository, llm-blender/PairRM, is not a model's: it does not load.
     """
 
     both_orders = False
@@ -231,10 +241,8 @@ class PairRMJudge:
         Raises:
             InputError: cannot be loaded, lacks weights, or is no PairRM.
         """
-        try:
+        with _loading(source):
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"judge {source}: {error}") from error
         names = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "n_tasks", "drop_out")
         if absent := [name for name in names if not hasattr(config, name)]:
             raise InputError(

@@ -86,7 +86,11 @@ class ServerJudge:
         stop = threading.Event()
 
         def ask(pair: Comparison) -> float | None:
-            return None if stop.is_set() else self._ask(pair, stop)
+            try:
+                return None if stop.is_set() else self._ask(pair, stop)
+            except BaseException:
+                stop.set()
+                raise
 
         failure: BaseException | None = None
         with ThreadPoolExecutor(self._workers) as pool:
@@ -96,7 +100,6 @@ class ServerJudge:
                     error = future.exception()
                     if error is not None:
                         failure = failure or error
-                        stop.set()
                     elif (verdict := future.result()) is not None:
                         yield {futures[future]: verdict}
             finally:

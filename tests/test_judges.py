@@ -150,7 +150,15 @@ def test_a_cycle_in_which_all_tie_is_no_pair_despite_rounding() -> None:
         q = 1 - p
         rows = [[0.5, p, 1 - p], [1 - p, 0.5, p], [p, 1 - p, 0.5]]
         assert pick_pair(np.array(rows)) is None
+        assert pick_pair(np.array(rows), "bradley_terry") is None
         assert pick_pair(np.array([[0.5, p, q], [q, 0.5, 1 - q], [1 - q, q, 0.5]])) is None
+
+
+def test_last_bits_are_no_preference() -> None:
+    assert pick_pair(np.array([[0.5, 0.5 + 1e-12], [0.5 - 1e-12, 0.5]])) is None
+    tied = np.array([[0.5, 0.5 - 1e-12, 0.9], [0.5 + 1e-12, 0.5, 0.9], [0.1, 0.1, 0.5]])
+    pair = pick_pair(tied)
+    assert pair is not None and (pair.best, pair.worst) == (0, 2)
 
 
 def test_labels() -> None:
@@ -447,18 +455,26 @@ def test_no_answered_request_is_repeated_after_a_failure(
         answered.append(answers_of(question))
         return cyclic(question, number)
 
-    url, _ = serve(reply)
+    url, requests = serve(reply)
     texts = [["rock", "paper", "scissors", "lizard"]]
     path = tmp_path / "verdicts"
     with pytest.raises(JudgeError, match="HTTP 400"):
         judge = ServerJudge(url, "tiny", workers=workers, backoff=0.001)
         win_probabilities(CachedJudge(judge, path), [ASK], texts)
-    assert len(answered) == 6
+    assert len(answered) == 6 and len(requests) <= 6 + workers  # and then nobody is troubled
     ill[0] = False
     cached = CachedJudge(ServerJudge(url, "tiny", workers=workers), path)
     (matrix,) = win_probabilities(cached, [ASK], texts)
     assert len(answered) == len(set(answered)) == 12 and cached.asked == 6
     assert matrix[0].tolist() == [0.5, 0, 1, 0.5]
+
+
+def test_who_stops_listening_stops_the_questions(serve: Callable[..., Any]) -> None:
+    url, requests = serve(cyclic)
+    verdicts = ServerJudge(url, "tiny", workers=1).compare(pairs_of(*map(str, range(20))))
+    next(iter(verdicts))
+    verdicts.close()  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(requests) < 100  # of 190
 
 
 @pytest.mark.parametrize(
