@@ -8,7 +8,9 @@ from alphaspin_kernels import reference
 from alphaspin_kernels._dispatch import OPERATORS, kernel_status
 from alphaspin_kernels.linear_logprob import linear_logprob
 from alphaspin_kernels.logits_logprob import logits_logprob
+from alphaspin_kernels.mixture_logprob import mixture_logprob
 from alphaspin_kernels.segmented_lora import segmented_lora
+from alphaspin_kernels.sequence_logprob import sequence_logprob
 from alphaspin_kernels.subtb_loss import subtb_loss
 
 __all__ = [
@@ -16,7 +18,9 @@ __all__ = [
     "kernel_status",
     "linear_logprob",
     "logits_logprob",
+    "mixture_logprob",
     "reference",
     "segmented_lora",
+    "sequence_logprob",
     "subtb_loss",
 ]

@@ -25,7 +25,14 @@ Implementation = Literal["triton", "csrc", "torch"]
 
 # Operators that have a C++ version: where it is faster than PyTorch (benchmarks/results).
 CSRC = frozenset({"linear_logprob", "logits_logprob", "subtb_loss"})
-OPERATORS = ("linear_logprob", "logits_logprob", "segmented_lora", "subtb_loss")
+OPERATORS = (
+    "linear_logprob",
+    "logits_logprob",
+    "mixture_logprob",
+    "segmented_lora",
+    "sequence_logprob",
+    "subtb_loss",
+)
 
 
 def choose(operator: str, tensor: Tensor) -> Implementation:

@@ -151,10 +151,10 @@ def _portable(
             mean_RH = torch.zeros_like(hidden_RH) if with_row else None
             for start in range(0, vocabulary, TILE):
                 weight_TH = weight[start : start + TILE].to(dtype)
-                z_RT, slope_RT = _logit_tile(
-                    hidden_RH, weight_TH, _tile(bias, start), softcap, temperature, with_row
+                z_RT, slope_RT = logit_tile(
+                    hidden_RH, weight_TH, tile_of(bias, start), softcap, temperature, with_row
                 )
-                inside_RK, local_RK = _local_targets(targets_RK, start, len(weight_TH))
+                inside_RK, local_RK = local_targets(targets_RK, start, len(weight_TH))
                 z_RK = torch.where(inside_RK, z_RT.gather(1, local_RK), z_RK)
                 new_max_R = torch.maximum(max_R, z_RT.amax(1))
                 rescale_R = torch.exp(max_R - new_max_R)
@@ -266,12 +266,12 @@ def _portable_backward(
             for first in range(0, len(active_A), ROWS):
                 chunk = slice(first, first + ROWS)
                 hidden_RH, grad_RK = hidden_AH[chunk], grad_AK[chunk]
-                z_RT, slope_RT = _logit_tile(
-                    hidden_RH, weight_TH, _tile(bias, start), softcap, temperature, True
+                z_RT, slope_RT = logit_tile(
+                    hidden_RH, weight_TH, tile_of(bias, start), softcap, temperature, True
                 )
                 # d loss / d z' = sum_k g_k (onehot(y_k) - p)
                 g_RT = z_RT.sub_(lse_A[chunk, None]).exp_().mul_(-grad_RK.sum(1, keepdim=True))
-                inside_RK, local_RK = _local_targets(targets_AK[chunk], start, len(weight_TH))
+                inside_RK, local_RK = local_targets(targets_AK[chunk], start, len(weight_TH))
                 g_RT.scatter_add_(1, local_RK, grad_RK.masked_fill(~inside_RK, 0.0))
                 if slope_RT is not None:
                     g_RT.mul_(slope_RT)
@@ -387,7 +387,7 @@ def _backward(ctx: Any, grad_NK: Tensor, *_: Tensor | None) -> tuple[Tensor | No
 _linear_logprob.register_autograd(once_differentiable(_backward), setup_context=_setup_context)
 
 
-def _logit_tile(
+def logit_tile(
     hidden_RH: Tensor,
     weight_TH: Tensor,
     bias_T: Tensor | None,
@@ -409,11 +409,12 @@ def _logit_tile(
     return z_RT, slope_RT
 
 
-def _tile(bias_V: Tensor | None, start: int) -> Tensor | None:
+def tile_of(bias_V: Tensor | None, start: int) -> Tensor | None:
+    """The bias of a tile."""
     return None if bias_V is None else bias_V[start : start + TILE]
 
 
-def _local_targets(targets_RK: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+def local_targets(targets_RK: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
     """Return (which targets lie in the tile, their column in it; 0 where they do not)."""
     local_RK = targets_RK - start
     inside_RK = (local_RK >= 0) & (local_RK < width)

@@ -2,13 +2,16 @@
 
 They run in fp32, or in float64 when the inputs are float64, and are what the tests compare with.
 
-Shape suffixes: N rows, H hidden size, V vocabulary, K targets per row; B sequences, L tokens,
+Shape suffixes: N rows, H hidden size, V vocabulary, K targets per row; B sequences, C = B + 1
+boundaries, L tokens,
 S = L + 1 states of a sequence; of segmented_lora: I and O width in and out, R rank or rows of a
 segment, C columns.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,6 +170,115 @@ def logits_logprob(
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     logp_NV = torch.log_softmax(logits_NV / temperature, dim=-1)
     logp_NK = logp_NV.gather(1, targets_NK.masked_fill(ignored_NK, 0))
+    return logp_NK.masked_fill(ignored_NK, 0.0).reshape(targets.shape)
+
+
+def check_cu_seqlens(hidden_NH: Tensor, cu_seqlens_C: Tensor) -> None:
+    """Raise ValueError if the boundaries have a wrong shape, dtype or device; reads no values."""
+    if cu_seqlens_C.dim() != 1 or not len(cu_seqlens_C):
+        raise ValueError(f"cu_seqlens must be [B + 1], got {list(cu_seqlens_C.shape)}")
+    if cu_seqlens_C.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be int32 or int64, got {cu_seqlens_C.dtype}")
+    if cu_seqlens_C.device != hidden_NH.device:
+        raise ValueError(f"hidden is on {hidden_NH.device} but cu_seqlens on {cu_seqlens_C.device}")
+
+
+def check_boundaries(cu_seqlens_C: Tensor, rows: int) -> None:
+    """Raise ValueError if the boundaries do not rise from 0 to the number of rows."""
+    first, last = cu_seqlens_C[0].item(), cu_seqlens_C[-1].item()
+    if first != 0 or last != rows or (cu_seqlens_C.diff() < 0).any():
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N = {rows}, "
+            f"got {cu_seqlens_C.tolist() if len(cu_seqlens_C) < 9 else [first, '...', last]}"
+        )
+
+
+def sequence_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cu_seqlens: Tensor, **options: Any
+) -> Tensor:
+    """Definition of :func:`alphaspin_kernels.sequence_logprob`: options of linear_logprob.
+
+    Arguments, result and errors are those of the fused operator; autograd goes through it.
+    """
+    check_cu_seqlens(hidden, cu_seqlens)
+    logp = linear_logprob(hidden, weight, targets, **options)
+    check_boundaries(cu_seqlens, len(targets))
+    bounds = cu_seqlens.tolist()
+    return torch.stack([logp[a:b].sum(0) for a, b in pairwise(bounds)] or [logp.sum(0)])[
+        : len(bounds) - 1
+    ]
+
+
+def check_mixture_logprob(
+    prev_NH: Tensor,
+    base_NH: Tensor,
+    weight_VH: Tensor,
+    targets: Tensor,
+    alpha: float,
+    bias_V: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    log_normaliser_N: Tensor | None,
+) -> None:
+    """Raise ValueError, naming both sides, if the arguments do not fit together.
+
+    Reads no values: see :func:`check_linear_logprob`.
+    """
+    check_linear_logprob(prev_NH, weight_VH, targets, bias_V, softcap, temperature)
+    for what in ("shape", "dtype", "device"):
+        prev, base = getattr(prev_NH, what), getattr(base_NH, what)
+        if prev != base:
+            raise ValueError(f"hidden_prev has {what} {prev} but hidden_base has {what} {base}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    if log_normaliser_N is not None and log_normaliser_N.shape != prev_NH.shape[:1]:
+        raise ValueError(
+            f"log_normaliser must be [N] with N = {len(prev_NH)}, "
+            f"got {list(log_normaliser_N.shape)}"
+        )
+
+
+def mixture_logprob(
+    hidden_prev: Tensor,
+    hidden_base: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    alpha: float,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    log_normaliser: Tensor | None = None,
+) -> Tensor:
+    """Definition of :func:`alphaspin_kernels.mixture_logprob`: two softmaxes, mixed, normalised.
+
+    Arguments, result and errors are those of the fused operator, but it is differentiable.
+    """
+    check_mixture_logprob(
+        hidden_prev, hidden_base, weight, targets, alpha, bias, softcap, temperature, log_normaliser
+    )
+    check_targets(targets, weight.shape[0], ignore_index)
+    dtype = accumulation_dtype(hidden_prev.dtype)
+
+    def log_softmax(hidden_NH: Tensor) -> Tensor:
+        z_NV = hidden_NH.to(dtype) @ weight.to(dtype).T
+        if bias is not None:
+            z_NV = z_NV + bias.to(dtype)
+        if softcap is not None:
+            z_NV = softcap * torch.tanh(z_NV / softcap)
+        return torch.log_softmax(z_NV / temperature, dim=-1)
+
+    if alpha in (0, 1):
+        mixed_NV = log_softmax(hidden_prev if alpha else hidden_base)
+    else:
+        mixed_NV = alpha * log_softmax(hidden_prev) + (1 - alpha) * log_softmax(hidden_base)
+    log_z_N = mixed_NV.logsumexp(-1)
+    targets_NK = targets.reshape(len(targets), -1)
+    ignored_NK = targets_NK == ignore_index
+    if log_normaliser is not None:
+        log_normaliser.copy_(log_z_N.masked_fill(ignored_NK.all(1), 0.0))
+    logp_NK = mixed_NV.gather(1, targets_NK.masked_fill(ignored_NK, 0)) - log_z_N[:, None]
     return logp_NK.masked_fill(ignored_NK, 0.0).reshape(targets.shape)
 
 

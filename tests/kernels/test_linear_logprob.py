@@ -284,6 +284,39 @@ def test_autocast_does_not_round_the_logits(unpacked):
         assert torch.equal(value, ours[name]), name
 
 
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_skipped_tiles_cost_no_more_than_the_mass_they_report(dtype, k, implementation):
+    """The mass is in the first tile: the others go, and the bound holds."""
+    case = problem(n=21, h=64, v=5 * CSRC_TILE + 40, k=k, ignored=0.0, dtype=dtype, bias=True)
+    case["bias"][:] = 0
+    case["bias"][:40] = 8
+    epsilon = 1e-3
+    mass = torch.full((21,), torch.nan)
+    exact = differentiate(linear_logprob, case, False)
+    ours = differentiate(linear_logprob, case, False, skip_below=epsilon, skipped_mass=mass)
+    assert torch.equal(ours["logp"], exact["logp"])
+    assert ((mass > 0) & (mass < 1)).all()
+    error = (ours["hidden"].double() - exact["hidden"].double()).abs()
+    assert error.max() > 0
+    grad = case["grad"].reshape(21, -1).abs().sum(1)
+    bound = mass * grad * case["weight"].abs().max()
+    rounding = 2 * torch.finfo(dtype).eps * exact["hidden"].double().abs() + 1e-6
+    assert (error <= bound[:, None].double() + rounding).all()
+    # What is reported is the mass of tiles in which no probability reaches epsilon.
+    logits = case["hidden"].double() @ case["weight"].double().T + case["bias"].double()
+    p = logits.softmax(1)
+    small = torch.where(p < epsilon, p, 0.0).sum(1)
+    assert (mass <= small + 1e-6).all()
+
+
+def test_nothing_is_skipped_by_default(implementation):
+    case = problem()
+    mass = torch.full((37,), torch.nan)
+    differentiate(linear_logprob, case, False, skipped_mass=mass)
+    assert mass.eq(0).all()
+
+
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("k", [None, 2])
 def test_gradcheck(k, trainable):
@@ -341,7 +374,7 @@ def test_compile_without_graph_break(unpacked):
     torch.testing.assert_close(results[0], results[1])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 70),
     h=st.integers(1, 70),
@@ -411,6 +444,25 @@ def test_bad_arguments(changes, message, unpacked):
     for function in (linear_logprob, reference.linear_logprob):
         with pytest.raises(ValueError, match=message):
             function(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"skip_below": 1.0}, "skip_below .* 1.0"),
+        ({"skip_below": -0.1}, "skip_below .* -0.1"),
+        ({"skip_below": 0.1, "weight": torch.zeros(11, 8).requires_grad_()}, "0.1 needs a frozen"),
+        ({"skipped_mass": torch.zeros(3)}, r"N = 4, got \[3\]"),
+    ],
+)
+def test_bad_skipping(changes, message):
+    arguments = {
+        "hidden": torch.zeros(4, 8),
+        "weight": torch.zeros(11, 8),
+        "targets": torch.zeros(4, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**(arguments | changes))
 
 
 def test_portable_version_builds_no_logit_matrix():

@@ -205,7 +205,7 @@ def test_one_scaling_for_all(implementation):
     assert all(torch.equal(one[k], v) for k, v in differentiate(segmented_lora, case).items())
 
 
-@pytest.mark.parametrize("wanted", [{"x"}, {"a"}, {"b"}, {"a", "b"}], ids=str)
+@pytest.mark.parametrize("wanted", ["x", "a", "b", "ab"])
 def test_only_what_is_asked_for_gets_a_gradient(wanted, implementation):
     case = problem()
     full = differentiate(segmented_lora, case, dropout=0.2)
@@ -216,7 +216,7 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted, implementation):
     rest = (case["weight"], adapters, case["segments"], case["scaling"])
     y = segmented_lora(leaves["x"], *rest, bias=case["bias"], dropout=0.2)
     y.backward(case["grad"])
-    assert {name for name, leaf in leaves.items() if leaf.grad is not None} == wanted
+    assert {name for name, leaf in leaves.items() if leaf.grad is not None} == set(wanted)
     assert all(torch.equal(leaves[name].grad, full[name]) for name in wanted)
 
 

@@ -47,7 +47,7 @@ class Launch:
         aligned: str = "",
         products: bool = False,
     ) -> "Launch":
-        """Shorter to write: ``[("*bf16", "hidden weight")]``, and the options of a launch as they are."""
+        """Shorter to write: ``[("*bf16", "hidden weight")]``, and options as a launch has them."""
         options = dict(options)
         compiler = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
         named = {name: kind for kind, names in types for name in names.split()}
@@ -68,7 +68,7 @@ def capability_of(x: Tensor) -> int:
 
 
 def processors(x: Tensor) -> int:
-    """Multiprocessors of the tensor's GPU; 4 in the interpreter, so that work is split there too."""
+    """Multiprocessors of the tensor's GPU; 4 in the interpreter, to split work there too."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
