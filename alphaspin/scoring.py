@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from alphaspin_kernels import linear_logprob
+from alphaspin_kernels import sequence_logprob
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -39,10 +39,14 @@ def sequence_logps(backbone: torch.nn.Module, head: Backbone, batch: Batch) -> T
         batch: on the backbone's device.
     """
     hidden_NH = backbone(batch)
-    token_logps = linear_logprob(
-        hidden_NH, head.head.weight, batch.targets, bias=head.head.bias, softcap=head.softcap
+    return sequence_logprob(
+        hidden_NH,
+        head.head.weight,
+        batch.targets,
+        torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0)),
+        bias=head.head.bias,
+        softcap=head.softcap,
     )
-    return torch.segment_reduce(token_logps, "sum", lengths=batch.lengths)
 
 
 class ReferenceCache:

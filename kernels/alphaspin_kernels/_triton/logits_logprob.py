@@ -1,4 +1,3 @@
-# pyright: basic, reportCallIssue=false
 """Log-probabilities of target tokens from logits: ``logits_logprob.py`` one folder up, in Triton.
 
 One program per row forward, one per row and tile backward. Both are bound by memory: the logits are

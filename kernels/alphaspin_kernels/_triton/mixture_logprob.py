@@ -3,7 +3,6 @@
 Shape suffixes: A active rows, R rows and T vocabulary entries of a block, H hidden size, V
 vocabulary, K targets per row, S parts of the vocabulary.
 """
-# pyright: basic, reportCallIssue=false
 
 import torch
 import triton

@@ -1,5 +1,4 @@
 """The segmented sum of sequence_logprob on the GPU: a program per sequence, no atomics."""
-# pyright: basic, reportCallIssue=false
 
 import triton
 import triton.language as tl

@@ -1,4 +1,3 @@
-# pyright: basic, reportCallIssue=false
 """Sub-trajectory balance in O(L): the recursions of ``alphaspin_kernels/subtb_loss.py`` in Triton.
 
 A program takes a block of rows, one per thread, through the states in order and, for the gradient,
