@@ -23,7 +23,7 @@ _BUILD = "build it with `pip install --no-build-isolation -e .` (or `python setu
 
 Implementation = Literal["triton", "csrc", "torch"]
 
-# Operators that have a C++ version: where it is faster than PyTorch (benchmarks/results).
+# Operators that have a C++ version: it is faster than PyTorch there (benchmarks/results).
 CSRC = frozenset({"linear_logprob", "logits_logprob", "subtb_loss"})
 OPERATORS = (
     "linear_logprob",
@@ -108,7 +108,7 @@ def kernel_status() -> dict[str, str]:
         if interpreting():
             cpu = f"{triton}, interpreted because TRITON_INTERPRET=1"
         elif operator not in CSRC:
-            cpu = "PyTorch: a C++ version would not be faster"
+            cpu = "PyTorch: this operator has no C++ version"
         elif problem is not None:
             cpu = f"PyTorch: {problem}"
         else:
