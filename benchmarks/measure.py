@@ -29,6 +29,7 @@ class Variant:
     operation: str | None = None  # the name in roofline.py, for ours
     flops: float = 0.0
     moved: float = 0.0  # bytes
+    compiles: bool = False  # the first call is the compiler's
 
 
 @dataclass
@@ -126,8 +127,10 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Row]:
         if not ((row.error or 0) <= value_limit and (row.gradient_error or 0) <= gradient_limit):
             row.failure = f"wrong: error {row.error}, of the gradient {row.gradient_error}"
             assert not row.variant.operation, f"{case.name}, {label}: {row.failure}"
-        if spent[label] >= FIRST_COUNTS:
+        if spent[label] >= FIRST_COUNTS and not row.variant.compiles:
             row.samples.append(spent[label])
+        else:
+            spent[label] = 0.0
         del result
     for _ in range(rounds):
         for label, row in rows.items():

@@ -114,10 +114,12 @@ def linear_case(device: str, small: bool, dtype: torch.dtype, size: tuple[int, i
     def both(label: str, function: Callable[..., Tensor], products: int = 2) -> None:
         flops = products * product
         variants[f"{label}: forward"] = Variant(
-            lambda: without_gradient(function, *x), flops=product
+            lambda: without_gradient(function, *x), flops=product, compiles="compile" in label
         )
         variants[f"{label}: forward + backward"] = Variant(
-            lambda: with_gradient(function, *x, grad=grad), flops=flops
+            lambda: with_gradient(function, *x, grad=grad),
+            flops=flops,
+            compiles="compile" in label,
         )
 
     variants = {"hidden @ weight.T": Variant(lambda: discard(hidden @ weight.T), flops=product)}
@@ -167,12 +169,15 @@ def linear_case(device: str, small: bool, dtype: torch.dtype, size: tuple[int, i
             exact, _ = compare(reference.linear_logprob, torch.float64)
             summed, _ = compare(reference.linear_logprob, torch.float32)
             bound = float((summed - exact).abs().max()) + 1e-5
+            memory = [math.nan if r.memory is None else r.memory / 2**20 for r in (forward, both_)]
             found += [
                 Goal("forward / hidden @ weight.T", forward.median / bare, 1.10, " ×"),
                 Goal("plain forward / forward", plainly / forward.median, 1.6, " ×", True),
-                Goal("forward + backward / two products", both_.median / (bare + second), 1.15),
-                Goal("extra memory, forward", (forward.memory or 0) / 2**20, 64, " MiB"),
-                Goal("extra memory, forward + backward", (both_.memory or 0) / 2**20, 64, " MiB"),
+                Goal(
+                    "forward + backward / two products", both_.median / (bare + second), 1.15, " ×"
+                ),
+                Goal("extra memory, forward", memory[0], 64, " MiB"),
+                Goal("extra memory, forward + backward", memory[1], 64, " MiB"),
                 Goal("max error (fp32 accumulation + 1e-5)", forward.error or 0, bound, " nats"),
             ]
         return found
@@ -266,11 +271,13 @@ def logits_case(device: str, small: bool) -> Case:
             lambda f=function: without_gradient(f, logits, targets),
             name and f"{name} forward",
             moved=2.0 * n * v,
+            compiles="compile" in label,
         )
         variants[f"{label}: forward + backward"] = Variant(
             lambda f=function: with_gradient(f, logits, targets, grad=grad),
             name and f"{name} forward + backward",
             moved=6.0 * n * v,  # read twice, written once
+            compiles="compile" in label,
         )
 
     def expected() -> Any:
