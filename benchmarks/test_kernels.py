@@ -130,7 +130,9 @@ def linear_case(device: str, small: bool, dtype: torch.dtype, size: tuple[int, i
         # On CPUs without bf16 instructions each of these takes minutes, and says nothing new.
         both("the same, torch.compile", torch.compile(plain))
         both("the same, chunks of rows", chunked, 3)
+    # In bf16, as they are used: each compiles and tunes itself anew for another dtype.
     peers = {"liger-kernel": liger, "cut-cross-entropy": cut_cross_entropy}
+    peers = peers if dtype == torch.bfloat16 else {}
     found, absent = imported(peers, device, set(peers))
     for peer, function in found.items():
         both(peer, function, 3)
@@ -183,7 +185,8 @@ def linear_case(device: str, small: bool, dtype: torch.dtype, size: tuple[int, i
         return found
 
     shape = {"tokens": n, "hidden": h, "vocabulary": v}
-    tolerance = (2e-4, 1e-4 if dtype == torch.float32 else 1e-2)
+    # A wrong result is off by far more; how exact this one is, the table says.
+    tolerance = (1e-3, 1e-3 if dtype == torch.float32 else 1e-2)
     return Case(name, device, dtype, shape, variants, expected, tolerance, goals, absent)
 
 
