@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -184,11 +183,20 @@ def measure_cpu_memory(rows: dict[str, Row], arguments: list[str]) -> None:
 
 
 def growth(warm_up: Callable[[], Any], run: Callable[[], Any]) -> int:
-    """KiB by which the largest resident set grows in `run`."""
+    """KiB by which the largest resident set in `run` exceeds what was resident before.
+
+    Not ru_maxrss: a process inherits that of the one that started it, which holds the inputs too.
+    """
     warm_up()  # loads libraries, starts threads
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
     run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 HEADER = [
