@@ -4,7 +4,8 @@ BIN = .venv/bin
 # Where there is no GPU, the pinned CPU build; on a GPU machine: make TORCH="torch>=2.8" ...
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.8,torch==2.13.0)
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all gpu clean
+OUT ?= $(CURDIR)/gpu-results
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -23,6 +24,9 @@ test: .venv/installed  ## tests, linter, types: what CI runs
 
 test-all: .venv/installed  ## the same tests with more kill points
 	ALPHASPIN_SWEEP=1 ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+gpu:  ## on a CUDA machine: kernel tests, benchmarks, a profile, into $(OUT); 9 minutes at most
+	PYTHONPATH=.:kernels:tests:$$PYTHONPATH timeout -k 5 540 $(PYTHON) benchmarks/gpu.py "$(OUT)"
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

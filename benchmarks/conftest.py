@@ -1,6 +1,7 @@
 """`pytest benchmarks --benchmark`: measurements that write tables to `benchmarks/results/`."""
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("ALPHASPIN_RESULTS", Path(__file__).parent / "results"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,16 +20,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without the flag, what takes `measuring` runs once as a smoke test; the rest is skipped."""
     if not config.getoption("--benchmark"):
         for item in items:
-            item.add_marker(pytest.mark.skip(reason="a measurement: needs --benchmark"))
+            ours = Path(__file__).parent in item.path.parents
+            if ours and "measuring" not in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.skip(reason="a measurement: needs --benchmark"))
 
 
 @pytest.fixture
-def record() -> Callable[[str, list[str], list[list[str]], str, Any], Path]:
+def measuring(pytestconfig: pytest.Config) -> bool:
+    return pytestconfig.getoption("--benchmark")
+
+
+@pytest.fixture
+def record(
+    pytestconfig: pytest.Config, tmp_path: Path
+) -> Callable[[str, list[str], list[list[str]], str, Any], Path]:
     """Write a table (Markdown) and its raw numbers (JSON) under the device's folder."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{_processor()}"
-    folder = RESULTS / "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+    results = RESULTS if pytestconfig.getoption("--benchmark") else tmp_path
+    folder = results / "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
     def write(title: str, header: list[str], rows: list[list[str]], text: str, raw: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
