@@ -130,7 +130,8 @@ def blocks(dtype: torch.dtype, capability: int, even: bool) -> dict[str, int]:
         return {"BLOCK_R": 32, "BLOCK_T": 32, "BLOCK_H": 32, "num_warps": 8, "num_stages": 2}
     if even and dtype != torch.float32:
         return {"BLOCK_R": 64, "BLOCK_T": 64, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_R": 64, "BLOCK_T": 32, "BLOCK_H": 32, "num_warps": 8, "num_stages": 2}
+    depth = 32 if dtype == torch.float32 else 16
+    return {"BLOCK_R": 64, "BLOCK_T": 32, "BLOCK_H": depth, "num_warps": 8, "num_stages": 2}
 
 
 def mixture_logprob(
