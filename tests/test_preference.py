@@ -1,0 +1,372 @@
+"""SPPO and RSPO as whole runs: what is trained on, what a failing judge or a kill leaves behind.
+
+The judge is intransitive, keeps a list of what it was asked, and fails on command.
+"""
+
+import json
+import math
+import os
+import signal
+import zlib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_resume
+from helpers import arithmetic, save_model, write_rows
+from safetensors.numpy import load_file
+from test_resume import CONTEXT
+
+from alphaspin.config import Config, load_config
+from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, HASHES, TEMPORARY, file_hash
+
+JUDGE = '''
+import json, os, pathlib, signal, zlib
+
+HERE = pathlib.Path(__file__).parent
+
+def cyclic(pair):
+    """Rock, paper, scissors by checksum; `plan` says at which question to do what."""
+    log, plan = HERE / "asked", HERE / "plan"
+    asked = len(log.read_text().splitlines()) if log.exists() else 0
+    if plan.exists():
+        number, action = json.loads(plan.read_text())
+        if asked == number:
+            plan.unlink()
+            if action == "error":
+                raise ConnectionError("the judge went away")
+            if action == "nonsense":
+                return 2.0
+            os.kill(os.getpid(), getattr(signal, action))
+    with log.open("a") as file:
+        file.write(json.dumps([pair.prompt.messages, pair.first, pair.second]) + "\\n")
+    one, other = (zlib.crc32(text.encode()) % 3 for text in (pair.first, pair.second))
+    return [0.5, 0.8, 0.2][(one - other) % 3]
+'''
+
+METHODS = {
+    "sppo": ["--method=sppo"],
+    "rspo": ["--method=rspo", "--preference.lam=0.2"],
+}
+ETA, K, PROMPTS = 4.0, 4, 8
+
+
+def arguments(folder: Path, run: Path, *options: str) -> list[str]:
+    """A command line with the judge of the working directory."""
+    return [
+        "train",
+        str(folder / "recipe.yaml"),
+        f"--model={folder / 'model'}",
+        f"--data={folder / 'data.jsonl'}",
+        f"--output={run}",
+        *options,
+    ]
+
+
+RECIPE = f"""
+method: sppo
+text: {{max_response_tokens: 8}}
+selfplay: {{iterations: 2, prompts: {PROMPTS}}}
+judge: {{kind: callable, function: "cyclic_judge:cyclic", both_orders: false}}
+preference: {{responses: {K}, eta: {ETA}}}
+lora: {{r: 2}}
+train: {{batch_size: 4, checkpoint_every: 1, lr: 1e-2}}
+sampling: {{shard_size: 9, batch_size: 5}}
+evaluate: {{prompts: 3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model")
+    write_rows(folder / "data.jsonl", arithmetic(20))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def child(folder: Path, *rest: Any) -> None:
+    """In a fresh process with `folder` as the working directory."""
+    os.chdir(folder)
+    test_resume.child(*rest)
+
+
+def play(
+    folder: Path,
+    command: list[str],
+    plan: tuple[int, str] | None = None,
+    event: tuple[str, int] | None = None,
+) -> tuple[int, str]:
+    """One start of the command; `plan` is for the judge. Exit code and all that was printed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "cyclic_judge.py").write_text(JUDGE)
+    if plan:
+        (folder / "plan").write_text(json.dumps(plan))
+    log = folder / "log"
+    process = CONTEXT.Process(target=child, args=(folder, command, event, "SIGKILL", str(log)))
+    process.start()
+    process.join(180)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode, " ".join(log.read_text().split())
+
+
+def asked(folder: Path) -> list[str]:
+    return (folder / "asked").read_text().splitlines()
+
+
+def result(run: Path) -> dict[str, str]:
+    """Hashes of all that must not depend on what went wrong on the way."""
+    kinds = ("adapter", "responses", "reference", "evaluation")
+    files = [p for kind in kinds for p in run.rglob(f"{kind}/**/*") if p.is_file()]
+    found = {str(path.relative_to(run)): file_hash(path) for path in files}
+    summary = json.loads((run / "summary.json").read_text())
+    for part in ("rows", "adapters", "pairs"):
+        found[part] = json.dumps(summary[part])
+    assert len(set(summary["adapters"].values())) == 2, "each iterate is a new adapter"
+    assert {Path(name).parts[2] for name in found if name.startswith("iter")} == set(kinds)
+    return found
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def world(
+    request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[str], Path, dict[str, str]]:
+    """Options of a method, folder of an undisturbed run, and its result."""
+    folder = tmp_path_factory.mktemp("world")
+    options = METHODS[request.param]
+    code, printed = play(folder, arguments(inputs, folder / "run", *options))
+    assert code == 0, printed
+    return options, folder, result(folder / "run")
+
+
+def verdict(one: str, other: str) -> float:
+    """The judge's table, written again."""
+    beats = (zlib.crc32(one.encode()) - zlib.crc32(other.encode())) % 3
+    return 0.5 if one == other else {0: 0.5, 1: 0.8, 2: 0.2}[beats]
+
+
+def texts(folder: Path, run: Path, iteration: int) -> dict[int, list[str]]:
+    """The responses of an iteration by example, decoded without the package's reader."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
+    found: dict[int, list[str]] = {}
+    for path in sorted((run / f"iterations/{iteration}/responses").rglob("*.safetensors")):
+        data = load_file(path)
+        parts = np.split(data["tokens"], data["length"].cumsum()[:-1])
+        for example, ids in zip(data["example"].tolist(), parts, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            found.setdefault(example, []).append(text)
+    return found
+
+
+def records(run: Path, stage: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [r for r in lines if r["stage"] == stage and "alarm" not in r]
+
+
+def test_a_run_says_what_it_did(world: tuple[list[str], Path, dict[str, str]]) -> None:
+    _, folder, _ = world
+    run = folder / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert [row["name"] for row in summary["rows"]] == ["base", "0", "1"]
+    for row in summary["rows"]:
+        assert 0 <= row["judged"] <= 1 and 1 <= row["length"] <= 8
+        assert math.isfinite(row["kl"])
+    assert summary["rows"][0]["judged"] == 0.5 and summary["rows"][0]["kl"] == 0
+    for pairs in summary["pairs"]:
+        assert pairs["prompts"] == PROMPTS == pairs["pairs"] + pairs["ties"]
+        assert pairs["p_best"] > 0.5 > pairs["p_worst"]
+    printed = (folder / "log").read_text()
+    for column in ("judge", "KL to", "tokens", "verdicts", "without"):
+        assert column in printed
+    questions = asked(folder)
+    assert len(questions) == len(set(questions)) > 20
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["identity"]["judge"].startswith("callable:cyclic_judge:cyclic@")
+    page = (run / "report.html").read_text()
+    assert "judged better than base" in page and summary["config"]["method"].upper() in page
+    folders = [path.parent for path in run.rglob("*.safetensors")]
+    assert all((path / HASHES).is_file() for path in folders)
+
+
+VARIANTS = {
+    "soft": [],
+    "single": ["--preference.labels=single"],
+    "hard": ["--preference.labels=hard"],
+    "reverse_kl": ["--method=rspo"],
+    "forward_kl": ["--method=rspo", "--preference.regulariser=forward_kl"],
+    "chi2": ["--method=rspo", "--preference.regulariser=chi2", "--preference.clamp=1"],
+    "entropy": ["--method=rspo", "--preference.regulariser=entropy", "--preference.lam=0.1"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_at_the_start_is_the_papers(inputs: Path, tmp_path: Path, variant: str) -> None:
+    """At t = 0 policy, previous iterate and base are one: what is left are the targets and R."""
+    run = tmp_path / "run"
+    options = ["--selfplay.iterations=1", "--train.batch_size=64", "--train.lr=1e-3"]
+    code, printed = play(tmp_path, arguments(inputs, run, *options, *VARIANTS[variant]))
+    assert code == 0, printed
+    targets: list[float] = []
+    for group in texts(inputs, run, 0).values():
+        assert len(group) == K
+        rates = [sum(verdict(a, b) for b in group) / K for a in group]
+        best, worst = rates.index(max(rates)), rates.index(min(rates))
+        if max(rates) > min(rates) + 1e-9:
+            p = verdict(group[best], group[worst])
+            pair = {"single": (p, 1 - p), "hard": (1.0, 0.0)}.get(
+                variant, (rates[best], rates[worst])
+            )
+            targets += [ETA * (p - 0.5) for p in pair]
+    assert len(targets) >= 6
+    (first,) = records(run, "train/0")
+    expected = float(np.mean(np.square(targets)))
+    if variant == "entropy":
+        squares = [2 * 0.1 * lp**2 for lp in (first["logps/chosen"], first["logps/rejected"])]
+        assert first["loss"] > expected + sum(squares) / 2  # the mean square exceeds the square
+    else:
+        ratio = 2 * 0.5 if variant in ("forward_kl", "chi2") else 0.0
+        assert first["loss"] == pytest.approx(expected + ratio, rel=1e-5)
+
+
+def test_training_moves_towards_the_targets(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--selfplay.iterations=1", "--train.epochs=20", "--preference.labels=hard"]
+    assert play(tmp_path, arguments(inputs, run, *options))[0] == 0
+    done = records(run, "train/0")
+    assert done[-1]["loss"] < done[0]["loss"] / 2
+    assert done[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert done[-1]["rewards/margins"] > 0.4  # in units of P̂: aims at ½ - -½
+
+
+def test_responses_do_not_depend_on_how_the_work_is_cut(inputs: Path, tmp_path: Path) -> None:
+    cuts = (["--sampling.batch_size=3"], ["--sampling.batch_size=64", "--sampling.shard_size=64"])
+    found: list[dict[int, list[str]]] = []
+    for number, cut in enumerate(cuts):
+        folder = tmp_path / str(number)
+        options = ["--selfplay.iterations=1", "--evaluate.prompts=3"]
+        assert play(folder, arguments(inputs, folder / "run", *options, *cut))[0] == 0
+        found.append(texts(inputs, folder / "run", 0))
+    assert found[0] == found[1]
+    assert sum(len(set(group)) == K for group in found[0].values()) > PROMPTS / 2
+
+
+def test_a_judge_without_a_preference_teaches_nothing(inputs: Path, tmp_path: Path) -> None:
+    """A random model is never right: all prompts tie, which is counted, shown and survived."""
+    recipe = tmp_path / "ties.yaml"
+    recipe.write_text(
+        RECIPE.replace(
+            'callable, function: "cyclic_judge:cyclic", both_orders: false', "verifiable"
+        )
+    )
+    command = arguments(inputs, tmp_path / "run")
+    code, printed = play(tmp_path, [command[0], str(recipe), *command[2:]])
+    assert code == 0, printed
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert [(p["pairs"], p["ties"]) for p in summary["pairs"]] == [(0, PROMPTS)] * 2
+    assert [row["judged"] for row in summary["rows"]] == [0.5] * 3
+    assert summary["rows"][2]["kl"] == 0
+    assert any("no pair with a difference" in alarm for alarm in summary["alarms"])
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("share", "action", "code", "told"),
+    [
+        (0.2, "error", 1, "the judge went away"),
+        (0.7, "nonsense", EXIT_STOPPED, "verdict 2.0 is not a number in [0, 1]"),
+        (0.5, "SIGKILL", -signal.SIGKILL, ""),
+        (0.6, "SIGTERM", EXIT_RESUMABLE, "goes on from here"),
+    ],
+)
+def test_no_verdict_is_asked_twice(
+    world: tuple[list[str], Path, dict[str, str]],
+    inputs: Path,
+    tmp_path: Path,
+    share: float,
+    action: str,
+    code: int,
+    told: str,
+) -> None:
+    options, whole, expected = world
+    command = arguments(inputs, tmp_path / "run", *options)
+    number = int(share * len(asked(whole)))
+    found, printed = play(tmp_path, command, (number, action))
+    assert found == code and told in printed, printed
+    assert number <= len(asked(tmp_path)) <= number + 1  # a signal lets a question be answered
+    code, printed = play(tmp_path, command)
+    assert code == 0, printed
+    assert asked(tmp_path) == asked(whole)  # in all, each once, in the same order
+    assert result(tmp_path / "run") == expected
+    assert not list((tmp_path / "run").rglob(f"{TEMPORARY}*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [("sampling", 0.6), ("training", 0.7), ("scoring", 0.9)]
+)
+def test_killed_in_any_phase(
+    world: tuple[list[str], Path, dict[str, str]],
+    inputs: Path,
+    tmp_path: Path,
+    kind: str,
+    share: float,
+) -> None:
+    options, whole, expected = world
+    events = json.loads((whole / "log.events").read_text())
+    command = arguments(inputs, tmp_path / "run", *options)
+    code, _ = play(tmp_path, command, event=(kind, round(share * events[kind])))
+    assert code == -signal.SIGKILL
+    assert play(tmp_path, command)[0] == 0
+    assert asked(tmp_path) == asked(whole)
+    assert result(tmp_path / "run") == expected
+
+
+def test_another_judge_is_another_run(
+    world: tuple[list[str], Path, dict[str, str]], inputs: Path
+) -> None:
+    options, whole, expected = world
+    more = [*options, "--judge.both_orders"]
+    code, printed = play(whole, arguments(inputs, whole / "run", *more))
+    assert code == EXIT_INPUT and "its config.judge.both_orders is False, not True" in printed
+    assert result(whole / "run") == expected
+
+
+def test_settings_that_would_have_no_effect_are_refused() -> None:
+    def said(**fields: Any) -> str:
+        with pytest.raises(ValueError) as error:
+            Config.model_validate(fields)
+        return str(error.value)
+
+    for fields, message in (
+        ({"method": "sppo", "loss": {"beta": 0.5}}, "loss.beta = (0.5,) has no effect with method"),
+        ({"method": "rspo", "reference": {"alpha": 0.9}}, "reference.alpha = 0.9 has no effect"),
+        ({"method": "sppo", "selfplay": {"history": 2}}, "selfplay.history = 2 has no effect"),
+        ({"preference": {"eta": 5.0}}, "preference.eta = 5 has no effect with method = spin"),
+        ({"judge": {"kind": "pairrm"}}, "judge.kind = 'pairrm' has no effect with method = spin"),
+        ({"method": "sppo", "preference": {"lam": 1.0}}, "preference.lam = 1 has no effect"),
+        ({"method": "sppo", "judge": {"kind": "server"}}, "server needs judge.url"),
+        ({"method": "sppo", "judge": {"kind": "callable"}}, "callable needs judge.function"),
+        ({"method": "sppo", "judge": {"kind": "reward_model"}}, "needs judge.model"),
+        ({"method": "sppo", "judge": {"model": "x"}}, "judge.model = 'x' has no effect with judge"),
+        ({"method": "sppo", "preference": {"responses": 1}}, "greater than or equal to 2"),
+        ({"method": "dpo"}, "'spin', 'sppo'"),
+    ):
+        assert message in said(**fields)
+
+
+def test_runs_made_before_there_were_methods_keep_their_folders() -> None:
+    """Digests of packaged recipes at the commit before `method` existed."""
+    before = {
+        "tiny": "036378f6",
+        "default": "69b8b438",
+        "gemma-2b-ultrachat": "c0407fd8",
+        "mistral-7b-ultrachat": "f5db01df",
+    }
+    assert {name: load_config(name).digest() for name in before} == before
+    digests = [Config(method=m).digest() for m in ("spin", "sppo", "rspo")]
+    assert all(a != b for a, b in pairwise(sorted(digests)))
