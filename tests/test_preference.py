@@ -46,10 +46,7 @@ def cyclic(pair):
     return [0.5, 0.8, 0.2][(one - other) % 3]
 '''
 
-METHODS = {
-    "sppo": ["--method=sppo"],
-    "rspo": ["--method=rspo", "--preference.lam=0.2"],
-}
+RSPO = ["--method=rspo", "--preference.lam=0.2"]
 ETA, K, PROMPTS = 4.0, 4, 8
 
 
@@ -129,16 +126,13 @@ def result(run: Path) -> dict[str, str]:
     return found
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def world(
-    request: pytest.FixtureRequest, inputs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[str], Path, dict[str, str]]:
-    """Options of a method, folder of an undisturbed run, and its result."""
+@pytest.fixture(scope="module")
+def world(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """Folder of an undisturbed run of RSPO, which has all phases, and its result."""
     folder = tmp_path_factory.mktemp("world")
-    options = METHODS[request.param]
-    code, printed = play(folder, arguments(inputs, folder / "run", *options))
+    code, printed = play(folder, arguments(inputs, folder / "run", *RSPO))
     assert code == 0, printed
-    return options, folder, result(folder / "run")
+    return folder, result(folder / "run")
 
 
 def verdict(one: str, other: str) -> float:
@@ -167,8 +161,8 @@ def records(run: Path, stage: str) -> list[dict[str, Any]]:
     return [r for r in lines if r["stage"] == stage and "alarm" not in r]
 
 
-def test_a_run_says_what_it_did(world: tuple[list[str], Path, dict[str, str]]) -> None:
-    _, folder, _ = world
+def test_a_run_says_what_it_did(world: tuple[Path, dict[str, str]]) -> None:
+    folder, _ = world
     run = folder / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert [row["name"] for row in summary["rows"]] == ["base", "0", "1"]
@@ -285,7 +279,7 @@ def test_a_judge_without_a_preference_teaches_nothing(inputs: Path, tmp_path: Pa
     ],
 )
 def test_no_verdict_is_asked_twice(
-    world: tuple[list[str], Path, dict[str, str]],
+    world: tuple[Path, dict[str, str]],
     inputs: Path,
     tmp_path: Path,
     share: float,
@@ -293,8 +287,8 @@ def test_no_verdict_is_asked_twice(
     code: int,
     told: str,
 ) -> None:
-    options, whole, expected = world
-    command = arguments(inputs, tmp_path / "run", *options)
+    whole, expected = world
+    command = arguments(inputs, tmp_path / "run", *RSPO)
     number = int(share * len(asked(whole)))
     found, printed = play(tmp_path, command, (number, action))
     assert found == code and told in printed, printed
@@ -310,15 +304,15 @@ def test_no_verdict_is_asked_twice(
     ("kind", "share"), [("sampling", 0.6), ("training", 0.7), ("scoring", 0.9)]
 )
 def test_killed_in_any_phase(
-    world: tuple[list[str], Path, dict[str, str]],
+    world: tuple[Path, dict[str, str]],
     inputs: Path,
     tmp_path: Path,
     kind: str,
     share: float,
 ) -> None:
-    options, whole, expected = world
+    whole, expected = world
     events = json.loads((whole / "log.events").read_text())
-    command = arguments(inputs, tmp_path / "run", *options)
+    command = arguments(inputs, tmp_path / "run", *RSPO)
     code, _ = play(tmp_path, command, event=(kind, round(share * events[kind])))
     assert code == -signal.SIGKILL
     assert play(tmp_path, command)[0] == 0
@@ -326,11 +320,9 @@ def test_killed_in_any_phase(
     assert result(tmp_path / "run") == expected
 
 
-def test_another_judge_is_another_run(
-    world: tuple[list[str], Path, dict[str, str]], inputs: Path
-) -> None:
-    options, whole, expected = world
-    more = [*options, "--judge.both_orders"]
+def test_another_judge_is_another_run(world: tuple[Path, dict[str, str]], inputs: Path) -> None:
+    whole, expected = world
+    more = [*RSPO, "--judge.both_orders"]
     code, printed = play(whole, arguments(inputs, whole / "run", *more))
     assert code == EXIT_INPUT and "its config.judge.both_orders is False, not True" in printed
     assert result(whole / "run") == expected
