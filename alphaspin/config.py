@@ -190,7 +190,7 @@ class JudgeConfig(Section):
 
 
 class PreferenceConfig(Section):
-    """SPPO and RSPO: a judge compares responses of the current iterate."""
+    """SPPO, RSPO and Nash-MD: a judge compares responses of the current iterate."""
 
     responses: Annotated[int, Field(ge=2)] = 5
     """Responses K per prompt; the best and the worst of them are trained on."""
@@ -210,6 +210,10 @@ class PreferenceConfig(Section):
     for `forward_kl`, 10 for `forward_reverse` and `chi2`)."""
     reverse_weight: NonNegativeFloat = 5.0
     """Weight of the reverse KL in `forward_reverse`."""
+    tau: PositiveFloat = 0.1
+    """τ of `nash_md`: weight of the KL to the base, against win probabilities."""
+    mixture: Fraction = 0.25
+    """m of `nash_md`: share of the base's logits in the opponent's."""
 
 
 JUDGE_KEYS: dict[str, tuple[str, ...]] = {
@@ -326,11 +330,12 @@ class PlanHints(Section):
     """Mean response length, in tokens."""
 
 
-JUDGED = ("sppo", "rspo")
+POINTWISE = ("sppo", "rspo")
 METHOD_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("loss", "reference", "selfplay.history", "selfplay.mixing"), ("spin",)),
-    "judge": JUDGED,
-    **{f"preference.{key}": JUDGED for key in ("responses", "labels", "eta")},
+    "judge": (*POINTWISE, "nash_md"),
+    **{f"preference.{key}": ("nash_md",) for key in ("tau", "mixture")},
+    **{f"preference.{key}": POINTWISE for key in ("responses", "labels", "eta")},
     **{f"preference.{key}": ("rspo",) for key in ("regulariser", "lam", "clamp", "reverse_weight")},
 }
 """Settings (or whole sections) that only some methods look at."""
@@ -355,9 +360,10 @@ class Config(Section):
     that the same command goes on with the same run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of all randomness, which is a function of (seed, iteration, purpose, example)."""
-    method: Literal["spin", "sppo", "rspo"] = "spin"
+    method: Literal["spin", "sppo", "rspo", "nash_md"] = "spin"
     """`spin`: demonstrations against sampled answers (`loss`, `reference`). `sppo`, `rspo`: sampled
-    answers against each other, as a `judge` compares them (`preference`)."""
+    answers against each other, as a `judge` compares them (`preference`). `nash_md`: sampled
+    answers against those of a mixture with the base, judged too; one gradient pass an iteration."""
     control: Literal["none", "sft"] = "none"
     """`sft` also trains the control: plain further SFT with the same adapter, steps and tokens."""
     text: TextConfig = TextConfig()
@@ -386,6 +392,11 @@ class Config(Section):
                 "that started from different random matrices means nothing"
             )
         _refuse_unused(self, "method", self.method, METHOD_KEYS)
+        if self.method == "nash_md" and (self.train.epochs > 1 or not self.selfplay.warm_start):
+            raise ValueError(
+                "method = nash_md needs train.epochs = 1 and selfplay.warm_start = true: its "
+                "gradient holds for responses of the policy that is trained"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
 
 def answers_per_prompt(config: Config) -> int:
     """Answers sampled in training for a prompt."""
-    return 1 if config.method == "spin" else config.preference.responses
+    return {"spin": 1, "nash_md": 2}.get(config.method, config.preference.responses)
 
 
 def estimates(config: Config, facts: PlanHints) -> list[str]:

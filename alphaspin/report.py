@@ -233,13 +233,18 @@ def describe(config: Config) -> str:
     many = f"{play.iterations} iteration{'s' * (play.iterations > 1)} of "
     if config.method != "spin":
         settings, judge = config.preference, config.judge
+        lam = f", {settings.regulariser} with λ = {settings.lam:g}" * (config.method == "rspo")
+        tried = f"best and worst of {settings.responses} responses of the previous iterate"
         parts = [
-            f"{many}{config.method.upper()} on {config.model}: η = {settings.eta:g}",
-            f"regulariser {settings.regulariser} with λ = {settings.lam:g}"
-            if config.method == "rspo"
-            else "",
-            f"best and worst of {settings.responses} responses of the previous iterate, "
-            f"{settings.labels} labels",
+            f"{many}{config.method.upper()} on {config.model}: η = {settings.eta:g}{lam}",
+            f"{tried}, {settings.labels} labels",
+        ]
+        if config.method == "nash_md":
+            parts = [
+                f"{many}Nash-MD on {config.model}: τ = {settings.tau:g}",
+                f"against the mixture with {settings.mixture:g} of the base's logits",
+            ]
+        parts += [
             f"judge {judge.kind} {judge.model or judge.function or ''}".strip(),
             adapter,
             control,

@@ -13,6 +13,11 @@ demonstrations, and the first phases are
         judge       P(y_i ≻ y_j) of all pairs; the best and the worst response of each prompt
         reference   lp_prev of the two, and lp_base for `rspo`, in one pass, cached
 
+`nash_md` (arXiv 2312.00886, section 7) has y ~ π_prev, y' from the mixture of π_prev and the base,
+and P(y ≻ y'). Its gradient holds on policy: π_t starts as π_prev and makes one pass over the
+responses. It is exact at the first step of an iteration and slightly off policy at later ones, so
+`selfplay.prompts` = `train.batch_size` is strictly on policy, with many iterations.
+
 Each phase leaves durable artefacts and begins by looking for them. What is not there is computed
 from what is, as a function of (seed, t, example), so a killed run that is started again ends with
 the same bits as one that was never killed.
@@ -36,10 +41,11 @@ from alphaspin.backbone import POLICY, WEIGHTS, Backbone, average_adapters
 from alphaspin.batching import Tree
 from alphaspin.config import Config
 from alphaspin.data import ChatFormat, Demonstration
-from alphaspin.judges import Comparison, Judge, Pair, Prompt, pick_pair, win_probabilities
+from alphaspin.judges import Comparison, Judge, Matrix, Prompt, pick_pair, win_probabilities
 from alphaspin.losses import (
     ignores_equal_pairs,
     mixture_reference,
+    nash_md,
     pairwise,
     pointwise,
     regularised,
@@ -313,8 +319,13 @@ class SelfPlay:
             for shard in sorted((folder / "reference").glob("*")):
                 self.cache.load(shard)  # the base's log-probs serve later iterations too
             return
-        prepare = self.demonstrated_pairs if config.method == "spin" else self.judged_pairs
-        examples, objective = prepare(iteration)
+        match config.method:
+            case "spin":
+                examples, objective = self.demonstrated_pairs(iteration)
+            case "sppo" | "rspo":
+                examples, objective = self.judged_pairs(iteration)
+            case "nash_md":
+                examples, objective = self.mirror_descent(iteration)
         self.unload_iterates()
         before = self.folder(iteration - 1) / "adapter" if iteration else None
         with self.timed("train", iteration):
@@ -346,17 +357,22 @@ class SelfPlay:
 
         return examples, objective
 
-    # Phases 1 and 2 of sppo and rspo
+    # Phases 1 and 2 of the methods with a judge
 
     def judged_pairs(self, iteration: int) -> tuple[list[Example], Objective]:
-        """The best and the worst of K responses of the current iterate, and the loss."""
+        """The best and the worst of K responses of the current iterate, and the loss.
+
+        Prompts whose responses all tie teach nothing and are left out.
+        """
         config, settings = self.config, self.config.preference
         with self.timed("responses", iteration):
             responses = self.responses(iteration)
         with self.timed("judge", iteration):
-            choices = self.choices(iteration, responses)
-        chosen = [(e, pair) for e, pair in choices.items() if pair]
-        self.tell_pairs(iteration, responses, [pair for _, pair in chosen])
+            matrices = self.judged(iteration, list(responses), list(responses.values()))
+        picked = [pick_pair(matrix, settings.labels) for matrix in matrices]
+        chosen = [(e, pair) for e, pair in zip(responses, picked, strict=True) if pair]
+        best, worst = [pair.p_best for _, pair in chosen], [pair.p_worst for _, pair in chosen]
+        self.tell_pairs(iteration, responses, best, worst, len(responses) - len(chosen))
         trees = [
             Tree(
                 self.demonstrations[e].prompt,
@@ -382,23 +398,47 @@ class SelfPlay:
 
         return examples, objective
 
-    def responses(self, iteration: int) -> dict[int, list[Answer]]:
+    def mirror_descent(self, iteration: int) -> tuple[list[Example], Objective]:
+        """Nash-MD: responses of the iterate, judged against the mixture's, and the loss."""
+        config, tau = self.config, self.config.preference.tau
+        with self.timed("responses", iteration):
+            responses = self.responses(iteration)
+            opposed = self.responses(iteration, config.preference.mixture)
+        with self.timed("judge", iteration):
+            both = [[responses[e][0], opposed[e][0]] for e in responses]
+            wins = [matrix[0, 1].item() for matrix in self.judged(iteration, list(responses), both)]
+        self.tell_pairs(iteration, responses, wins, [1 - win for win in wins], wins.count(0.5))
+        trees = [Tree(self.demonstrations[e].prompt, (y.tokens,)) for e, (y,) in responses.items()]
+        with self.timed("reference", iteration):
+            (base,) = self.frozen_logps(iteration, trees, [None])
+        rows = zip(trees, base.tolist(), wins, strict=True)
+        examples = [Example(tree, tuple(lp), facts=((win,),)) for tree, lp, win in rows]
+
+        def objective(policy: Tensor, base: Tensor, lengths: Tensor, win: Tensor) -> Tensor:
+            del lengths
+            return nash_md(policy, base, win, tau=tau)[:, 0]
+
+        return examples, objective
+
+    def responses(self, iteration: int, mixture: float = 0.0) -> dict[int, list[Answer]]:
         """K responses of π_{t-1} per prompt, by example; those not on disk are sampled now.
 
         Response k of an example is drawn from numbers of its own: a function of (seed, t, k,
-        example).
+        example). K = 1 for `nash_md`; with `mixture`, from the mixture with the base.
         """
         config = self.config
-        count, cap = config.preference.responses, config.text.max_response_tokens
+        count = config.preference.responses if config.method != "nash_md" else 1
+        cap, kind = config.text.max_response_tokens, "opponents" if mixture else "responses"
         examples = choose_prompts(
             len(self.demonstrations), config.selfplay.prompts, iteration, config.seed
         )
         result: dict[int, list[Answer]] = {e: [] for e in examples}
-        with console.bar(f"t={iteration} responses", count * len(examples), "answers") as advance:
+        with console.bar(f"t={iteration} {kind}", count * len(examples), "answers") as advance:
             size = max(1, config.sampling.shard_size // count)
             for number, shard in enumerate(batched(examples, size)):
-                folder = self.folder(iteration) / "responses" / f"{number:05d}"
+                folder = self.folder(iteration) / kind / f"{number:05d}"
                 each = [(e, k) for e in shard for k in range(count)]
+                purpose = "response" if kind == "responses" else "opponent"
                 if verifies(folder):
                     advance(len(each), 0)
                 else:
@@ -410,10 +450,11 @@ class SelfPlay:
                         stop_ids=self.chat.stop_token_ids,
                         config=config.sampling,
                         draws=[
-                            uniforms(config.seed, iteration, f"response/{k}", e, cap)
+                            uniforms(config.seed, iteration, f"{purpose}/{k}", e, cap)
                             for e, k in each
                         ],
                         progress=advance,
+                        base_weight=mixture,
                     )
                     with commit(folder) as temporary:
                         _save_answers(temporary, [e for e, _ in each], answers)
@@ -422,46 +463,51 @@ class SelfPlay:
                     result[example].append(answer)
         return result
 
-    def choices(
-        self, iteration: int, responses: Mapping[int, Sequence[Answer]]
-    ) -> dict[int, Pair | None]:
-        """Which two responses of each example are trained on; None where the judge ties them all.
+    def judged(
+        self, iteration: int, examples: Sequence[int], answers: Sequence[Sequence[Answer]]
+    ) -> list[Matrix]:
+        """P(y_i ≻ y_j) of each example's answers.
 
         Verdicts are durable as they come: whatever stops this phase, none is asked twice.
         """
         assert self.judge
-        demos = [self.demonstrations[e] for e in responses]
-        texts = [[self.chat.decode(a.tokens) for a in answers] for answers in responses.values()]
+        demos = [self.demonstrations[e] for e in examples]
+        texts = [[self.chat.decode(answer.tokens) for answer in group] for group in answers]
         prompts = [Prompt(demo.messages, demo.answer) for demo in demos]
         judge = Watched(self.judge, f"t={iteration} judge", self.guard)
-        matrices = win_probabilities(judge, prompts, texts)
-        labels = self.config.preference.labels
-        picked = [pick_pair(matrix, labels) for matrix in matrices]
-        return dict(zip(responses, picked, strict=True))
+        return win_probabilities(judge, prompts, texts)
 
     def tell_pairs(
-        self, iteration: int, responses: Mapping[int, Sequence[Answer]], pairs: Sequence[Pair]
+        self,
+        iteration: int,
+        responses: Mapping[int, Sequence[Answer]],
+        best: Sequence[float],
+        worst: Sequence[float],
+        ties: int,
     ) -> None:
-        """What iteration t has to learn from, for the console, the metrics and the summary."""
+        """What iteration t has to learn from, for the console, the metrics and the summary.
+
+        `best` and `worst` are the win probabilities of the two sides of each pair.
+        """
         answers = [answer for group in responses.values() for answer in group]
         values = {
             "prompts": len(responses),
-            "pairs": len(pairs),
-            "ties": len(responses) - len(pairs),
+            "pairs": len(best),
+            "ties": ties,
             "truncated": sum(answer.truncated for answer in answers),
             "length": float(np.mean([len(answer.tokens) for answer in answers])),
-            "p_best": float(np.mean([pair.p_best for pair in pairs])) if pairs else 0.5,
-            "p_worst": float(np.mean([pair.p_worst for pair in pairs])) if pairs else 0.5,
+            "p_best": float(np.mean(best)) if best else 0.5,
+            "p_worst": float(np.mean(worst)) if worst else 0.5,
         }
         self.metrics.rewind("pairs", iteration - 1)
         self.metrics.write("pairs", iteration, values)
         console.note(
-            f"t={iteration}: {len(pairs)} pairs with mean win probabilities {values['p_best']:.3f} "
-            f"and {values['p_worst']:.3f}; {values['ties']} prompts without a difference (not "
-            f"trained on), {values['truncated']} of {len(answers)} responses cut at the length "
-            f"cap, {values['length']:.1f} tokens each"
+            f"t={iteration}: {len(best)} pairs with mean win probabilities {values['p_best']:.3f} "
+            f"and {values['p_worst']:.3f}; {ties} prompts without a difference, "
+            f"{values['truncated']} of {len(answers)} responses cut at the length cap, "
+            f"{values['length']:.1f} tokens each"
         )
-        if not pairs:
+        if not best:
             text = f"no pair with a difference, π_{iteration} = π_{iteration - 1}"
             console.alarm(f"t={iteration}: {text}")
             self.metrics.write("pairs", iteration, {"alarm": text})

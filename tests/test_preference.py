@@ -15,12 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import test_resume
-from helpers import arithmetic, save_model, write_rows
+import torch
+from helpers import arithmetic, make_model, make_tokenizer, save_model, tokens, write_rows
+from peft import PeftModel
 from safetensors.numpy import load_file
 from test_resume import CONTEXT
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphaspin.config import Config, load_config
+from alphaspin.backbone import load_base
+from alphaspin.config import Config, LoraConfig, SamplingConfig, load_config
+from alphaspin.data import ChatFormat, hold_out, load_demonstrations
 from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, HASHES, TEMPORARY, file_hash
+from alphaspin.sampling import Answer, decode, uniforms
 
 JUDGE = '''
 import json, os, pathlib, signal, zlib
@@ -141,13 +147,11 @@ def verdict(one: str, other: str) -> float:
     return 0.5 if one == other else {0: 0.5, 1: 0.8, 2: 0.2}[beats]
 
 
-def texts(folder: Path, run: Path, iteration: int) -> dict[int, list[str]]:
+def texts(folder: Path, run: Path, iteration: int, kind: str = "responses") -> dict[int, list[str]]:
     """The responses of an iteration by example, decoded without the package's reader."""
-    from transformers import AutoTokenizer
-
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
     found: dict[int, list[str]] = {}
-    for path in sorted((run / f"iterations/{iteration}/responses").rglob("*.safetensors")):
+    for path in sorted((run / f"iterations/{iteration}/{kind}").rglob("*.safetensors")):
         data = load_file(path)
         parts = np.split(data["tokens"], data["length"].cumsum()[:-1])
         for example, ids in zip(data["example"].tolist(), parts, strict=True):
@@ -320,6 +324,108 @@ def test_killed_in_any_phase(
     assert result(tmp_path / "run") == expected
 
 
+# Nash-MD
+
+
+def test_the_mixture_is_with_the_base(inputs: Path, tmp_path: Path) -> None:
+    """Every sampled token against logits of PEFT and transformers, without cache or batch."""
+    base = make_model()
+    base.load_state_dict(AutoModelForCausalLM.from_pretrained(inputs / "model").state_dict())
+    backbone, _ = load_base(str(inputs / "model"), dtype="fp32", device=torch.device("cpu"))
+    backbone.add_adapter("policy", LoraConfig(r=4), seed=0, iteration=0)
+    state = backbone.adapter_state("policy")
+    torch.manual_seed(1)
+    backbone.set_adapter_state("policy", {k: 0.3 * torch.randn_like(v) for k, v in state.items()})
+    (tmp_path / "adapter").mkdir()
+    backbone.save_adapter("policy", tmp_path / "adapter")
+    policy = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(inputs / "model"), tmp_path / "adapter"
+    ).eval()
+    random = np.random.default_rng(0)
+    prompts = [tokens(random, 2, 9) for _ in range(12)]
+    draws = [uniforms(0, 0, "test", i, 10) for i in range(len(prompts))]
+    found: dict[float, list[Answer]] = {}
+    for m in (0.0, 0.4, 1.0):
+        found[m] = decode(
+            backbone,
+            "policy",
+            prompts,
+            max_tokens=10,
+            stop_ids=frozenset(range(1, 60)),  # so that rows leave the batch early
+            config=SamplingConfig(batch_size=6),
+            draws=draws,
+            base_weight=m,
+        )
+        for prompt, noise, answer in zip(prompts, draws, found[m], strict=True):
+            ids = torch.from_numpy(np.concatenate([prompt, answer.tokens])).long()[None]
+            with torch.no_grad():
+                ours, theirs = policy(input_ids=ids).logits[0], base.eval()(input_ids=ids).logits[0]
+            assert (ours - theirs).abs().mean() > 0.1, "a mixture of the policy with itself"
+            mixed = ((1 - m) * ours + m * theirs).double().softmax(-1)
+            for k, token in enumerate(answer.tokens.tolist()):
+                below = mixed[len(prompt) - 1 + k].cumsum(-1)
+                assert below[token] - mixed[len(prompt) - 1 + k, token] <= noise[k] + 1e-5
+                assert noise[k] <= below[token] + 1e-5
+    lengths = {len(answer.tokens) for answer in found[0.4]}
+    assert len(lengths) > 2
+    same = [np.array_equal(a.tokens, b.tokens) for a, b in zip(found[0.0], found[1.0], strict=True)]
+    assert not all(same)
+
+
+NASH = ["--method=nash_md", "--preference.tau=0.2", "--preference.mixture=0.3"]
+
+
+def test_nash_md(inputs: Path, tmp_path: Path) -> None:
+    """The first loss by hand; then a judge that fails in the second iteration."""
+    recipe = tmp_path / "nash.yaml"
+    recipe.write_text(RECIPE.replace(f"preference: {{responses: {K}, eta: {ETA}}}", ""))
+
+    def command(run: Path) -> list[str]:
+        given = arguments(inputs, run, *NASH, "--train.batch_size=64")
+        return [given[0], str(recipe), *given[2:]]
+
+    whole = tmp_path / "whole"
+    code, printed = play(whole, command(whole / "run"))
+    assert code == 0, printed
+    summary = json.loads((whole / "run/summary.json").read_text())
+    assert [pairs["pairs"] for pairs in summary["pairs"]] == [PROMPTS] * 2
+    assert all(math.isfinite(row["kl"]) for row in summary["rows"])
+
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model").eval()
+    demos, _ = load_demonstrations(
+        str(inputs / "data.jsonl"), ChatFormat.create(make_tokenizer()), Config().text
+    )
+    demos, _ = hold_out(demos, 3, 0)
+    opposed = texts(inputs, whole / "run", 0, "opponents")
+    losses: list[float] = []
+    for path in (whole / "run/iterations/0/responses").rglob("*.safetensors"):
+        data = load_file(path)
+        parts = np.split(data["tokens"], data["length"].cumsum()[:-1])
+        for example, answer in zip(data["example"].tolist(), parts, strict=True):
+            ids = torch.from_numpy(np.concatenate([demos[example].prompt, answer])).long()
+            with torch.no_grad():
+                logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            steps = range(len(ids) - len(answer), len(ids))
+            lp = sum(logps[i - 1, ids[i]].item() for i in steps)
+            (text,) = texts(inputs, whole / "run", 0)[example]
+            losses.append(-lp * (verdict(text, opposed[example][0]) - 0.5))
+    (first,) = records(whole / "run", "train/0")
+    assert len(losses) == PROMPTS and any(losses)
+    assert first["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-4)
+
+    count = len(asked(whole))
+    broken = tmp_path / "broken"
+    for number, action in ((count // 3, "error"), (count - 2, "SIGKILL")):
+        assert play(broken, command(broken / "run"), (number, action))[0] in (1, -signal.SIGKILL)
+    assert play(broken, command(broken / "run"))[0] == 0
+    assert asked(broken) == asked(whole)
+    one, other = (
+        {str(p.relative_to(f)): file_hash(p) for p in f.rglob("*.safetensors")}
+        for f in (whole / "run", broken / "run")
+    )
+    assert one == other and len(one) >= 8
+
+
 def test_another_judge_is_another_run(world: tuple[Path, dict[str, str]], inputs: Path) -> None:
     whole, expected = world
     more = [*RSPO, "--judge.both_orders"]
@@ -347,6 +453,8 @@ def test_settings_that_would_have_no_effect_are_refused() -> None:
         ({"method": "sppo", "judge": {"model": "x"}}, "judge.model = 'x' has no effect with judge"),
         ({"method": "sppo", "preference": {"responses": 1}}, "greater than or equal to 2"),
         ({"method": "dpo"}, "'spin', 'sppo'"),
+        ({"method": "nash_md", "preference": {"eta": 5.0}}, "preference.eta = 5 has no effect"),
+        ({"method": "nash_md", "train": {"epochs": 2}}, "nash_md needs train.epochs = 1"),
     ):
         assert message in said(**fields)
 
@@ -360,5 +468,5 @@ def test_runs_made_before_there_were_methods_keep_their_folders() -> None:
         "mistral-7b-ultrachat": "f5db01df",
     }
     assert {name: load_config(name).digest() for name in before} == before
-    digests = [Config(method=m).digest() for m in ("spin", "sppo", "rspo")]
+    digests = [Config(method=m).digest() for m in ("spin", "sppo", "rspo", "nash_md")]
     assert all(a != b for a, b in pairwise(sorted(digests)))
