@@ -344,9 +344,14 @@ class Backbone(nn.Module):
         return {kind: mask(windows[kind]) for kind in sorted(self.layer_types)}
 
     @contextmanager
-    def routed(self, adapter: str | None, rows: int) -> Generator[Any]:
-        """The decoder, for code that calls it itself (sampling), all rows under one adapter."""
-        self.route.segments = (Segment(adapter, 0, rows),)
+    def routed(self, adapter: str | None, rows: int, *others: str | None) -> Generator[Any]:
+        """The decoder, for code that calls it itself (sampling), all rows under one adapter.
+
+        With `others` the next `rows` rows are under the first of them, and so on.
+        """
+        self.route.segments = tuple(
+            Segment(name, i * rows, (i + 1) * rows) for i, name in enumerate((adapter, *others))
+        )
         yield self.decoder
 
 

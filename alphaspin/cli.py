@@ -26,6 +26,7 @@ from alphaspin.config import (
     packaged,
     recipe_names,
 )
+from alphaspin.judges import JudgeError
 from alphaspin.runs import (
     EXIT_INPUT,
     EXIT_OK,
@@ -194,6 +195,9 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
         if error.errno is None:
             raise
         return _fail(f"{error.filename or 'run folder'}: {error.strerror}", EXIT_INPUT)
+    except JudgeError as error:
+        told = f"{error}; its verdicts so far are kept: the same command goes on from here"
+        return _fail(told, EXIT_STOPPED)
     except TrainingStopped as error:
         return _fail(str(error), EXIT_STOPPED)
 

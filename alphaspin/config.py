@@ -57,6 +57,35 @@ class Section(BaseModel):
             field.description = " ".join((field.description or "").split()) or None
 
 
+def _refuse_unused(
+    settings: Section, choice: str, chosen: str, keys: dict[str, tuple[str, ...]], prefix: str = ""
+) -> None:
+    """Refuse what was set and would have no effect under the chosen method or kind.
+
+    Raises:
+        ValueError: one of `keys` that is not for `chosen` differs from its default.
+    """
+    for key, users in keys.items():
+        if chosen in users:
+            continue
+        value: Any = settings
+        default: Any = None
+        for name in key.split("."):
+            default = type(value).model_fields[name].default
+            value = getattr(value, name)
+        if value == default:
+            continue
+        if isinstance(value, Section):  # name the first setting that differs
+            name = next(
+                n for n in type(value).model_fields if getattr(value, n) != getattr(default, n)
+            )
+            key, value = f"{key}.{name}", getattr(value, name)
+        raise ValueError(
+            f"{prefix}{key} = {_short(value)} has no effect with {choice} = {chosen}, only with "
+            f"{' or '.join(users)}: leave it out, or start from a recipe of the method"
+        )
+
+
 class TextConfig(Section):
     """How conversations become prompt and response tokens."""
 
@@ -121,6 +150,79 @@ class LossConfig(Section):
     """Weight λ of the winner's log-prob in `slic`."""
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the winner's negative log-likelihood per token, added to any loss."""
+
+
+class JudgeConfig(Section):
+    """Who says which of two responses is better; for every `method` but `spin`."""
+
+    kind: Literal["verifiable", "reward_model", "pairrm", "server", "callable"] = "verifiable"
+    """`verifiable`: exact match with the demonstrated answer, as `evaluate.answer` says.
+    `reward_model`: a sequence classifier with one output. `pairrm`: PairRM. `server`: a generative
+    judge behind an OpenAI-compatible API. `callable`: a Python function of a `Comparison`."""
+    model: str | None = None
+    """Folder or hub id of `reward_model` and `pairrm` (llm-blender/PairRM-hf where it is not set);
+    the name that the server knows, for `server`."""
+    url: str | None = None
+    """Address of `server`, up to and with `/v1`."""
+    key_variable: str | None = None
+    """Environment variable that holds the API key of `server`."""
+    workers: PositiveInt = 8
+    """Requests to `server` under way at once."""
+    function: str | None = None
+    """`package.module:function` of `callable`, found from the working directory too."""
+    both_orders: bool = True
+    """`callable` is asked in both orders; not needed where f(a, b) = 1 - f(b, a)."""
+    batch_size: PositiveInt = 16
+    """Texts (`reward_model`) or pairs (`pairrm`) per pass."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "JudgeConfig":
+        _refuse_unused(self, "judge.kind", self.kind, JUDGE_KEYS, "judge.")
+        required = {
+            "reward_model": ("model",),
+            "server": ("url", "model"),
+            "callable": ("function",),
+        }
+        for name in required.get(self.kind, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"judge.kind = {self.kind} needs judge.{name}")
+        return self
+
+
+class PreferenceConfig(Section):
+    """SPPO, RSPO and Nash-MD: a judge compares responses of the current iterate."""
+
+    responses: Annotated[int, Field(ge=2)] = 5
+    """Responses K per prompt; the best and the worst of them are trained on."""
+    labels: Literal["soft", "single", "hard", "bradley_terry"] = "soft"
+    """Win probability each is trained on: P̂ against all K (`soft`, the paper), against the other
+    one (`single`), 1 and 0 (`hard`), or P̂ of the Bradley-Terry fit (`bradley_terry`)."""
+    eta: PositiveFloat = 1000.0
+    """η = 1/β: a response with win probability P̂ should gain η(P̂ - ½) nats."""
+    regulariser: Literal["reverse_kl", "forward_kl", "forward_reverse", "chi2", "entropy"] = (
+        "reverse_kl"
+    )
+    """R of `rspo`, towards the base."""
+    lam: NonNegativeFloat = 0.5
+    """λ of `rspo`; published: 0.5 for `reverse_kl`, 0.1 for `forward_kl` and `forward_reverse`."""
+    clamp: PositiveFloat | None = None
+    """Largest exponent of the importance ratios of `rspo`, in nats; `None` is the published one (7
+    for `forward_kl`, 10 for `forward_reverse` and `chi2`)."""
+    reverse_weight: NonNegativeFloat = 5.0
+    """Weight of the reverse KL in `forward_reverse`."""
+    tau: PositiveFloat = 0.1
+    """τ of `nash_md`: weight of the KL to the base, against win probabilities."""
+    mixture: Fraction = 0.25
+    """m of `nash_md`: share of the base's logits in the opponent's."""
+
+
+JUDGE_KEYS: dict[str, tuple[str, ...]] = {
+    "model": ("reward_model", "pairrm", "server"),
+    **dict.fromkeys(("url", "key_variable", "workers"), ("server",)),
+    **dict.fromkeys(("function", "both_orders"), ("callable",)),
+    "batch_size": ("reward_model", "pairrm"),
+}
+"""Settings of a judge that only some kinds look at."""
 
 
 class LoraConfig(Section):
@@ -228,6 +330,17 @@ class PlanHints(Section):
     """Mean response length, in tokens."""
 
 
+POINTWISE = ("sppo", "rspo")
+METHOD_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("loss", "reference", "selfplay.history", "selfplay.mixing"), ("spin",)),
+    "judge": (*POINTWISE, "nash_md"),
+    **{f"preference.{key}": ("nash_md",) for key in ("tau", "mixture")},
+    **{f"preference.{key}": POINTWISE for key in ("responses", "labels", "eta")},
+    **{f"preference.{key}": ("rspo",) for key in ("regulariser", "lam", "clamp", "reverse_weight")},
+}
+"""Settings (or whole sections) that only some methods look at."""
+
+
 class Config(Section):
     """A self-play run."""
 
@@ -247,12 +360,18 @@ class Config(Section):
     that the same command goes on with the same run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of all randomness, which is a function of (seed, iteration, purpose, example)."""
+    method: Literal["spin", "sppo", "rspo", "nash_md"] = "spin"
+    """`spin`: demonstrations against sampled answers (`loss`, `reference`). `sppo`, `rspo`: sampled
+    answers against each other, as a `judge` compares them (`preference`). `nash_md`: sampled
+    answers against those of a mixture with the base, judged too; one gradient pass an iteration."""
     control: Literal["none", "sft"] = "none"
     """`sft` also trains the control: plain further SFT with the same adapter, steps and tokens."""
     text: TextConfig = TextConfig()
     selfplay: SelfPlayConfig = SelfPlayConfig()
     reference: ReferenceConfig = ReferenceConfig()
     loss: LossConfig = LossConfig()
+    judge: JudgeConfig = JudgeConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -271,6 +390,12 @@ class Config(Section):
             raise ValueError(
                 "reference.kind = ema needs selfplay.warm_start = true: the average of adapters "
                 "that started from different random matrices means nothing"
+            )
+        _refuse_unused(self, "method", self.method, METHOD_KEYS)
+        if self.method == "nash_md" and (self.train.epochs > 1 or not self.selfplay.warm_start):
+            raise ValueError(
+                "method = nash_md needs train.epochs = 1 and selfplay.warm_start = true: its "
+                "gradient holds for responses of the policy that is trained"
             )
         return self
 
@@ -295,7 +420,10 @@ class Config(Section):
             },
             "sampling": {"batch_size"},
             "evaluate": {"show"},
+            "judge": {"url", "key_variable", "workers", "batch_size"},
         }
+        if self.method == "spin":  # without these sections, so are runs made before they existed
+            free |= dict.fromkeys(("method", "judge", "preference"), True)
         return self.model_dump(mode="json", exclude=free)
 
     def digest(self) -> str:
@@ -317,7 +445,7 @@ def contraction_note(config: Config) -> str | None:
     """
     bound = 1 / (1 + config.reference.alpha)
     low = min(config.loss.beta)
-    if config.loss.kind != "dpo" or low > bound:
+    if config.method != "spin" or config.loss.kind != "dpo" or low > bound:
         return None
     return (
         f"β = {low:g} is outside the contraction bound β > 1/(1+α) = {bound:.3g}: trained to "

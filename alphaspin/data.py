@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import islice, takewhile
 from pathlib import Path
@@ -56,6 +56,7 @@ class Demonstration:
     truncated: bool  # cut at text.max_response_tokens
     answer: str  # the assistant turn's text as given
     origin: str  # file:line of JSON lines; file[row] or hub-id:split[row], from 0, elsewhere
+    messages: Messages = field(default_factory=list[dict[str, str]])  # the turns before the answer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -271,7 +272,7 @@ def load_demonstrations(
             cut = len(ids) < len(response)
             tokens = np.array(prompt, np.int32), ids
             answer = messages[-1]["content"]
-            found.append(Demonstration(len(found), *tokens, cut, answer, origin))
+            found.append(Demonstration(len(found), *tokens, cut, answer, origin, messages[:-1]))
     if not found:
         limit = f"text.max_prompt_tokens = {text.max_prompt_tokens}"
         raise InputError(f"{source}: all {dropped} prompts are longer than {limit}")

@@ -17,6 +17,7 @@ from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree
 from alphaspin.config import Config, InputError
 from alphaspin.data import ChatFormat, Demonstration
+from alphaspin.judges import Comparison, Judge, Prompt, preferences
 from alphaspin.losses import reward_scale
 from alphaspin.sampling import decode, uniforms
 from alphaspin.scoring import logps
@@ -30,6 +31,9 @@ class Evaluation:
     sampled, greedy: exact match, shares with standard errors. preferred: share of prompts on which
     the sampled answer is preferred to the base's, ties counted half. margin: mean over prompts of
     β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)] where they differ.
+    With a judge also: judged: mean of P(sampled answer ≻ the base's). kl: mean of lp_t - lp_base of
+    the sampled answers, an unbiased estimate of KL(π_t‖π_base) in nats per answer. length: mean
+    tokens of the sampled answers.
     """
 
     name: str
@@ -49,6 +53,12 @@ class Evaluation:
     truncated: list[bool]
     demonstration_logps: list[float]
     base_answer_logps: list[float]
+    judged: float | None = None
+    judged_se: float | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+    length: float | None = None
+    length_se: float | None = None
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -88,6 +98,7 @@ def evaluate(
     base: Evaluation | None,
     iteration: int,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
+    judge: Judge | None = None,
 ) -> Evaluation:
     """Measure one policy.
 
@@ -101,9 +112,11 @@ def evaluate(
         base: the base's evaluation; None when this is the base itself.
         iteration: t, which selects β for the margin.
         progress: called with the answers finished and the tokens decoded.
+        judge: compares the sampled answers with the base's.
 
     Raises:
         InputError: a demonstration without the pattern of `evaluate.answer`.
+        JudgeError: the judge's.
     """
     part = checked_part(config.evaluate.answer)
     gold = checked_answers(heldout, config.evaluate.answer)
@@ -150,6 +163,17 @@ def evaluate(
     gains = scored - anchor
     differ = np.array([not np.array_equal(tree.responses[0], tree.responses[1]) for tree in trees])
     margins = (gains[:, 0] - gains[:, 1])[differ]
+    extra: dict[str, float] = {}
+    if judge:
+        asked = [
+            Comparison(Prompt(demo.messages, demo.answer), text, other)
+            for demo, text, other in zip(heldout, texts, base_texts, strict=True)
+        ]
+        own = [Tree(p, (answer.tokens,)) for p, answer in zip(prompts, sampled, strict=True)]
+        ours, theirs = (np.array(logps(backbone, a, own, config.train)) for a in (adapter, None))
+        extra |= _mean("judged", preferences(judge, asked))
+        extra |= _mean("kl", (ours - theirs)[:, 0].tolist())
+        extra |= _mean("length", [float(len(answer.tokens)) for answer in sampled])
     return Evaluation(
         name=name,
         **_mean("nll", (-scored[:, 0]).tolist()),
@@ -157,15 +181,14 @@ def evaluate(
         **_mean("sampled", matches(texts)),
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
-        margin=reward_scale(config.loss, iteration) * float(margins.mean())
-        if len(margins)
-        else 0.0,
+        margin=reward_scale(config, iteration) * float(margins.mean()) if len(margins) else 0.0,
         answers=texts,
         greedy_answers=greedy_texts,
         answer_tokens=[answer.tokens.tolist() for answer in sampled],
         truncated=[answer.truncated for answer in sampled],
         demonstration_logps=scored[:, 0].tolist(),
         base_answer_logps=scored[:, 1].tolist(),
+        **extra,
     )
 
 
@@ -175,28 +198,37 @@ def _mean(name: str, values: list[float]) -> dict[str, float]:
     return {name: float(np.mean(values)), f"{name}_se": error}
 
 
-def header() -> list[str]:
+JUDGED = ["judge vs base %", "KL to base", "tokens"]
+
+
+def header(judged: bool = False) -> list[str]:
     """Column names of the table by iteration."""
-    return ["t", "NLL/answer", "sampled %", "greedy %", "margin", "wins vs base %"]
+    names = ["t", "NLL/answer", "sampled %", "greedy %", "margin", "wins vs base %"]
+    return names + JUDGED * judged
 
 
 def row(evaluation: Evaluation) -> list[str]:
     """An evaluation as a row of that table; ± is one standard error."""
     e = evaluation
 
-    def percent(value: float, error: float) -> str:
-        return f"{100 * value:.1f} ± {100 * error:.1f}"
+    def percent(value: float, error: float | None) -> str:
+        return "-" if e.name == "base" else f"{100 * value:.1f} ± {100 * (error or 0):.1f}"
 
-    return [
+    cells = [
         e.name,
         f"{e.nll:.3f} ± {e.nll_se:.3f}",
-        percent(e.sampled, e.sampled_se),
-        percent(e.greedy, e.greedy_se),
+        f"{100 * e.sampled:.1f} ± {100 * e.sampled_se:.1f}",
+        f"{100 * e.greedy:.1f} ± {100 * e.greedy_se:.1f}",
         f"{e.margin:+.3f}",
-        "-" if e.name == "base" else percent(e.preferred, e.preferred_se),
+        percent(e.preferred, e.preferred_se),
     ]
+    if e.judged is not None:
+        cells.append(percent(e.judged, e.judged_se))
+        cells += [f"{e.kl:.3f} ± {e.kl_se:.3f}", f"{e.length:.1f} ± {e.length_se:.1f}"]
+    return cells
 
 
 def line(evaluation: Evaluation) -> str:
     """An evaluation in one line."""
-    return ", ".join(f"{k} {v}" for k, v in zip(header()[1:], row(evaluation)[1:], strict=True))
+    names, cells = header(evaluation.judged is not None), row(evaluation)
+    return ", ".join(f"{k} {v}" for k, v in zip(names[1:], cells[1:], strict=True))

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import os
 import platform
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,7 @@ from alphaspin import evaluate as measures
 from alphaspin.backbone import POLICY, Backbone, load_base
 from alphaspin.config import Config, InputError, contraction_note, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
+from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
 from alphaspin.runs import Metrics, Mirror, Run, SignalGuard, write_atomically
 from alphaspin.scoring import ReferenceCache
 from alphaspin.selfplay import SelfPlay
@@ -64,6 +66,9 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
     # What would fail in a later phase had better fail before a folder is bound to these settings.
     backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
     measures.checked_answers(heldout, config.evaluate.answer)
+    judge = load_judge(config) if config.method != "spin" else None
+    if config.judge.kind == "verifiable" and judge:
+        measures.checked_answers(demonstrations, config.evaluate.answer)
     identity = {
         "config": config.identity(),
         "base": backbone.identity,
@@ -72,6 +77,8 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
         "data": fingerprint(demonstrations),
         "heldout": fingerprint(heldout),
     }
+    if judge:
+        identity["judge"] = judge.identity
     guard.check()
     with contextlib.closing(Run(config.run_folder(), identity)) as folder:
         mirror: Mirror | None = None
@@ -92,18 +99,52 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             metrics,
             guard,
             ReferenceCache(),
+            CachedJudge(judge, folder.path / "verdicts") if judge else None,
         )
         rows = selfplay.play()
         summary = summarise(config, folder, metrics, rows, heldout, chat)
         write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1))
         if rows:
             title = f"{config.name}: held-out measures by iteration ({len(heldout)} prompts)"
-            console.table(title, measures.header(), [measures.row(row) for row in rows])
+            console.table(
+                title, measures.header(judge is not None), [measures.row(row) for row in rows]
+            )
         for kind, count in summary["trained_tokens"].items():
             console.note(f"{kind}: {count:,} response tokens that carried a gradient")
         if config.log.trackers:
             accelerator.end_training()
         return summary
+
+
+def load_judge(config: Config) -> Judge:
+    """The judge of `config.judge`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    # What loads models or talks to servers is imported only where it is used.
+    judge = config.judge
+    match judge.kind:
+        case "verifiable":
+            return VerifiableJudge(config.evaluate.answer)
+        case "reward_model":
+            from alphaspin.judge_models import RewardModelJudge
+
+            return RewardModelJudge(str(judge.model), batch_size=judge.batch_size)
+        case "pairrm":
+            from alphaspin.judge_models import PairRMJudge
+
+            return PairRMJudge(judge.model or "llm-blender/PairRM-hf", batch_size=judge.batch_size)
+        case "server":
+            from alphaspin.judge_server import ServerJudge
+
+            key = os.environ.get(judge.key_variable) if judge.key_variable else None
+            if judge.key_variable and not key:
+                raise InputError(f"judge.key_variable = {judge.key_variable}: is not set")
+            url, model = str(judge.url), str(judge.model)
+            return ServerJudge(url, model, api_key=key, workers=judge.workers)
+        case "callable":
+            return CallableJudge(str(judge.function), both_orders=judge.both_orders)
 
 
 def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
@@ -213,6 +254,11 @@ def summarise(
         "rows": scalars,
         "seconds": seconds,
         "trained_tokens": tokens,
+        "pairs": [
+            {"iteration": r["step"], **{k: v for k, v in r.items() if k not in ("stage", "step")}}
+            for r in records
+            if r["stage"] == "pairs" and "alarm" not in r
+        ],
         "alarms": [f"{r['stage']}: {r['alarm']}" for r in records if "alarm" in r],
         "notes": [note for note in [contraction_note(config)] if note],
         "samples": [

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alphaspin.config import LossConfig, at
+from alphaspin.config import Config, LossConfig, PreferenceConfig, at
 
 
 def margin(policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor) -> Tensor:
@@ -248,9 +248,52 @@ def pairwise(
     return loss
 
 
-def reward_scale(config: LossConfig, iteration: int) -> float:
-    """Factor of lp_θ - lp_ref in the rewards that are logged: β, or τ for `ipo`, as in TRL."""
-    return config.ipo_tau if config.kind == "ipo" else at(config.beta, iteration)
+def pointwise(
+    config: PreferenceConfig, policy: Tensor, reference: Tensor, win_prob: Tensor
+) -> Tensor:
+    """The SPPO loss of each pair: the mean of its two responses', as in the public code.
+
+    Args:
+        config: η.
+        policy: lp_θ of (best, worst), [B, 2] fp32.
+        reference: lp of the previous iterate of the same.
+        win_prob: the probability each is trained on, [B, 2].
+
+    Returns:
+        [B].
+    """
+    return sppo(policy, reference, win_prob, eta=config.eta).mean(1)
+
+
+def regularised(
+    config: PreferenceConfig, policy: Tensor, reference: Tensor, win_prob: Tensor, base: Tensor
+) -> Tensor:
+    """The RSPO loss of each pair, as `pointwise`; `base` is lp of the base, [B, 2]."""
+    return rspo(
+        policy,
+        reference,
+        base,
+        win_prob,
+        eta=config.eta,
+        lam=config.lam,
+        regulariser=config.regulariser,
+        clamp=config.clamp,
+        reverse_weight=config.reverse_weight,
+    ).mean(1)
+
+
+def reward_scale(config: Config, iteration: int) -> float:
+    """Factor of lp_θ - lp_ref in the rewards that are logged.
+
+    β, or τ for `ipo`, as in TRL; 1/η for SPPO and RSPO, whose rewards so aim at P̂ - ½; τ for
+    Nash-MD, whose reference is the base: what its KL term takes from P - ½.
+    """
+    if config.method == "nash_md":
+        return config.preference.tau
+    if config.method != "spin":
+        return 1 / config.preference.eta
+    loss = config.loss
+    return loss.ipo_tau if loss.kind == "ipo" else at(loss.beta, iteration)
 
 
 def ignores_equal_pairs(config: LossConfig) -> bool:

@@ -17,6 +17,7 @@ from alphaspin.backbone import choose_bf16, loading, target_modules
 from alphaspin.config import Config, InputError, PlanHints, at, contraction_note, packaged
 from alphaspin.data import ChatFormat
 from alphaspin.job import load_data
+from alphaspin.losses import reward_scale
 from alphaspin.opponents import BASE, opponents
 from alphaspin.trainer import total_steps
 
@@ -33,9 +34,10 @@ def show(config: Config) -> None:
     title = (
         f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
     )
+    against = "against" if config.method == "spin" else "answers of"
     console.table(
         title,
-        ["t", "against", "prompts", "pairs", "steps", "sampled", "trained", "lr", "β"],
+        ["t", against, "prompts", "pairs", "steps", "sampled", "trained", "lr", "β"],
         [_row(config, facts, t) for t in range(config.selfplay.iterations)],
     )
     warning = contraction_note(config)
@@ -105,11 +107,16 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
         f"{prompts:,}",
         f"{pairs:,}",
         f"{steps:,}",
-        f"≤ {prompts * config.text.max_response_tokens / 1e6:,.1f}M",
+        f"≤ {prompts * answers_per_prompt(config) * config.text.max_response_tokens / 1e6:,.1f}M",
         f"~ {trained / 1e6:,.1f}M",
         f"{at(config.train.lr, t):g}",
-        f"{at(config.loss.beta, t):g}",
+        f"{at(config.loss.beta, t) if config.method == 'spin' else reward_scale(config, t):g}",
     ]
+
+
+def answers_per_prompt(config: Config) -> int:
+    """Answers sampled in training for a prompt."""
+    return {"spin": 1, "nash_md": 2}.get(config.method, config.preference.responses)
 
 
 def estimates(config: Config, facts: PlanHints) -> list[str]:
@@ -132,7 +139,7 @@ def estimates(config: Config, facts: PlanHints) -> list[str]:
         min(at(config.selfplay.prompts, t), facts.demonstrations)
         for t in range(config.selfplay.iterations)
     )
-    answers = pairs * (config.text.max_response_tokens * 4 + 17)
+    answers = pairs * answers_per_prompt(config) * (config.text.max_response_tokens * 4 + 17)
     cached = pairs * 4 * 20
     adapters = adapter * (config.selfplay.iterations * (2 if config.control == "sft" else 1))
     checkpoint = adapter * (1 + states)

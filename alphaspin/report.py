@@ -77,6 +77,12 @@ class Row(BaseModel):
     margin_se: float | None = None
     preferred: float
     preferred_se: float
+    judged: float | None = None
+    judged_se: float | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+    length: float | None = None
+    length_se: float | None = None
 
     @property
     def control(self) -> bool:
@@ -222,15 +228,36 @@ def describe(config: Config) -> str:
         "hinge": f"hinge loss with β = {beta}",
         "slic": f"SLiC loss with δ = {loss.slic_delta:g}, λ = {loss.slic_lambda:g}",
     }[loss.kind]
+    adapter = f"LoRA of rank {lora.r} with alpha {lora.alpha:g}"
+    control = "plain further SFT at equal cost as control" if config.control == "sft" else ""
+    many = f"{play.iterations} iteration{'s' * (play.iterations > 1)} of "
+    if config.method != "spin":
+        settings, judge = config.preference, config.judge
+        lam = f", {settings.regulariser} with λ = {settings.lam:g}" * (config.method == "rspo")
+        tried = f"best and worst of {settings.responses} responses of the previous iterate"
+        parts = [
+            f"{many}{config.method.upper()} on {config.model}: η = {settings.eta:g}{lam}",
+            f"{tried}, {settings.labels} labels",
+        ]
+        if config.method == "nash_md":
+            parts = [
+                f"{many}Nash-MD on {config.model}: τ = {settings.tau:g}",
+                f"against the mixture with {settings.mixture:g} of the base's logits",
+            ]
+        parts += [
+            f"judge {judge.kind} {judge.model or judge.function or ''}".strip(),
+            adapter,
+            control,
+        ]
+        return "; ".join(part for part in parts if part) + "."
     players = {1: "the previous iterate", "inf": "all iterates so far (fictitious play)"}
     opponents = players.get(play.history, f"the last {play.history} iterates")
     parts = [
-        f"{play.iterations} iteration{'s' * (play.iterations > 1)} of "
-        f"{'SPIN' if reference.alpha == 1 else 'α-SPIN'} on {config.model}: {how}",
+        f"{many}{'SPIN' if reference.alpha == 1 else 'α-SPIN'} on {config.model}: {how}",
         f"reference α = {reference.alpha:g} ({reference.kind})" if loss.kind != "slic" else "",
         f"opponents from {opponents} (history {play.history})",
-        f"LoRA of rank {lora.r} with alpha {lora.alpha:g}",
-        "plain further SFT at equal cost as control" if config.control == "sft" else "",
+        adapter,
+        control,
     ]
     return "; ".join(part for part in parts if part) + "."
 

@@ -30,7 +30,8 @@ EXIT_OK = 0
 EXIT_INPUT = 2
 """Bad input: nothing was changed."""
 EXIT_STOPPED = 3
-"""Training stopped itself, e.g. at a loss that is not finite; the last checkpoint stands."""
+"""Training stopped itself, e.g. at a loss that is not finite, or the judge failed; the last
+checkpoint and all verdicts stand."""
 EXIT_RESUMABLE = 75
 """Stopped by SIGTERM or Ctrl-C after saving (sysexits' EX_TEMPFAIL): the same command goes on."""
 

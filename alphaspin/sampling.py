@@ -71,6 +71,7 @@ def decode(
     config: SamplingConfig,
     draws: Sequence[Tensor] | None,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
+    base_weight: float = 0.0,
 ) -> list[Answer]:
     """One answer per prompt, decoded in batches of similar prompt length.
 
@@ -83,6 +84,8 @@ def decode(
         config: temperature, filters, batch size.
         draws: uniforms [max_tokens] per prompt, or None for greedy decoding.
         progress: called at each step with the answers finished and the tokens decoded.
+        base_weight: m of the token-level mixture softmax((1-m) logits_adapter + m logits_base)
+            (Nash-MD, arXiv 2312.00886, section 7); both policies' rows are in one forward pass.
     """
     backbone.eval()
     answers: list[Answer | None] = [None] * len(prompts)
@@ -99,6 +102,7 @@ def decode(
             config,
             None if draws is None else torch.stack([draws[i] for i in part]),
             progress,
+            base_weight,
         )
         for row, i in enumerate(part):
             answer = tokens[row, : lengths[row]]
@@ -115,6 +119,7 @@ def _decode_batch(
     config: SamplingConfig,
     draws_BL: Tensor | None,
     progress: Callable[[int, int], None],
+    base_weight: float,
 ) -> tuple[Tokens, Tokens]:
     """Tokens [B, max_tokens] int32 and their number [B]; finished rows leave the batch early."""
     device = backbone.device
@@ -133,16 +138,21 @@ def _decode_batch(
     done_B = torch.zeros(len(prompts), dtype=torch.bool)
     draws_BL = None if draws_BL is None else draws_BL.to(device)
     cache: Any = DynamicCache(config=cast(Any, backbone.decoder).config)
+    mixed = adapter is not None and base_weight > 0
+    copies = (1 + mixed, 1)  # the same rows again, for the base
     for step in range(max_tokens):
-        with backbone.routed(adapter, len(live)) as decoder:
+        with backbone.routed(adapter, len(live), *([None] * mixed)) as decoder:
             hidden_BPH = decoder(
-                input_ids=input_BP,
-                attention_mask=seen_BP,
-                position_ids=position_BP,
+                input_ids=input_BP.repeat(copies),
+                attention_mask=seen_BP.repeat(copies),
+                position_ids=position_BP.repeat(copies),
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
         logits_BV = backbone.logits(hidden_BPH[:, -1])
+        if mixed:
+            policy_BV, base_BV = logits_BV.chunk(2)
+            logits_BV = torch.lerp(policy_BV, base_BV, base_weight)
         if draws_BL is None:
             token_B = logits_BV.argmax(-1)
         else:
@@ -165,5 +175,5 @@ def _decode_batch(
             keep = keep.to(device)
             input_BP, position_BP, seen_BP = input_BP[keep], position_BP[keep], seen_BP[keep]
             draws_BL = None if draws_BL is None else draws_BL[keep]
-            cache.batch_select_indices(keep)
+            cache.batch_select_indices(torch.cat([keep, keep + len(ended)]) if mixed else keep)
     return out.numpy(), length.numpy()

@@ -1,4 +1,4 @@
-"""The outer loop of self-play: answer, score, train, evaluate; phase by phase, resumable.
+"""The outer loop of self-play: answer, judge, score, train, evaluate; phase by phase, resumable.
 
     for t = 0, 1, …:
         opponents   y_l ~ an earlier iterate, for each prompt of iteration t
@@ -6,13 +6,25 @@
         train       a new adapter π_t on (y_w, y_l) against π_ref ∝ π_prev^α π_base^(1-α)
         evaluate    held-out measures of π_t
 
+With `method: sppo` and `rspo` (arXiv 2405.00675 and 2503.00030) a judge takes the place of the
+demonstrations, and the first phases are
+
+        responses   y_1 … y_K ~ π_prev for each prompt
+        judge       P(y_i ≻ y_j) of all pairs; the best and the worst response of each prompt
+        reference   lp_prev of the two, and lp_base for `rspo`, in one pass, cached
+
+`nash_md` (arXiv 2312.00886, section 7) has y ~ π_prev, y' from the mixture of π_prev and the base,
+and P(y ≻ y'). Its gradient holds on policy: π_t starts as π_prev and makes one pass over the
+responses. It is exact at the first step of an iteration and slightly off policy at later ones, so
+`selfplay.prompts` = `train.batch_size` is strictly on policy, with many iterations.
+
 Each phase leaves durable artefacts and begins by looking for them. What is not there is computed
 from what is, as a function of (seed, t, example), so a killed run that is started again ends with
 the same bits as one that was never killed.
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +41,14 @@ from alphaspin.backbone import POLICY, WEIGHTS, Backbone, average_adapters
 from alphaspin.batching import Tree
 from alphaspin.config import Config
 from alphaspin.data import ChatFormat, Demonstration
+from alphaspin.judges import Comparison, Judge, Matrix, Prompt, pick_pair, win_probabilities
 from alphaspin.losses import (
     ignores_equal_pairs,
     mixture_reference,
+    nash_md,
     pairwise,
+    pointwise,
+    regularised,
     reward_scale,
 )
 from alphaspin.opponents import BASE, assign, choose_prompts, opponents
@@ -46,7 +62,7 @@ from alphaspin.runs import (
 )
 from alphaspin.sampling import Answer, decode, uniforms
 from alphaspin.scoring import ReferenceCache, batched, score
-from alphaspin.trainer import Example, Job, Objective, train
+from alphaspin.trainer import REMEDY, Example, Job, Objective, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +83,33 @@ class Duel:
 
 
 @dataclass(slots=True)
+class Watched:
+    """A judge with a progress bar, which a signal stops between two groups of verdicts."""
+
+    judge: Judge
+    label: str
+    guard: SignalGuard
+
+    @property
+    def identity(self) -> str:
+        """The judge's."""
+        return self.judge.identity
+
+    @property
+    def both_orders(self) -> bool:
+        """The judge's."""
+        return self.judge.both_orders
+
+    def compare(self, pairs: Sequence[Comparison]) -> Iterator[Mapping[int, float]]:
+        """The judge's groups, which are durable when they come."""
+        with console.bar(self.label, len(pairs), "verdicts") as advance:
+            for group in self.judge.compare(pairs):
+                advance(len(group), 0)
+                yield group
+                self.guard.check()
+
+
+@dataclass(slots=True)
 class SelfPlay:
     """One run in progress: what all phases share."""
 
@@ -80,6 +123,7 @@ class SelfPlay:
     metrics: Metrics
     guard: SignalGuard
     cache: ReferenceCache
+    judge: Judge | None = None
 
     # The iterates
 
@@ -175,14 +219,24 @@ class SelfPlay:
 
     # Phase 2: the reference
 
-    def score_reference(self, iteration: int, duels: list[Duel]) -> list[tuple[float, ...]]:
-        """lp_ref of (winner, loser) for each pair; what the cache lacks is computed now."""
+    def score_reference(self, iteration: int, trees: list[Tree]) -> list[tuple[float, ...]]:
+        """lp_ref of (winner, loser) for each pair."""
         config, alpha = self.config, self.config.reference.alpha
         previous = self.load_reference_adapter(iteration)
-        # At α = 1 the base takes no part, at α = 0 the previous iterate; at t = 0 they are one.
-        policies = list(dict.fromkeys([previous] * (alpha > 0) + [None] * (alpha < 1)))
+        # At α = 1 the base takes no part, at α = 0 the previous iterate.
+        policies = [previous] * (alpha > 0) + [None] * (alpha < 1)
+        logps = self.frozen_logps(iteration, trees, policies)
+        kind = "arithmetic" if config.reference.kind == "arithmetic" else "geometric"
+        mixed = mixture_reference(logps[0], logps[-1], alpha=alpha, kind=kind)
+        return [tuple(row) for row in mixed.tolist()]
+
+    def frozen_logps(
+        self, iteration: int, trees: list[Tree], policies: Sequence[str | None]
+    ) -> list[Tensor]:
+        """lp of each pair under each policy, [pairs, 2]; what the cache lacks is computed now."""
+        config = self.config
+        wanted, policies = policies, list(dict.fromkeys(policies))  # at t = 0 they are one
         hashes = {name or "base": self.backbone.adapter_ids[name] for name in policies}
-        trees = [duel.tree() for duel in duels]
         with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
             for number, shard in enumerate(batched(trees, config.sampling.shard_size)):
                 folder = self.folder(iteration) / "reference" / f"{number:05d}"
@@ -204,10 +258,7 @@ class SelfPlay:
             identity = self.backbone.adapter_ids[policy]
             return torch.tensor([self.cache.lookup(identity, tree) for tree in trees])
 
-        logps = [lookup(policy) for policy in policies]
-        kind = "arithmetic" if config.reference.kind == "arithmetic" else "geometric"
-        mixed = mixture_reference(logps[0], logps[-1], alpha=alpha, kind=kind)
-        return [tuple(row) for row in mixed.tolist()]
+        return [lookup(policy) for policy in wanted]
 
     def _incomplete(self, policies: Sequence[str | None], trees: Sequence[Tree]) -> bool:
         """Whether the cache lacks a log-prob: a shard may verify and be of other tokens."""
@@ -240,11 +291,12 @@ class SelfPlay:
         job = Job(
             objective=objective,
             config=config.train,
-            beta=reward_scale(config.loss, iteration),
+            beta=reward_scale(config, iteration),
             iteration=iteration,
             seed=config.seed,
             stage=f"{stage}/{iteration}",
             checkpoints=folder / "checkpoints",
+            remedy=REMEDY if config.method == "spin" else "consider a smaller train.lr",
         )
         train(self.accelerator, self.backbone, examples, job, self.metrics, self.guard)
         with commit(folder / "adapter") as temporary:
@@ -267,12 +319,27 @@ class SelfPlay:
             for shard in sorted((folder / "reference").glob("*")):
                 self.cache.load(shard)  # the base's log-probs serve later iterations too
             return
+        match config.method:
+            case "spin":
+                examples, objective = self.demonstrated_pairs(iteration)
+            case "sppo" | "rspo":
+                examples, objective = self.judged_pairs(iteration)
+            case "nash_md":
+                examples, objective = self.mirror_descent(iteration)
+        self.unload_iterates()
+        before = self.folder(iteration - 1) / "adapter" if iteration else None
+        with self.timed("train", iteration):
+            self.fit("train", iteration, folder, examples, objective, config, before)
+
+    def demonstrated_pairs(self, iteration: int) -> tuple[list[Example], Objective]:
+        """Phases 1 and 2 of `spin`: demonstrations against opponents' answers, and the loss."""
+        config = self.config
         with self.timed("opponents", iteration):
             duels = self.duels(iteration)
             if config.selfplay.mixing and iteration:
                 duels += self.duels(iteration - 1)
         with self.timed("reference", iteration):
-            references = self.score_reference(iteration, duels)
+            references = self.score_reference(iteration, [duel.tree() for duel in duels])
         skip = ignores_equal_pairs(config.loss)
         examples = [
             Example(duel.tree(), reference, informative=not (skip and duel.equal()))
@@ -284,14 +351,166 @@ class SelfPlay:
             f"t={iteration}: {len(duels)} pairs, {equal} of them with loser = winner (no gradient "
             f"from the pair), {cut} losers cut at the length cap"
         )
-        self.unload_iterates()
-        before = self.folder(iteration - 1) / "adapter" if iteration else None
 
         def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
             return pairwise(config.loss, iteration, policy, reference, lengths)
 
-        with self.timed("train", iteration):
-            self.fit("train", iteration, folder, examples, objective, config, before)
+        return examples, objective
+
+    # Phases 1 and 2 of the methods with a judge
+
+    def judged_pairs(self, iteration: int) -> tuple[list[Example], Objective]:
+        """The best and the worst of K responses of the current iterate, and the loss.
+
+        Prompts whose responses all tie teach nothing and are left out.
+        """
+        config, settings = self.config, self.config.preference
+        with self.timed("responses", iteration):
+            responses = self.responses(iteration)
+        with self.timed("judge", iteration):
+            matrices = self.judged(iteration, list(responses), list(responses.values()))
+        picked = [pick_pair(matrix, settings.labels) for matrix in matrices]
+        chosen = [(e, pair) for e, pair in zip(responses, picked, strict=True) if pair]
+        best, worst = [pair.p_best for _, pair in chosen], [pair.p_worst for _, pair in chosen]
+        self.tell_pairs(iteration, responses, best, worst, len(responses) - len(chosen))
+        trees = [
+            Tree(
+                self.demonstrations[e].prompt,
+                (responses[e][pair.best].tokens, responses[e][pair.worst].tokens),
+            )
+            for e, pair in chosen
+        ]
+        policies = [self.load_iterate(iteration - 1)] + [None] * (config.method == "rspo")
+        with self.timed("reference", iteration):
+            reference, *base = self.frozen_logps(iteration, trees, policies)
+        facts = [torch.tensor([(pair.p_best, pair.p_worst) for _, pair in chosen]), *base]
+        examples = [
+            Example(
+                tree, tuple(reference[i].tolist()), facts=tuple(tuple(f[i].tolist()) for f in facts)
+            )
+            for i, tree in enumerate(trees)
+        ]
+        loss = pointwise if config.method == "sppo" else regularised
+
+        def objective(policy: Tensor, reference: Tensor, lengths: Tensor, *facts: Tensor) -> Tensor:
+            del lengths
+            return loss(settings, policy, reference, *facts)
+
+        return examples, objective
+
+    def mirror_descent(self, iteration: int) -> tuple[list[Example], Objective]:
+        """Nash-MD: responses of the iterate, judged against the mixture's, and the loss."""
+        config, tau = self.config, self.config.preference.tau
+        with self.timed("responses", iteration):
+            responses = self.responses(iteration)
+            opposed = self.responses(iteration, config.preference.mixture)
+        with self.timed("judge", iteration):
+            both = [[responses[e][0], opposed[e][0]] for e in responses]
+            wins = [matrix[0, 1].item() for matrix in self.judged(iteration, list(responses), both)]
+        self.tell_pairs(iteration, responses, wins, [1 - win for win in wins], wins.count(0.5))
+        trees = [Tree(self.demonstrations[e].prompt, (y.tokens,)) for e, (y,) in responses.items()]
+        with self.timed("reference", iteration):
+            (base,) = self.frozen_logps(iteration, trees, [None])
+        rows = zip(trees, base.tolist(), wins, strict=True)
+        examples = [Example(tree, tuple(lp), facts=((win,),)) for tree, lp, win in rows]
+
+        def objective(policy: Tensor, base: Tensor, lengths: Tensor, win: Tensor) -> Tensor:
+            del lengths
+            return nash_md(policy, base, win, tau=tau)[:, 0]
+
+        return examples, objective
+
+    def responses(self, iteration: int, mixture: float = 0.0) -> dict[int, list[Answer]]:
+        """K responses of π_{t-1} per prompt, by example; those not on disk are sampled now.
+
+        Response k of an example is drawn from numbers of its own: a function of (seed, t, k,
+        example). K = 1 for `nash_md`; with `mixture`, from the mixture with the base.
+        """
+        config = self.config
+        count = config.preference.responses if config.method != "nash_md" else 1
+        cap, kind = config.text.max_response_tokens, "opponents" if mixture else "responses"
+        examples = choose_prompts(
+            len(self.demonstrations), config.selfplay.prompts, iteration, config.seed
+        )
+        result: dict[int, list[Answer]] = {e: [] for e in examples}
+        with console.bar(f"t={iteration} {kind}", count * len(examples), "answers") as advance:
+            size = max(1, config.sampling.shard_size // count)
+            for number, shard in enumerate(batched(examples, size)):
+                folder = self.folder(iteration) / kind / f"{number:05d}"
+                each = [(e, k) for e in shard for k in range(count)]
+                purpose = "response" if kind == "responses" else "opponent"
+                if verifies(folder):
+                    advance(len(each), 0)
+                else:
+                    answers = decode(
+                        self.backbone,
+                        self.load_iterate(iteration - 1),
+                        [self.demonstrations[e].prompt for e, _ in each],
+                        max_tokens=cap,
+                        stop_ids=self.chat.stop_token_ids,
+                        config=config.sampling,
+                        draws=[
+                            uniforms(config.seed, iteration, f"{purpose}/{k}", e, cap)
+                            for e, k in each
+                        ],
+                        progress=advance,
+                        base_weight=mixture,
+                    )
+                    with commit(folder) as temporary:
+                        _save_answers(temporary, [e for e, _ in each], answers)
+                    self.guard.check()
+                for example, answer in _load_answers(folder):
+                    result[example].append(answer)
+        return result
+
+    def judged(
+        self, iteration: int, examples: Sequence[int], answers: Sequence[Sequence[Answer]]
+    ) -> list[Matrix]:
+        """P(y_i ≻ y_j) of each example's answers.
+
+        Verdicts are durable as they come: whatever stops this phase, none is asked twice.
+        """
+        assert self.judge
+        demos = [self.demonstrations[e] for e in examples]
+        texts = [[self.chat.decode(answer.tokens) for answer in group] for group in answers]
+        prompts = [Prompt(demo.messages, demo.answer) for demo in demos]
+        judge = Watched(self.judge, f"t={iteration} judge", self.guard)
+        return win_probabilities(judge, prompts, texts)
+
+    def tell_pairs(
+        self,
+        iteration: int,
+        responses: Mapping[int, Sequence[Answer]],
+        best: Sequence[float],
+        worst: Sequence[float],
+        ties: int,
+    ) -> None:
+        """What iteration t has to learn from, for the console, the metrics and the summary.
+
+        `best` and `worst` are the win probabilities of the two sides of each pair.
+        """
+        answers = [answer for group in responses.values() for answer in group]
+        values = {
+            "prompts": len(responses),
+            "pairs": len(best),
+            "ties": ties,
+            "truncated": sum(answer.truncated for answer in answers),
+            "length": float(np.mean([len(answer.tokens) for answer in answers])),
+            "p_best": float(np.mean(best)) if best else 0.5,
+            "p_worst": float(np.mean(worst)) if worst else 0.5,
+        }
+        self.metrics.rewind("pairs", iteration - 1)
+        self.metrics.write("pairs", iteration, values)
+        console.note(
+            f"t={iteration}: {len(best)} pairs with mean win probabilities {values['p_best']:.3f} "
+            f"and {values['p_worst']:.3f}; {ties} prompts without a difference, "
+            f"{values['truncated']} of {len(answers)} responses cut at the length cap, "
+            f"{values['length']:.1f} tokens each"
+        )
+        if not best:
+            text = f"no pair with a difference, π_{iteration} = π_{iteration - 1}"
+            console.alarm(f"t={iteration}: {text}")
+            self.metrics.write("pairs", iteration, {"alarm": text})
 
     def train_control(self, iteration: int) -> Path:
         """Plain further SFT at equal cost: the same prompts, adapter, steps and tokens.
@@ -363,6 +582,7 @@ class SelfPlay:
                     base,
                     iteration,
                     advance,
+                    self.judge,
                 )
                 with commit(folder / "evaluation") as temporary:
                     evaluation.save(temporary / "evaluation.json")

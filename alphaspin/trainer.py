@@ -36,14 +36,18 @@ from alphaspin.runs import (
 )
 from alphaspin.scoring import sequence_logps
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(lp_θ [B, K], lp_ref [B, K], tokens [B, K]) → loss [B]."""
+Objective = Callable[..., Tensor]
+"""(lp_θ [B, K], lp_ref [B, K], tokens [B, K], *facts [B, K]) → loss [B]."""
+
+
+REMEDY = "consider loss.nll_weight, a larger loss.beta or a smaller train.lr"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A prompt with K responses, and their log-probs under the reference.
 
+    `facts` are further numbers per response that the objective takes, K each.
     `informative` is False where the gradient is exactly zero (the loser equals the winner): the
     example counts in the mean of the loss, and is not computed.
     """
@@ -51,6 +55,7 @@ class Example:
     tree: Tree
     reference: tuple[float, ...]
     informative: bool = True
+    facts: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Job:
     seed: int
     stage: str
     checkpoints: Path
+    remedy: str = REMEDY  # against log-probs that fall together
 
 
 def total_steps(examples: int, config: TrainConfig) -> int:
@@ -117,7 +123,7 @@ def train(
     total = total_steps(len(examples), config)
     per_epoch = math.ceil(len(examples) / config.batch_size)
     peak = at(config.lr, job.iteration)
-    watch = Watch(job.stage, metrics)
+    watch = Watch(job.stage, metrics, job.remedy)
     watch.restore()
     with console.bar(job.stage, total, "steps", done=step) as advance:
         while step < total:
@@ -185,7 +191,8 @@ def accumulate_gradients(
     informative = [example for example in examples if example.informative]
     width = len(examples[0].reference)
     zeros, ones = torch.zeros(1, width), torch.ones(1, width)
-    idle = objective(zeros, zeros, ones).item() * (len(examples) - len(informative))
+    idle = len(examples) - len(informative)
+    idle = objective(zeros, zeros, ones).item() * idle if idle else 0.0
     loss_sum, tokens = idle, 0
     policy_parts, reference_parts = [torch.zeros(0, width)], [torch.zeros(0, width)]
     micro = np.array_split(np.arange(len(informative)), config.accumulation)
@@ -201,7 +208,8 @@ def accumulate_gradients(
         # Dropout noise is a function of the step too, not of what was drawn before.
         torch.manual_seed(rng.key(job.seed, job.iteration, f"dropout/{step}", number) % 2**63)
         policy_BK = sequence_logps(model, backbone, batch).view(len(part), width)
-        loss_B = objective(policy_BK, reference_BK, lengths_BK)
+        facts = torch.tensor([e.facts for e in part], device=accelerator.device).unbind(1)
+        loss_B = objective(policy_BK, reference_BK, lengths_BK, *facts)
         accelerator.backward(loss_B.sum() / len(examples))
         loss_sum += loss_B.sum().item()
         tokens += int(batch.lengths.sum())
@@ -235,8 +243,9 @@ class Watch:
 
     WINDOW = 10
 
-    def __init__(self, stage: str, metrics: Metrics):
+    def __init__(self, stage: str, metrics: Metrics, remedy: str = REMEDY):
         """Alarms go to the console and into the metrics."""
+        self._remedy = remedy
         self._stage = stage
         self._metrics = metrics
         self._rewards: deque[tuple[float, float]] = deque(maxlen=2 * self.WINDOW)
@@ -280,8 +289,7 @@ class Watch:
             self.alarm(
                 step,
                 "log-probs of winners and losers fall together (mean rewards "
-                f"{late[0]:+.3f} and {late[1]:+.3f}): consider loss.nll_weight, a larger loss.beta "
-                "or a smaller train.lr",
+                f"{late[0]:+.3f} and {late[1]:+.3f}): {self._remedy}",
             )
 
 
