@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from alphaspin_kernels import _dispatch, kernel_status, linear_logprob, reference
 from alphaspin_kernels.linear_logprob import ROWS, TILE, _linear_logprob, _portable
 from hypothesis import given, settings
@@ -372,6 +373,18 @@ def test_compile_without_graph_break(unpacked):
         value.backward()
         results.append((value.detach(), hidden.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_compiles_once_for_any_number_of_rows(trainable, unpacked):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend=counter)
+    for n in (5, 6, 7, 9):
+        case = problem(n=n, h=8, v=11)
+        expected = differentiate(linear_logprob, case, trainable)
+        for name, value in differentiate(compiled, case, trainable).items():
+            torch.testing.assert_close(value, expected[name])
+    assert counter.frame_count <= 2  # the second size makes it dynamic
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
