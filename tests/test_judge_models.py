@@ -275,7 +275,7 @@ def pairrm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = DebertaV2Model(DebertaV2Config(**settings))
     state = {f"pretrained_model.{name}": value for name, value in encoder.state_dict().items()}
     for index, (rows, columns) in ((1, (32, 64)), (4, (1, 32))):
-        state[f"head_layer.{index}.weight"] = 0.3 * torch.randn(rows, columns)
+        state[f"head_layer.{index}.weight"] = torch.randn(rows, columns)
         state[f"head_layer.{index}.bias"] = torch.randn(rows)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("source", "candidate")}
