@@ -50,33 +50,38 @@ def metropolis_law(log_q: Tensor, log_w: Tensor, draws: int) -> Tensor:
     return law.log()
 
 
-def smc_law(
-    world: worlds.World, target: Policy, levels: worlds.Levels, repeats: int
-) -> tuple[Tensor, float, float]:
-    """Law of one answer of 64 particles, the total variation that Monte Carlo error alone would
-    show, and the root mean square error of log Ẑ (from `repeats` runs)."""
+def smc_error(
+    world: worlds.World, target: Policy, levels: worlds.Levels, runs: int
+) -> tuple[float, float, float]:
+    """Total variation between π and the law of one answer of 64 particles, the total variation that
+    Monte Carlo error alone would show, and the root mean square error of log Ẑ.
+
+    The law is E[W_y] with normalised weights W, and E[W_y Ẑ/Z] = π(y) (tests/test_mixture.py), so
+    their difference is E[W_y (1 - Ẑ/Z)], which has little variance.
+    """
     number = {answer.tobytes(): i for i, answer in enumerate(world.answers())}
     setting = mixture.Setting(target, DRAWS, world.cap, frozenset(world.stops))
     total = torch.zeros(2, len(number), dtype=torch.float64)  # Σ and Σ² over runs
     log_z = float(world.logps(levels).logsumexp(0))
     squares, block = 0.0, 250
-    for first in range(0, repeats, block):
+    for first in range(0, runs, block):
         draws = [Draw(0, 0, "smc", first + r) for r in range(block)]
         steps = worlds.TableSteps(world, levels)
         found = mixture.smc(steps, setting, [PROMPT] * block, draws)
         index = torch.tensor([[number[a.tokens.tobytes()] for a in g] for g in found.answers])
-        share = torch.zeros(block, len(number), dtype=torch.float64)
-        share.scatter_add_(1, index, found.log_w_BN.softmax(1))
-        total += torch.stack([share.sum(0), share.square().sum(0)])
-        squares += float((mixture.log_mean(found.log_w_BN) - log_z).square().sum())
-    mean = total[0] / repeats
-    error = ((total[1] / repeats - mean.square()).clamp(min=0) / repeats).sqrt()
+        off = mixture.log_mean(found.log_w_BN) - log_z
+        excess = torch.zeros(block, len(number), dtype=torch.float64)
+        excess.scatter_add_(1, index, found.log_w_BN.softmax(1) * -off.expm1()[:, None])
+        total += torch.stack([excess.sum(0), excess.square().sum(0)])
+        squares += float(off.square().sum())
+    mean = total[0] / runs
+    error = ((total[1] / runs - mean.square()).clamp(min=0) / runs).sqrt()
     noise = 0.5 * math.sqrt(2 / math.pi) * float(error.sum())
-    return mean.log(), noise, math.sqrt(squares / repeats)
+    return 0.5 * float(mean.abs().sum()), noise, math.sqrt(squares / runs)
 
 
 def enumerable(
-    place: tuple[int, int, int, float], alpha: float, steps: int, repeats: int, folder: Path
+    place: tuple[int, int, int, float], alpha: float, steps: int, runs: int, folder: Path
 ) -> dict[str, Any]:
     """All samplers in one world at one α."""
     seed, vocabulary, cap, bias = place
@@ -89,14 +94,14 @@ def enumerable(
     log_p, log_z = worlds.exact(world, target, policies)
     token = world.logps(worlds.token_level(target, policies))
     imh = metropolis_law(token, log_p - token, DRAWS)
-    smc, noise, smc_error = smc_law(world, target, mixed, repeats)
+    smc, noise, smc_rms = smc_error(world, target, mixed, runs)
     started = time.perf_counter()
     config = GFlowNetConfig(
         prompts=1,
         batch_size=1,
         epochs=steps,
         answers=64,
-        lr=2e-3,
+        lr=1e-3,
         row_tokens=512,
         checkpoint_every=10**6,
         lora=LoraConfig(r=32, alpha=32),
@@ -125,7 +130,7 @@ def enumerable(
         "tv": {
             "token": worlds.variation(log_p, token),
             "imh": worlds.variation(log_p, imh),
-            "smc": worlds.variation(log_p, smc),
+            "smc": smc,
             "smc_noise": noise,
             "gflownet": worlds.variation(log_p, sampler),
         },
@@ -135,7 +140,7 @@ def enumerable(
             "gflownet": worlds.divergence(log_p, sampler),
         },
         "log_z_error": {
-            "smc_rms": smc_error,
+            "smc_rms": smc_rms,
             "gflownet_root": float((mixed[0] - levels[0])[0, 1]) - log_z,
             "gflownet_weights": float(weighed.log_z) - log_z,
         },
@@ -147,14 +152,14 @@ def enumerable(
 def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[..., Path]) -> None:
     places = (*WORLDS, *BOUNDARY) if measuring else ((0, 5, 2, 0.0),)
     alphas = ALPHAS if measuring else (0.5,)
-    steps = steps_from("ALPHASPIN_WORLD_STEPS", 500) if measuring else 10
-    repeats = 8000 if measuring else 250
+    steps = steps_from("ALPHASPIN_WORLD_STEPS", 1500) if measuring else 10
+    runs = 2000 if measuring else 250
     raw: list[dict[str, Any]] = []
     for place in places:
         for alpha in alphas if place in WORLDS else (0.5,):
             folder = tmp_path / f"{place[0]}-{alpha}"
             folder.mkdir()
-            raw.append(enumerable(place, alpha, steps, repeats, folder))
+            raw.append(enumerable(place, alpha, steps, runs, folder))
             print(raw[-1], flush=True)
     header = [
         "seed", "V, cap", "answers", "cut %", "α", "log Z", "TV token", "TV IMH", "TV SMC (noise)",
@@ -170,7 +175,7 @@ def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[...
             f"{r['log_z']:.4f}",
             f"{r['tv']['token']:.4f}",
             f"{r['tv']['imh']:.1e}",
-            f"{r['tv']['smc']:.4f} ({r['tv']['smc_noise']:.4f})",
+            f"{r['tv']['smc']:.1e} ({r['tv']['smc_noise']:.1e})",
             f"**{r['tv']['gflownet']:.4f}**",
             f"{r['tv']['gflownet'] / r['tv']['token']:.2f}",
             f"{r['kl']['token']:.1e}",
@@ -185,10 +190,7 @@ def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[...
     worst = max(r["tv"]["gflownet"] for r in raw)
     ratio = max(r["tv"]["gflownet"] / r["tv"]["token"] for r in raw)
     off = max(abs(r["log_z_error"][k]) for r in raw for k in ("gflownet_root", "gflownet_weights"))
-    # Monte Carlo error adds to the distance about as an independent error does.
-    particles = max(
-        math.sqrt(max(0.0, r["tv"]["smc"] ** 2 - r["tv"]["smc_noise"] ** 2)) for r in raw
-    )
+    particles = max(r["tv"]["smc"] for r in raw)
 
     def judged(measure: str, value: float, limit: float) -> str:
         verdict = "met" if value <= limit else "**missed**"
@@ -199,10 +201,10 @@ def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[...
             f"""Random 2-layer Llamas of width 64, π_prev a random LoRA of rank 8; π_prev and base
 are {min(r["apart"] for r in raw):.2f} to {max(r["apart"] for r in raw):.2f} apart in total
 variation. Laws of token-level decoding, IMH (64 proposals) and the GFlowNet are computed over all
-answers; SMC's (64 particles) is the mean of {repeats:,} runs, and in brackets is the total
+answers; SMC's (64 particles) is the mean of {runs:,} runs, and in brackets is the total
 variation that its Monte Carlo error alone would show. Errors of log Z: SMC root mean square;
 GFlowNet by r₀, and by the weights of 64 draws. GFlowNet: rank 32, {steps} steps of 64 answers, lr
-2e-3, {min(r["seconds"] for r in raw):.0f} to {max(r["seconds"] for r in raw):.0f} s each on a
+1e-3, {min(r["seconds"] for r in raw):.0f} to {max(r["seconds"] for r in raw):.0f} s each on a
 shared machine.""",
             "",
             "| worst of all rows | goal | measured | |",
@@ -210,7 +212,7 @@ shared machine.""",
             judged("GFlowNet, total variation", worst, 0.005),
             judged("GFlowNet / token level", ratio, 0.2),
             judged("GFlowNet, error of log Ẑ", off, 0.01),
-            judged("SMC, total variation less noise (in quadrature)", particles, 0.01),
+            judged("SMC, total variation, noise included", particles, 0.01),
         ]
     )
     record("mixture-enumerable", header, rows, text, raw)
@@ -236,7 +238,7 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
         for name in ("train", "heldout")
     )
     steps = steps_from("ALPHASPIN_GFLOWNET_STEPS", 750)
-    learning = GFlowNetConfig(prompts=1000, epochs=math.ceil(steps / 125), lr=3e-4, row_tokens=512)
+    learning = GFlowNetConfig(prompts=1000, epochs=math.ceil(steps / 125), lr=1e-4, row_tokens=512)
     target: Policy = {"previous": 0.5, None: 0.5}
     prompts = [demo.prompt for demo in heldout[:128]]
     raw: list[dict[str, Any]] = []
@@ -302,7 +304,7 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
     text = f"""Embedded model, α = 0.5, π_prev SPIN's iterate 0; {DRAWS} draws for each of
 {len(prompts)} held-out prompts. ESS/n of SMC counts draws with a common ancestor as one; its last
 weights are even by construction, and its Var(log w) is theirs. GFlowNet: rank 16, {steps} steps of
-8 prompts x 16 answers, lr 3e-4; {took} s on a shared machine.
+8 prompts x 16 answers, lr 1e-4; {took} s on a shared machine.
 
 Goal, length 32: ESS/n >= 0.8 with the GFlowNet and above token level: {last["gflownet"]:.3f}
 against {last["token"]:.3f}, {verdict}."""
