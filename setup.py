@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -68,7 +68,7 @@ setup(
     packages=[
         # The folders of recipes too: they hold data, and setuptools wants them named.
         *find_namespace_packages(include=["alphaspin", "alphaspin.*"]),
-        "alphaspin_kernels",
+        *find_packages("kernels"),
     ],
     package_data={
         "alphaspin": ["report.html.jinja", *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES)]

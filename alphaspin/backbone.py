@@ -6,15 +6,18 @@ only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; on
 forward pass is ours.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import transformers
+from alphaspin_kernels import segmented_lora
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphaspin import rng
+from alphaspin.attention import TREES
 from alphaspin.batching import Batch, Segment, Tree, collate
 from alphaspin.config import InputError, LoraConfig, packaged
 from alphaspin.runs import file_hash, folder_hash
@@ -34,48 +38,70 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Route:
-    """Which rows of the batch in flight run under which adapter; one object shared by all layers.
+    """Which tokens of the batch in flight run under which adapter; one object for all layers.
 
     It stays in force until the next forward pass, because activation checkpointing runs layers
-    again during the backward pass.
+    again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
+    batch of frozen policies that goes through each layer right after `batch`.
     """
 
     segments: tuple[Segment, ...] = ()
+    seed: int = 0
+    batch: Batch | None = None
+    beside: Batch | None = None
 
 
 class RoutedLinear(LoraLinear):
-    """PEFT's LoRA layer with rows routed to adapters, in training mode too."""
+    """PEFT's LoRA layer with tokens routed to adapters, in training mode too."""
 
     route: Route
+    number: int  # of this layer, so that each has noise of its own
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus, for each segment's rows, that adapter's update.
+        """Base output plus, for each segment's tokens, that adapter's update.
 
         Args:
-            x: [R, S, in], any floating dtype.
+            x: [..., in], any floating dtype; the segments divide its tokens in proportion.
             args: not used.
             kwargs: not used.
 
         Returns:
-            [R, S, out], dtype of `x`.
+            [..., out], dtype of `x`.
         """
         del args, kwargs
-        base = cast(Tensor, self.base_layer(x))
-        updates: list[Tensor] = []
+        x_NI = x.reshape(-1, x.shape[-1])
+        unit, rest = divmod(len(x_NI), self.route.segments[-1].stop)
+        assert not rest, "segments of whole rows or tokens"
+        adapters: list[tuple[Tensor, Tensor] | None] = []
+        counts: list[int] = []
+        scaling: list[float] = []
+        if self.route.segments[0].adapter != POLICY:  # what is trained comes first
+            adapters, counts, scaling = [None], [0], [0.0]
         for segment in self.route.segments:
-            rows = slice(segment.start, segment.stop)
             name = segment.adapter
+            counts.append(unit * (segment.stop - segment.start))
             if name is None or name not in self.lora_A:
-                updates.append(base[rows])
+                adapters.append(None)
+                scaling.append(0.0)
                 continue
-            down = cast(nn.Linear, self.lora_A[name]).weight.to(x.dtype)
-            up = cast(nn.Linear, self.lora_B[name]).weight.to(x.dtype)
-            # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
-            noisy = self.lora_dropout[name](x[rows]) if name == POLICY else x[rows]
-            low = nn.functional.linear(noisy, down)
-            update = nn.functional.linear(low, up) * cast(float, self.scaling[name])
-            updates.append(base[rows] + update)
-        return updates[0] if len(updates) == 1 else torch.cat(updates)
+            layers = (self.lora_A[name], self.lora_B[name])
+            down, up = (cast(nn.Linear, layer).weight for layer in layers)
+            adapters.append((down, up))
+            scaling.append(cast(float, self.scaling[name]))
+        # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
+        noise = self.lora_dropout[POLICY] if self.training and POLICY in self.lora_dropout else None
+        base = cast(nn.Linear, self.base_layer)
+        y_NO = segmented_lora(
+            x_NI,
+            base.weight,
+            adapters,
+            counts,
+            scaling,
+            bias=base.bias,
+            dropout=noise.p if isinstance(noise, nn.Dropout) else 0.0,
+            seed=self.route.seed + self.number,
+        )
+        return y_NO.view(*x.shape[:-1], -1)
 
 
 class Backbone(nn.Module):
@@ -97,6 +123,7 @@ class Backbone(nn.Module):
         self.identity = identity
         self.route = Route()
         self.adapter_ids: dict[str | None, str] = {None: identity}
+        self.adapter_folders: dict[str, Path] = {}  # of those that are as on disk
         config: Any = model.config.get_text_config()
         self.layer_types: set[str] = set(getattr(config, "layer_types", None) or ())
         unknown = self.layer_types - {"full_attention", "sliding_attention"}
@@ -122,6 +149,9 @@ class Backbone(nn.Module):
         self.model: PreTrainedModel | PeftModel = model
         self._causal_lm = model
         self.eval()
+        self._layers: list[nn.Module] = list(getattr(self.decoder, "layers", ()))
+        for layer in self._layers:
+            layer.forward = partial(self._both, layer)
         self._check_head()
         self._check_layout()
 
@@ -165,12 +195,12 @@ class Backbone(nn.Module):
         prompts = [np.array([1, 2, 3], np.int32), np.array([4, 3], np.int32)]
         answers = [np.array([2, 1, 4, 3], np.int32), np.array([3, 4], np.int32)]
         trees = [Tree(prompt, tuple(answers)) for prompt in prompts]
-        batch = collate([(None, trees)], layout="packed", row_tokens=64).to(self.device)
+        batch = collate([(None, trees)], layout="packed").to(self.device)
         try:
             found = self(batch).float()
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.path}: this model family does not take a 4D attention mask ({error})"
+                f"{self.path}: this model family cannot attend to packed trees ({error})"
             ) from None
         expected: list[Tensor] = []
         for tree in trees:
@@ -182,8 +212,8 @@ class Backbone(nn.Module):
         error = (found - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
         if not error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
             raise InputError(
-                f"{self.path}: this model family does not follow position_ids and a 4D attention "
-                f"mask (relative difference {error:.2g} between packed and single sequences)"
+                f"{self.path}: this model family does not follow position_ids and our "
+                f"attention (relative difference {error:.2g} between packed and single sequences)"
             )
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
@@ -198,7 +228,9 @@ class Backbone(nn.Module):
         """Keep only each layer's input and recompute the rest in the backward pass."""
         model: Any = self._causal_lm
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.2x
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        (enable or model.gradient_checkpointing_enable)(
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._attending_trees())}
+        )
 
     # Adapters
 
@@ -242,9 +274,11 @@ class Backbone(nn.Module):
                 f"lora.targets = {config.target_modules!r} puts an adapter on the head, which "
                 "all policies share; leave it out"
             )
+        numbers = itertools.count()  # of these layers alone: the same whatever else is loaded
         for module_name, layer in self.model.named_modules():
             if isinstance(layer, RoutedLinear):
                 layer.route = self.route
+                layer.number = next(numbers)
             elif isinstance(layer, BaseTunerLayer):
                 kind = type(layer.get_base_layer()).__name__
                 raise InputError(
@@ -263,6 +297,7 @@ class Backbone(nn.Module):
         result = set_peft_model_state_dict(self._peft, weights, adapter_name=name)
         assert not result.unexpected_keys, result.unexpected_keys
         self.adapter_ids[name] = file_hash(folder / WEIGHTS)
+        self.adapter_folders[name] = folder
 
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`."""
@@ -284,6 +319,7 @@ class Backbone(nn.Module):
         """Overwrite an adapter's tensors; it then has no identity until saved and loaded."""
         set_peft_model_state_dict(self._peft, state, adapter_name=name)
         self.adapter_ids.pop(name, None)
+        self.adapter_folders.pop(name, None)
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter."""
@@ -291,6 +327,7 @@ class Backbone(nn.Module):
             warnings.filterwarnings("ignore", message=".*was active which is now deleted")
             self._peft.delete_adapter(name)
         self.adapter_ids.pop(name, None)
+        self.adapter_folders.pop(name, None)
 
     def has_adapter(self, name: str) -> bool:
         """Whether an adapter of this name is loaded."""
@@ -307,24 +344,36 @@ class Backbone(nn.Module):
 
     # Forward passes
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states that predict the batch's targets.
+    def forward(self, batch: Batch, beside: Batch | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states that predict the targets.
 
         Args:
-            batch: on the base's device; its segments cover all rows.
+            batch: on the base's device; its segments cover all tokens.
+            beside: packed like `batch`, of frozen policies: goes through each layer right after it,
+                so that the layer's weights are gathered once for both, without a graph.
 
         Returns:
-            hidden_NH: [N, H] in the base's dtype, in the order of `batch.targets`.
+            hidden_NH: [N, H] in the base's dtype, in the order of `batch.targets`; with `beside`,
+            that and the same for it.
         """
-        self.route.segments = batch.segments
-        output = cast(Any, self.decoder)(
-            input_ids=batch.input_ids,
-            attention_mask=self.masks(batch.attention),
-            position_ids=batch.depth,
-            use_cache=False,
-        )
-        hidden_RSH = cast(Tensor, output.last_hidden_state)
-        return hidden_RSH.flatten(0, 1)[batch.source]
+        route = self.route
+        route.segments, route.batch, route.beside = batch.segments, batch, beside
+        if any(segment.adapter == POLICY for segment in batch.segments):
+            route.seed = int(torch.randint(2**62, ()))  # no draw for policies without noise
+        ids, depth = batch.input_ids, batch.depth
+        if beside is not None:
+            assert self._layers and len(ids) == len(beside.input_ids) == 1, "layers, packed"
+            ids, depth = torch.cat([ids, beside.input_ids], 1), torch.cat([depth, beside.depth], 1)
+        with self._attending_trees():
+            output = cast(Any, self.decoder)(
+                input_ids=ids, position_ids=depth, use_cache=False, places=batch.places
+            )
+        route.segments, route.batch, route.beside = batch.segments, None, None
+        hidden_TH = cast(Tensor, output.last_hidden_state).flatten(0, 1)
+        if beside is None:
+            return hidden_TH[batch.source]
+        tokens = batch.input_ids.numel()
+        return hidden_TH[batch.source], hidden_TH.detach()[tokens + beside.source]
 
     def masks(self, seen: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
         """An attention mask in the form this family takes: one, or one per type of layer.
@@ -346,10 +395,44 @@ class Backbone(nn.Module):
         windows = {"full_attention": None, "sliding_attention": self.window}
         return {kind: mask(windows[kind]) for kind in sorted(self.layer_types)}
 
+    def _both(self, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A decoder layer's forward: the policy's tokens, then, without a graph, those beside."""
+        route, run = self.route, type(layer).forward  # also where FSDP has changed the class
+        if route.beside is None:
+            return run(layer, hidden, *args, **kwargs)
+        assert route.batch is not None
+        whole, results, start = hidden.shape[:2], list[Tensor](), 0
+
+        def cut(value: Any, span: slice) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(item, span) for item in cast(tuple[Any, ...], value))
+            return value[:, span] if getattr(value, "shape", ())[:2] == whole else value
+
+        for batch in (route.batch, route.beside):
+            span = slice(start, start := start + batch.input_ids.numel())
+            route.segments = batch.segments
+            mine = {key: cut(value, span) for key, value in kwargs.items()}
+            mine["places"] = batch.places
+            # A clone: the graph would keep a view, and with it the tokens beside.
+            part = hidden[:, span].clone()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and batch is route.batch):
+                results.append(run(layer, part, *cut(args, span), **mine))
+        return torch.cat(results, 1)
+
     def routed(self, segments: Sequence[Segment]) -> Any:
         """The decoder, for code that calls it itself (sampling); `segments` cover all rows."""
         self.route.segments = tuple(segments)
         return self.decoder
+
+    @contextmanager
+    def _attending_trees(self) -> Generator[None]:
+        """Attention by `attention.attend` instead of the family's own choice."""
+        config: Any = self._causal_lm.config
+        usual, config._attn_implementation = config._attn_implementation, TREES
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
 
 
 def load_base(

@@ -1,4 +1,4 @@
-"""Entry points: `alphaspin-train`, and `alphaspin` with train, gflownet, plan, recipes, report, …
+"""Entry points: `alphaspin-train`, and `alphaspin` with its commands.
 
 Exit codes: 0 done; 2 bad input, nothing changed; 3 training stopped itself; 75 stopped by SIGTERM
 or Ctrl-C after saving, and the same command goes on.
@@ -10,16 +10,20 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import tyro
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from alphaspin import console
 from alphaspin.config import (
     Config,
+    EvaluateOptions,
+    ExportOptions,
     GFlowNetRun,
     InputError,
+    JudgeConfig,
+    Section,
     all_keys,
     explain,
     load_config,
@@ -28,14 +32,18 @@ from alphaspin.config import (
     recipe_names,
 )
 from alphaspin.judges import JudgeError
+from alphaspin.openai_api import ServerError
 from alphaspin.runs import (
     EXIT_INPUT,
     EXIT_OK,
     EXIT_RESUMABLE,
     EXIT_STOPPED,
+    Elsewhere,
     Interrupted,
     TrainingStopped,
 )
+
+S = TypeVar("S", bound=Section)
 
 USAGE = """\
 usage: alphaspin COMMAND …
@@ -43,11 +51,13 @@ usage: alphaspin COMMAND …
   train [RECIPE or FILE.yaml] [--KEY VALUE …]   self-play (the same as alphaspin-train)
   plan [RECIPE or FILE.yaml] [--KEY VALUE …]    what such a run will do; downloads nothing
   recipes [list | show NAME | copy NAME FILE]   the packaged recipes
+  evaluate RUN [--KEY VALUE …]                  compare base and iterates, or run harness tasks
+  export RUN --to FOLDER (--merge | --vllm)     write an iterate for use elsewhere
   gflownet --adapter FOLDER --output FOLDER …   train a sampler of the exact mixture with the base
   report RUN                                    write RUN/report.html afresh
   doctor                                        what is installed and which kernels will be used
 
-`alphaspin train --help` explains every option."""
+`alphaspin COMMAND --help` explains every option of train, evaluate and export."""
 
 
 class TrainCommand(Config):
@@ -73,37 +83,49 @@ def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
     else:
         own = any(a.split("=")[0] in {"--model", "--data"} for a in rest)
         source = "default" if own else "tiny"
-    _check_keys(rest)
+    _check_keys(TrainCommand, rest)
     recipe = load_config(source)
     default = TrainCommand.model_construct(
         **{name: getattr(recipe, name) for name in Config.model_fields}
     )
+    command = _parsed(TrainCommand, default, "alphaspin-train [RECIPE or FILE.yaml]", rest)
+    # tyro builds sections one by one; this checks them together, the defaults included.
+    fields = command.model_dump(exclude={"plan"})
+    if (command.model, command.data) != (recipe.model, recipe.data):
+        fields["hints"] = None  # they are facts about the recipe's own model and data
     try:
-        command = tyro.cli(
-            TrainCommand,
-            prog="alphaspin-train [RECIPE or FILE.yaml]",
-            default=default,
-            args=rest,
-            use_underscores=True,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-        # tyro builds sections one by one; this checks them together, the defaults included.
-        fields = command.model_dump(exclude={"plan"})
-        if (command.model, command.data) != (recipe.model, recipe.data):
-            fields["hints"] = None  # they are facts about the recipe's own model and data
         return Config.model_validate(fields), command.plan
     except ValidationError as error:
         raise InputError(explain(error)) from None
 
 
-def _check_keys(arguments: Sequence[str], section: type[BaseModel] = Config) -> None:
+def _parsed(kind: type[S], default: Any, program: str, arguments: Sequence[str]) -> S:
+    """A command's options; `default` is an instance, or None where some have no default.
+
+    Raises:
+        InputError: a bad value.
+    """
+    try:
+        return tyro.cli(
+            kind,
+            prog=program,
+            default=default,
+            args=list(arguments),
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
+
+
+def _check_keys(kind: type[Section], arguments: Sequence[str]) -> None:
     """Unknown options, each with the nearest right one."""
-    known = {*all_keys(section), "plan", "help"}
+    known = [*all_keys(kind), "help"]
     for argument in arguments:
         key = argument.removeprefix("--").split("=")[0].replace("-", "_")
         plain = ".".join(part.removeprefix("no_") for part in key.split("."))
-        if argument.startswith("--") and not {key, plain} & known:
-            near = nearest_key(key, section)
+        if argument.startswith("--") and not {key, plain} & {*known}:
+            near = nearest_key(key, known)
             hint = f"; did you mean --{near}?" if near else "; see --help"
             raise InputError(f"unknown option {argument!r}{hint}")
 
@@ -116,8 +138,10 @@ def _train(arguments: Sequence[str]) -> None:
     from alphaspin import job, report  # torch takes seconds to import; --help need not wait
 
     job.run(config)
-    page = report.write(config.run_folder())
-    console.note(f"report: {page}")
+    if job.is_main():
+        page = report.write(config.run_folder())
+        console.note(f"report: {page}")
+    job.disconnect()
 
 
 def _plan(config: Config) -> None:
@@ -127,17 +151,8 @@ def _plan(config: Config) -> None:
 
 
 def _gflownet(arguments: Sequence[str]) -> None:
-    _check_keys(arguments, GFlowNetRun)
-    try:
-        config = tyro.cli(
-            GFlowNetRun,
-            prog="alphaspin gflownet",
-            args=arguments,
-            use_underscores=True,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    except ValidationError as error:
-        raise InputError(explain(error)) from None
+    _check_keys(GFlowNetRun, arguments)
+    config = _parsed(GFlowNetRun, None, "alphaspin gflownet", arguments)
     from alphaspin import gflownet_job
 
     gflownet_job.run(config)
@@ -159,6 +174,38 @@ def _recipes(arguments: Sequence[str]) -> None:
             shutil.copyfile(packaged(f"{name}.yaml"), target)
         case _:
             raise InputError("usage: alphaspin recipes [list | show NAME | copy NAME FILE]")
+
+
+def _run_and_options(
+    command: str, kind: type[Section], arguments: Sequence[str]
+) -> tuple[Path, list[str]]:
+    """RUN and the rest of a command's arguments; `--help` alone prints the options."""
+    if "--help" in arguments or "-h" in arguments:
+        _parsed(kind, None, f"alphaspin {command} RUN", ["--help"])
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(f"usage: alphaspin {command} RUN [--KEY VALUE …]")
+    _check_keys(kind, arguments[1:])
+    return Path(arguments[0]), list(arguments[1:])
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    path, rest = _run_and_options("evaluate", EvaluateOptions, arguments)
+    from alphaspin import compare
+    from alphaspin.played import Played
+
+    played = Played.open(path)
+    other = any(argument.split("=")[0] == "--judge.kind" for argument in rest)
+    default = EvaluateOptions(judge=JudgeConfig() if other else played.config.judge)
+    compare.run(played, _parsed(EvaluateOptions, default, "alphaspin evaluate RUN", rest))
+
+
+def _export(arguments: Sequence[str]) -> None:
+    path, rest = _run_and_options("export", ExportOptions, arguments)
+    options = _parsed(ExportOptions, None, "alphaspin export RUN", rest)
+    from alphaspin import export
+    from alphaspin.played import Played
+
+    export.run(Played.open(path), options)
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -183,6 +230,8 @@ def _command(arguments: Sequence[str]) -> None:
         "plan": lambda rest: _train([*rest, "--plan"]),
         "gflownet": _gflownet,
         "recipes": _recipes,
+        "evaluate": _evaluate,
+        "export": _export,
         "report": _report,
         "doctor": _doctor,
     }
@@ -218,8 +267,13 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     except JudgeError as error:
         told = f"{error}; its verdicts so far are kept: the same command goes on from here"
         return _fail(told, EXIT_STOPPED)
+    except ServerError as error:
+        told = f"{error}; the answers so far are kept: the same command goes on from here"
+        return _fail(told, EXIT_STOPPED)
     except TrainingStopped as error:
         return _fail(str(error), EXIT_STOPPED)
+    except Elsewhere as error:  # the process that failed says why
+        return error.code
 
 
 def _fail(message: str, code: int) -> int:

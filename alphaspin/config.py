@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -151,6 +152,10 @@ class ReferenceConfig(Section):
     alpha: Fraction = 1.0
     """Weight α of the previous iterate: 1 is SPIN, 0 is DPO against the base. With `sppo` and
     `rspo`, which need a normalised reference, log Z(x) is estimated from the K responses."""
+    mode: Literal["auto", "cached", "online", "joint"] = "auto"
+    """When π_ref is computed. `cached`: before training, once per pair, and kept on disk. `online`:
+    at each step, previous and base in one pass. `joint`: at each step, in the policy's own pass,
+    which gathers sharded weights once for all three. `auto`: the cheapest for the pass at hand."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """ema_t = decay · ema_{t-1} + (1-decay) · adapter_{t-1}, for `kind: ema`."""
 
@@ -268,7 +273,8 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 32
     """Pairs per optimiser step."""
     accumulation: PositiveInt = 1
-    """Micro-batches per optimiser step; `batch_size` is split over them."""
+    """Micro-batches per optimiser step; `batch_size` is split over them. Several processes share
+    them, their number rounded up to a multiple of the processes'."""
     epochs: PositiveInt = 1
     """Passes over the pairs of an iteration."""
     max_steps: PositiveInt | None = None
@@ -289,12 +295,13 @@ class TrainConfig(Section):
     """Type of the frozen base and the activations: `auto` is bf16 on a GPU that has it, else fp32.
     Adapters and optimiser are always fp32."""
     layout: Literal["packed", "padded"] = "packed"
-    """`packed`: a prompt and its answers are one tree, several trees share a row. `padded`: one
-    prompt and one answer per row."""
-    row_tokens: PositiveInt = 256
-    """Target length of a packed row, in tokens; a longer tree has a row of its own."""
+    """`packed`: all trees (a prompt and its answers) of a micro-batch in one row, no padding.
+    `padded`: one prompt and one answer per row."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """What each of several processes holds of the frozen base: all of it, or with `fsdp` a share of
+    every layer, gathered when a pass reaches it. Adapters and the head are whole in each."""
     checkpoint_every: PositiveInt = 50
     """Optimiser steps between two durable checkpoints."""
 
@@ -326,17 +333,33 @@ class GFlowNetConfig(Section):
     """Two kept answers differ by an edit distance of more than this share of the longer one."""
     clip: PositiveFloat | None = 1.0
     """Largest gradient norm; `None` for no clipping."""
-    row_tokens: PositiveInt = 256
-    """Target length of a packed row, in tokens."""
     checkpoint_every: PositiveInt = 50
     """Optimiser steps between two durable checkpoints."""
     lora: LoraConfig = LoraConfig()
     """The adapter. Its rank is at least the sum of the ranks of the adapters in the mixture."""
 
 
+SAMPLING_KEYS: dict[str, tuple[str, ...]] = {
+    key: ("vllm", "sglang", "transformers") for key in ("url", "model", "key_variable", "workers")
+}
+"""Settings of sampling that only servers look at."""
+
+
 class SamplingConfig(Section):
     """How opponents answer."""
 
+    engine: Literal["local", "vllm", "sglang", "transformers"] = "local"
+    """`local`: this process. Else the kind of the OpenAI-compatible server at `url`: vLLM or
+    SGLang, which load the run's adapters from its folder, or `transformers serve`, which has the
+    base only. Evaluation is always local."""
+    url: str | None = None
+    """Address of the server, up to and with `/v1`."""
+    model: str | None = None
+    """Name under which the server has the base."""
+    key_variable: str | None = None
+    """Environment variable that holds the server's API key."""
+    workers: PositiveInt = 64
+    """Requests to the server under way at once."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature; the theory of self-play assumes 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -349,6 +372,14 @@ class SamplingConfig(Section):
     """Draws per answer of `selfplay.opponent: mixture-smc`."""
     shard_size: PositiveInt = 1024
     """Prompts per durable shard of sampling and scoring: what a killed run repeats at most."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SamplingConfig":
+        _refuse_unused(self, "sampling.engine", self.engine, SAMPLING_KEYS, "sampling.")
+        for name in ("url", "model"):
+            if self.engine != "local" and getattr(self, name) is None:
+                raise ValueError(f"sampling.engine = {self.engine} needs sampling.{name}")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -422,7 +453,7 @@ class GFlowNetRun(Section):
         free: dict[str, Any] = {
             "output": True,
             "adapter": True,  # its hash counts, not its place
-            "gflownet": {"accumulation", "row_tokens", "checkpoint_every"},
+            "gflownet": {"accumulation", "checkpoint_every"},
         }
         return self.model_dump(mode="json", exclude=free)
 
@@ -443,7 +474,12 @@ METHOD_KEYS: dict[str, tuple[str, ...]] = {
 OPPONENT_KEYS = {"gflownet": ("mixture-gflownet",), "sampling.particles": ("mixture-smc",)}
 """Settings that only some opponents look at."""
 
-ADDED = (("selfplay", "opponent"), ("sampling", "particles"))
+ADDED = (
+    ("selfplay", "opponent"),
+    ("sampling", "particles"),
+    ("sampling", "engine"),
+    ("sampling", "model"),
+)
 """Settings younger than the first runs, whose folders are named without them: left out of a run's
 identity where they have their default."""
 
@@ -506,6 +542,8 @@ class Config(Section):
                 f"selfplay.opponent = {self.selfplay.opponent} is a geometric mixture, "
                 "reference.kind = arithmetic is not: choose geometric or ema"
             )
+        if self.reference.mode == "joint" and self.train.layout != "packed":
+            raise ValueError("reference.mode = joint needs train.layout = packed")
         _refuse_unused(self, "method", self.method, METHOD_KEYS)
         opponent = self.selfplay.opponent
         _refuse_unused(self, "selfplay.opponent", opponent, OPPONENT_KEYS)
@@ -520,6 +558,17 @@ class Config(Section):
             raise ValueError(
                 f"{weighed} needs sampling.temperature = 1 without top_p and top_k: answers are "
                 "weighed by the probability with which they were drawn"
+            )
+        mixed = {
+            "method": self.method == "nash_md",
+            "selfplay.opponent": opponent in ("mixture-token", "mixture-smc"),
+        }
+        if drawn.engine != "local" and any(mixed.values()):
+            key = next(key for key, needs in mixed.items() if needs)
+            value = self.method if key == "method" else opponent
+            raise ValueError(
+                f"{key} = {value} samples from a mixture, which needs sampling.engine = local, not "
+                f"{drawn.engine}"
             )
         if self.method == "nash_md" and (self.train.epochs > 1 or not self.selfplay.warm_start):
             raise ValueError(
@@ -540,14 +589,15 @@ class Config(Section):
             "log": True,
             "hints": True,
             "control": True,
+            "reference": {"mode"},
             "train": {
                 "accumulation",
                 "activation_checkpointing",
                 "checkpoint_every",
                 "layout",
-                "row_tokens",
+                "sharding",
             },
-            "sampling": {"batch_size"},
+            "sampling": {"batch_size", "url", "key_variable", "workers"},
             "evaluate": {"show"},
             "judge": {"url", "key_variable", "workers", "batch_size"},
         }
@@ -569,6 +619,65 @@ class Config(Section):
     def run_folder(self) -> Path:
         """The run's folder: `output`, or one named after the configuration."""
         return Path(self.output) if self.output else Path("runs") / f"{self.name}-{self.digest()}"
+
+
+class EvaluateOptions(Section):
+    """Compare base, iterates and control of a run: `alphaspin evaluate RUN [--KEY VALUE …]`.
+
+    Without --tasks: on held-out prompts, with the run's judge or another.
+    """
+
+    iterations: Names = ("all",)
+    """Iterations t to compare with the base, or `all`; the control after as many steps comes
+    along."""
+    prompts: PositiveInt | None = None
+    """Use only the first of the held-out prompts."""
+    heldout: str | None = None
+    """Other held-out demonstrations than the run's, read as `data` is."""
+    judge: JudgeConfig = JudgeConfig()
+    """Who compares answers with the base's. With --judge.kind another than the run's judge; other
+    keys alone change the run's (a server's address, for instance)."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (extra `eval`) to run in the place of the comparison."""
+    include_path: str | None = None
+    """Folder with further task definitions (YAML)."""
+    chat: bool = False
+    """Put the prompts of the tasks through the chat template."""
+    batch_size: PositiveInt = 8
+    """Sequences per pass on the tasks, whose logits are held in full."""
+
+    @model_validator(mode="after")
+    def _numbers(self) -> "EvaluateOptions":
+        self.chosen()
+        return self
+
+    def chosen(self) -> list[int] | None:
+        """The iterations as numbers; None for all."""
+        if self.iterations == ("all",):
+            return None
+        if not all(part.isdecimal() for part in self.iterations):
+            shown = " ".join(self.iterations)
+            raise ValueError(f"iterations = {shown}: expected numbers, or `all` alone")
+        return [int(part) for part in self.iterations]
+
+
+class ExportOptions(Section):
+    """Write a policy for use elsewhere: `alphaspin export RUN --to FOLDER (--merge | --vllm)`."""
+
+    to: str
+    """Folder to write, which must not exist."""
+    iteration: Annotated[int, Field(ge=0)] | None = None
+    """Iteration t; by default the last one that is finished."""
+    merge: bool = False
+    """The base's weights with the adapter added: loads with transformers alone."""
+    vllm: bool = False
+    """The adapter in PEFT's format, as vLLM's LoRA loader wants it."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "ExportOptions":
+        if self.merge == self.vllm:
+            raise ValueError("choose one of --merge and --vllm")
+        return self
 
 
 def contraction_note(config: Config) -> str | None:
@@ -665,9 +774,9 @@ def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def nearest_key(key: str, section: type[BaseModel] = Config) -> str | None:
-    """The setting whose dotted name, or last part of it, is most like `key`."""
-    keys = all_keys(section)
+def nearest_key(key: str, keys: Sequence[str] | None = None) -> str | None:
+    """The one of `keys` (all settings) whose dotted name, or last part of it, is most like it."""
+    keys = keys or all_keys()
     by_last = {name.rsplit(".", 1)[-1]: name for name in keys}
     found = difflib.get_close_matches(key, keys, 1, cutoff=0.6)
     if not found:

@@ -11,7 +11,7 @@ from alphaspin import __version__, console
 from alphaspin.backbone import choose_bf16
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
-OPTIONAL = ("flash_attn", "liger_kernel", "tensorboard", "wandb")
+OPTIONAL = ("flash_attn", "liger_kernel", "lm_eval", "tensorboard", "wandb")
 
 
 def show() -> None:

@@ -1,26 +1,35 @@
 """Held-out measures: how well an iterate fits the demonstrations, and how well it answers.
 
 All iterates answer a prompt from the same uniform numbers, so that differences between them are not
-blurred by luck; standard errors are those of a mean over prompts.
+blurred by luck; standard errors are those of a mean over prompts. What needs the model (`evaluate`)
+is apart from what needs a judge (`compared`), so that another judge is asked about the answers that
+are there.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alphaspin.answers import checked_part, preference, word_f1
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree
 from alphaspin.config import Config, InputError
-from alphaspin.data import ChatFormat, Demonstration
+from alphaspin.data import ChatFormat, Demonstration, fingerprint
+from alphaspin.distributed import Team
+from alphaspin.diversity import distinct, self_bleu
 from alphaspin.judges import Comparison, Judge, Prompt, preferences
 from alphaspin.losses import reward_scale
-from alphaspin.sampling import Draw, Request, decode
+from alphaspin.sampling import Answer, Draw, Request, decode
 from alphaspin.scoring import logps
+from alphaspin.winrate import Estimate, at_equal_length, win_rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +40,13 @@ class Evaluation:
     sampled, greedy: exact match, shares with standard errors. preferred: share of prompts on which
     the sampled answer is preferred to the base's, ties counted half. margin: mean over prompts of
     β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)] where they differ.
-    With a judge also: judged: mean of P(sampled answer ≻ the base's). kl: mean of lp_t - lp_base of
-    the sampled answers, an unbiased estimate of KL(π_t‖π_base) in nats per answer. length: mean
-    tokens of the sampled answers.
+    kl: mean of lp_t - lp_base of the sampled answers, an unbiased estimate of KL(π_t‖π_base), nats
+    per answer. length: mean tokens of the sampled answers. distinct_1 to 3, self_bleu: diversity of
+    the sampled answers, see `diversity`. inputs: hash of all that these depend on.
+
+    With a judge, named in `judge`: verdicts: P(sampled answer ≻ the base's) of each prompt. judged:
+    their mean. controlled: the win rate at equal length in characters. low and high are the ends of
+    a 95 % confidence interval, see `winrate`.
     """
 
     name: str
@@ -53,12 +66,24 @@ class Evaluation:
     truncated: list[bool]
     demonstration_logps: list[float]
     base_answer_logps: list[float]
-    judged: float | None = None
-    judged_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
     length: float | None = None
     length_se: float | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    distinct_3: float | None = None
+    self_bleu: float | None = None
+    inputs: str = ""
+    judge: str | None = None
+    verdicts: list[float] | None = None
+    judged: float | None = None
+    judged_se: float | None = None
+    judged_low: float | None = None
+    judged_high: float | None = None
+    controlled: float | None = None
+    controlled_low: float | None = None
+    controlled_high: float | None = None
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -68,6 +93,11 @@ class Evaluation:
     def load(cls, path: Path) -> "Evaluation":
         """Read what `save` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def numbers(self) -> dict[str, Any]:
+        """The name and all measures that are one number: a row of `summary.json`."""
+        measured = {key: v for key, v in asdict(self).items() if isinstance(v, float)}
+        return {"name": self.name, **measured}
 
 
 def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> list[str]:
@@ -88,6 +118,26 @@ def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> li
     return answers
 
 
+def inputs(
+    backbone: Backbone,
+    adapter: str | None,
+    heldout: Sequence[Demonstration],
+    chat: ChatFormat,
+    config: Config,
+    iteration: int,
+) -> str:
+    """Hash of what `evaluate` measures, the judge apart; its arguments have the same names."""
+    sampling = config.sampling
+    content = [
+        (backbone.identity, backbone.adapter_ids[adapter], str(backbone.head.weight.dtype)),
+        (fingerprint(heldout), [(demo.index, demo.answer) for demo in heldout]),
+        (config.seed, config.text.max_response_tokens, sorted(chat.stop_token_ids)),
+        (sampling.temperature, sampling.top_p, sampling.top_k),
+        (config.evaluate.answer, reward_scale(config, iteration)),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def evaluate(
     name: str,
     backbone: Backbone,
@@ -99,6 +149,7 @@ def evaluate(
     iteration: int,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
     judge: Judge | None = None,
+    team: Team | None = None,
 ) -> Evaluation:
     """Measure one policy.
 
@@ -113,24 +164,44 @@ def evaluate(
         iteration: t, which selects β for the margin.
         progress: called with the answers finished and the tokens decoded.
         judge: compares the sampled answers with the base's.
+        team: processes that share the prompts and all get the result; None for this one alone.
 
     Raises:
         InputError: a demonstration without the pattern of `evaluate.answer`.
         JudgeError: the judge's.
     """
+    team = team or Team(backbone.device)
     part = checked_part(config.evaluate.answer)
     gold = checked_answers(heldout, config.evaluate.answer)
     cap = config.text.max_response_tokens
     prompts = [demo.prompt for demo in heldout]
     draws = [Draw(config.seed, 0, "evaluate", demo.index) for demo in heldout]
-    sampled, greedy = (
-        decode(
+
+    def answers(
+        indices: Sequence[int], noise: Sequence[Draw | None]
+    ) -> list[tuple[list[int], bool]]:
+        found = decode(
             backbone,
-            [Request(p, {adapter: 1.0}, cap, d) for p, d in zip(prompts, noise, strict=True)],
+            [Request(prompts[i], {adapter: 1.0}, cap, noise[i]) for i in indices],
             stop_ids=chat.stop_token_ids,
             config=config.sampling,
             progress=progress,
         )
+        return [(answer.tokens.tolist(), answer.truncated) for answer in found]
+
+    def scores(policy: str | None, trees: Sequence[Tree]) -> NDArray[np.float64]:
+        return np.array(
+            team.spread(
+                lambda mine: logps(backbone, policy, [trees[i] for i in mine], config.train),
+                len(trees),
+            )
+        )
+
+    sampled, greedy = (
+        [
+            Answer(np.array(tokens, np.int32), truncated)
+            for tokens, truncated in team.spread(partial(answers, noise=noise), len(heldout))
+        ]
         for noise in (draws, [None] * len(heldout))
     )
     texts = [chat.decode(answer.tokens) for answer in sampled]
@@ -155,23 +226,14 @@ def evaluate(
         Tree(demo.prompt, (demo.response, tokens))
         for demo, tokens in zip(heldout, base_tokens, strict=True)
     ]
-    scored = np.array(logps(backbone, adapter, trees, config.train))
+    scored = scores(adapter, trees)
     anchor = np.stack([base.demonstration_logps, base.base_answer_logps], 1) if base else scored
     gains = scored - anchor
     differ = np.array([not np.array_equal(tree.responses[0], tree.responses[1]) for tree in trees])
     margins = (gains[:, 0] - gains[:, 1])[differ]
-    extra: dict[str, float] = {}
-    if judge:
-        asked = [
-            Comparison(Prompt(demo.messages, demo.answer), text, other)
-            for demo, text, other in zip(heldout, texts, base_texts, strict=True)
-        ]
-        own = [Tree(p, (answer.tokens,)) for p, answer in zip(prompts, sampled, strict=True)]
-        ours, theirs = (np.array(logps(backbone, a, own, config.train)) for a in (adapter, None))
-        extra |= _mean("judged", preferences(judge, asked))
-        extra |= _mean("kl", (ours - theirs)[:, 0].tolist())
-        extra |= _mean("length", [float(len(answer.tokens)) for answer in sampled])
-    return Evaluation(
+    own = [Tree(prompt, (y.tokens,)) for prompt, y in zip(prompts, sampled, strict=True)]
+    ours, theirs = (scores(policy, own)[:, 0] for policy in (adapter, None))
+    evaluation = Evaluation(
         name=name,
         **_mean("nll", (-scored[:, 0]).tolist()),
         nll_per_token=float(-scored[:, 0].sum() / sum(len(demo.response) for demo in heldout)),
@@ -179,13 +241,52 @@ def evaluate(
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
         margin=reward_scale(config, iteration) * float(margins.mean()) if len(margins) else 0.0,
+        **_mean("kl", (ours - theirs).tolist()),
+        **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
+        distinct_1=distinct(texts, 1),
+        distinct_2=distinct(texts, 2),
+        distinct_3=distinct(texts, 3),
+        self_bleu=self_bleu(texts, config.seed),
         answers=texts,
         greedy_answers=greedy_texts,
         answer_tokens=[answer.tokens.tolist() for answer in sampled],
         truncated=[answer.truncated for answer in sampled],
         demonstration_logps=scored[:, 0].tolist(),
         base_answer_logps=scored[:, 1].tolist(),
-        **extra,
+        inputs=inputs(backbone, adapter, heldout, chat, config, iteration),
+        judge=None,  # `compared` fills these
+        verdicts=None,
+    )
+    return compared(evaluation, base or evaluation, heldout, judge) if judge else evaluation
+
+
+def compared(
+    evaluation: Evaluation, base: Evaluation, heldout: Sequence[Demonstration], judge: Judge
+) -> Evaluation:
+    """The evaluation with a judge's verdicts on its sampled answers against the base's.
+
+    Raises:
+        JudgeError: the judge's.
+    """
+    asked = [
+        Comparison(Prompt(demo.messages, demo.answer), ours, theirs)
+        for demo, ours, theirs in zip(heldout, evaluation.answers, base.answers, strict=True)
+    ]
+    verdicts = preferences(judge, asked)
+    found = controlled = Estimate(0.5, 0.5, 0.5)  # the base against itself: no estimate, a fact
+    if evaluation.name != base.name:
+        ours, theirs = ([len(text) for text in e.answers] for e in (evaluation, base))
+        found, controlled = win_rate(verdicts), at_equal_length(verdicts, ours, theirs)
+    return replace(
+        evaluation,
+        judge=judge.identity,
+        verdicts=verdicts,
+        **_mean("judged", verdicts),
+        judged_low=found.low,
+        judged_high=found.high,
+        controlled=controlled.value,
+        controlled_low=controlled.low,
+        controlled_high=controlled.high,
     )
 
 
@@ -223,6 +324,36 @@ def row(evaluation: Evaluation) -> list[str]:
         cells.append(percent(e.judged, e.judged_se))
         cells += [f"{e.kl:.3f} ± {e.kl_se:.3f}", f"{e.length:.1f} ± {e.length_se:.1f}"]
     return cells
+
+
+COMPARED = [
+    "t",
+    "judge vs base %",
+    "at equal length %",
+    "distinct-1",
+    "distinct-2",
+    "distinct-3",
+    "self-BLEU",
+]
+"""Column names of the table of what a judge and diversity say."""
+
+
+def comparison(evaluation: Evaluation) -> list[str]:
+    """An evaluation as a row of that table; brackets are 95 % confidence intervals."""
+    e = evaluation
+
+    def share(value: float | None, low: float | None, high: float | None) -> str:
+        if e.name == "base" or value is None or low is None or high is None:
+            return "-"
+        return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    diversity = (e.distinct_1, e.distinct_2, e.distinct_3, e.self_bleu)
+    return [
+        e.name,
+        share(e.judged, e.judged_low, e.judged_high),
+        share(e.controlled, e.controlled_low, e.controlled_high),
+        *("-" if value is None else f"{value:.3f}" for value in diversity),
+    ]
 
 
 def line(evaluation: Evaluation) -> str:

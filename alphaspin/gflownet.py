@@ -45,10 +45,10 @@ from alphaspin import console, mixture, rng
 from alphaspin.backbone import POLICY, Backbone
 from alphaspin.batching import Tokens, Tree, collate
 from alphaspin.config import GFlowNetConfig, InputError, LoraConfig, SamplingConfig
+from alphaspin.distributed import Team
 from alphaspin.runs import (
     Interrupted,
     Metrics,
-    SignalGuard,
     TrainingStopped,
     commit,
     remove,
@@ -56,7 +56,7 @@ from alphaspin.runs import (
 )
 from alphaspin.sampling import Answer, Draw, Policy, Request, decode, invert, uniforms
 from alphaspin.scoring import batched
-from alphaspin.trainer import learning_rate, load_optimizer, optimizer_tensors
+from alphaspin.trainer import learning_rate, load_optimizer, newest_checkpoint, optimizer_tensors
 
 TEMPERATURES = (0.5, 2.0)
 WARMUP, ANNEAL = 0.1, 0.5  # shares of the steps
@@ -103,13 +103,12 @@ def prefix_logps(
     backbone: Backbone,
     groups: Sequence[tuple[str | None, Sequence[Tree]]],
     stop_ids: frozenset[int],
-    row_tokens: int,
 ) -> Tensor:
     """log π of each token and of every end token in its place, [N, K] fp32, group by group.
 
     One pass over all groups; end tokens in ascending order.
     """
-    batch = collate(groups, layout="packed", row_tokens=row_tokens).to(backbone.device)
+    batch = collate(groups, layout="packed").to(backbone.device)
     stops_E = torch.tensor(sorted(stop_ids), device=backbone.device)
     targets_NK = torch.cat([batch.targets[:, None], stops_E.expand(len(batch.targets), -1)], 1)
     head = backbone.head
@@ -118,16 +117,9 @@ def prefix_logps(
     )
 
 
-def trees_of(prompt: Tokens, answers: Sequence[Answer], row_tokens: int) -> list[Tree]:
-    """Answers in their order as trees that fit a row, as far as possible."""
-    trees: list[Tree] = []
-    for answer in answers:
-        last = trees[-1] if trees else None
-        if last and last.size() + len(answer.tokens) <= row_tokens:
-            trees[-1] = Tree(prompt, (*last.responses, answer.tokens))
-        else:
-            trees.append(Tree(prompt, (answer.tokens,)))
-    return trees
+def tree_of(prompt: Tokens, answers: Sequence[Answer]) -> Tree:
+    """A prompt and its answers."""
+    return Tree(prompt, tuple(answer.tokens for answer in answers))
 
 
 @torch.no_grad()
@@ -136,9 +128,8 @@ def trajectories(
 ) -> list[list[Trajectory]]:
     """The answers with their rewards at every prefix: one pass without a graph for all π_i."""
     backbone.eval()
-    rows = task.config.row_tokens
-    trees = [t for p, group in zip(prompts, answers, strict=True) for t in trees_of(p, group, rows)]
-    found = prefix_logps(backbone, [(name, trees) for name in task.weights], task.stop_ids, rows)
+    trees = [tree_of(prompt, group) for prompt, group in zip(prompts, answers, strict=True)]
+    found = prefix_logps(backbone, [(name, trees) for name in task.weights], task.stop_ids)
     logps_PNK = found.view(len(task.weights), -1, found.shape[1])
     weight_P = torch.tensor(list(task.weights.values()), device=found.device)
     log_r_NK = torch.einsum("p,pnk->nk", weight_P, logps_PNK).cpu()
@@ -319,11 +310,12 @@ def start_adapter(backbone: Backbone, weights: Policy, lora: LoraConfig, seed: i
     backbone.set_adapter_state(POLICY, state)
 
 
-def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, guard: SignalGuard) -> Path:
+def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> Path:
     """Train the policy adapter to sample from the mixture; the folder of the finished adapter.
 
     Nothing is done where it is there already; else training goes on from the newest checkpoint
-    that verifies. The mixture's adapters must be loaded.
+    that verifies. The mixture's adapters must be loaded. Several processes do the same work; one of
+    them writes.
 
     Raises:
         InputError: see `start_adapter`.
@@ -331,21 +323,26 @@ def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, guard: Signa
         Interrupted: a signal came; the step was finished and saved.
     """
     done = task.folder / "adapter"
-    if not verifies(done):
-        _train(backbone, task, metrics, guard)
-        with commit(done) as temporary:
-            backbone.save_adapter(POLICY, temporary)
-    remove(task.folder / "checkpoints")
+    if not team.from_main(lambda: verifies(done)):
+        _train(backbone, task, metrics, team)
+        with team.together():
+            if team.main:
+                with commit(done) as temporary:
+                    backbone.save_adapter(POLICY, temporary)
+    if team.main:
+        remove(task.folder / "checkpoints")
     return done
 
 
-def _train(backbone: Backbone, task: Task, metrics: Metrics, guard: SignalGuard) -> None:
+def _train(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> None:
     config = task.config
     start_adapter(backbone, task.weights, config.lora, task.seed, task.iteration)
     parameters = backbone.policy_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
     replay = Replay(config.replay, config.near)
-    step = _resume(backbone, optimizer, replay, task.folder / "checkpoints")
+    step = team.from_main(lambda: newest_checkpoint(task.folder / "checkpoints"))
+    if step:
+        _load(backbone, optimizer, replay, task.folder / "checkpoints", step)
     metrics.rewind(task.stage, step)
     per_epoch = math.ceil(len(task.prompts) / config.batch_size)
     total = per_epoch * config.epochs
@@ -373,7 +370,8 @@ def _train(backbone: Backbone, task: Task, metrics: Metrics, guard: SignalGuard)
                     f"{step + 1}: stopped before the update"
                 )
                 metrics.write(task.stage, step + 1, {"alarm": message})
-                raise TrainingStopped(f"{task.stage}: {message}")
+                with team.together():
+                    raise TrainingStopped(f"{task.stage}: {message}")
             if config.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters.values(), config.clip, norm)
             optimizer.step()
@@ -384,10 +382,13 @@ def _train(backbone: Backbone, task: Task, metrics: Metrics, guard: SignalGuard)
             values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
             metrics.write(task.stage, step, values)
             advance(1, int(values["tokens"]))
-            if guard.requested or (step % config.checkpoint_every == 0 and step < total):
-                _save(backbone, optimizer, replay, task.folder / "checkpoints", step)
-                if guard.requested:
-                    raise Interrupted
+            stop = any(team.gather(team.interrupted))
+            if stop or (step % config.checkpoint_every == 0 and step < total):
+                with team.together():
+                    if team.main:
+                        _save(backbone, optimizer, replay, task.folder / "checkpoints", step)
+                    if stop:
+                        raise Interrupted
 
 
 def reward_temperature(step: int, total: int, start: float) -> float:
@@ -440,16 +441,10 @@ def accumulate(
             continue
         batch = [t for i in part for t in groups[i]]
         lengths_B = torch.tensor([len(t.answer.tokens) for t in batch])
-        trees = [
-            tree
-            for i in part
-            for tree in trees_of(
-                task.prompts[chosen[i]], [t.answer for t in groups[i]], config.row_tokens
-            )
-        ]
+        trees = [tree_of(task.prompts[chosen[i]], [t.answer for t in groups[i]]) for i in part]
         key = f"gflownet/dropout/{step}"
         torch.manual_seed(rng.key(task.seed, task.iteration, key, number) % 2**63)
-        log_q_NK = prefix_logps(backbone, [(POLICY, trees)], task.stop_ids, config.row_tokens)
+        log_q_NK = prefix_logps(backbone, [(POLICY, trees)], task.stop_ids)
         log_r_NK = torch.cat([t.log_r_LK for t in batch]).to(log_q_NK.device)
         uniform_N = torch.cat([_end_uniforms(task, chosen[i], groups[i], step) for i in part])
         end_N = invert(log_q_NK.detach()[:, 1:].softmax(1), uniform_N.to(log_q_NK.device))
@@ -504,16 +499,11 @@ def _save(
             remove(path)
 
 
-def _resume(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, replay: Replay, folder: Path
-) -> int:
-    """Load the newest checkpoint that verifies; the step to go on with."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        if not verifies(path):
-            console.note(f"{path} does not verify and is passed over")
-            continue
-        backbone.load_adapter(POLICY, path)
-        load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-        replay.load(path / REPLAY)
-        return int(path.name.removeprefix("step-"))
-    return 0
+def _load(
+    backbone: Backbone, optimizer: torch.optim.Optimizer, replay: Replay, folder: Path, step: int
+) -> None:
+    """Read what `_save` wrote."""
+    path = folder / f"step-{step:06d}"
+    backbone.load_adapter(POLICY, path)
+    load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+    replay.load(path / REPLAY)

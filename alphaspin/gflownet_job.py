@@ -12,6 +12,7 @@ from alphaspin import console, mixture
 from alphaspin.backbone import WEIGHTS, load_base
 from alphaspin.config import GFlowNetRun, InputError, TrainConfig, packaged
 from alphaspin.data import ChatFormat, fingerprint, load_demonstrations
+from alphaspin.distributed import Team
 from alphaspin.gflownet import Task, train_sampler
 from alphaspin.runs import Metrics, Run, SignalGuard, file_hash, write_atomically
 from alphaspin.sampling import Draw
@@ -76,7 +77,8 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
             stage="gflownet",
             folder=folder.path,
         )
-        trained = train_sampler(backbone, task, Metrics(folder.path / "metrics.jsonl"), guard)
+        metrics = Metrics(folder.path / "metrics.jsonl")
+        trained = train_sampler(backbone, task, metrics, Team(backbone.device, guard))
         backbone.load_adapter(SAMPLER, trained)
         setting = mixture.Setting(
             task.weights, config.check_answers, task.cap, task.stop_ids, batch_size=256

@@ -5,25 +5,27 @@ import importlib.util
 import json
 import os
 import platform
-from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import accelerate
 import peft
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 
 from alphaspin import __version__, console
 from alphaspin import evaluate as measures
-from alphaspin.backbone import POLICY, Backbone, load_base
+from alphaspin.backbone import POLICY, Backbone, choose_bf16, load_base
 from alphaspin.config import Config, InputError, contraction_note, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
+from alphaspin.distributed import Team
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
-from alphaspin.runs import Metrics, Mirror, Run, SignalGuard, write_atomically
+from alphaspin.openai_api import key_of
+from alphaspin.runs import Metrics, Mirror, Run, SignalGuard, differences, write_atomically
 from alphaspin.scoring import ReferenceCache
-from alphaspin.selfplay import SelfPlay
+from alphaspin.selfplay import SelfPlay, TeamJudge
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def run(config: Config) -> dict[str, Any]:
         InputError: the model, the data or the folder cannot be used; nothing was changed.
         Interrupted: a signal came; the same call goes on from there.
         TrainingStopped: see `trainer`.
+        Elsewhere: one of these was raised in another process of the job.
     """
     for tracker in config.log.trackers:
         if importlib.util.find_spec(tracker) is None:
@@ -44,31 +47,57 @@ def run(config: Config) -> dict[str, Any]:
         guard.restore()
 
 
+def is_main() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return PartialState().is_main_process
+
+
+def disconnect() -> None:
+    """Close the connections between processes, as the last thing."""
+    PartialState().destroy_process_group()
+
+
 def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Precision and accumulation are this configuration's, not those of `accelerate config`.
+    # Precision, accumulation and sharding are this configuration's, not those of `accelerate
+    # config`. Under torchrun alone Accelerate does not look for others where there is no GPU.
     accelerator = Accelerator(
+        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=list(config.log.trackers) or None,
         project_dir=str(config.run_folder()),
     )
-    if accelerator.num_processes > 1:
-        raise InputError("several processes are not supported yet: start alphaspin-train once")
-    backbone, tokenizer = load_base(
-        config.model, dtype=config.train.dtype, device=accelerator.device
-    )
-    if config.train.activation_checkpointing:
-        backbone.enable_activation_checkpointing()
-    chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
-    demonstrations, heldout = load_data(config, chat)
-    check_lengths(config, backbone, demonstrations + heldout)
-    # What would fail in a later phase had better fail before a folder is bound to these settings.
-    backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
-    measures.checked_answers(heldout, config.evaluate.answer)
-    judge = load_judge(config) if config.method != "spin" else None
-    if config.judge.kind == "verifiable" and judge:
-        measures.checked_answers(demonstrations, config.evaluate.answer)
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise InputError(
+            f"accelerate is configured for {accelerator.distributed_type.value}: launch plain "
+            "processes, and set train.sharding = fsdp where the base must be sharded"
+        )
+    team = Team.of(accelerator, guard)
+    console.console.quiet = not team.main
+    sharded = config.train.sharding == "fsdp" and team.count > 1
+    with team.together():
+        backbone, tokenizer = load_base(
+            config.model,
+            dtype="bf16" if choose_bf16(config.train.dtype, team.device) else "fp32",
+            # A base that is to be sharded may be too large for one device.
+            device=torch.device("cpu") if sharded else team.device,
+        )
+        chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
+        demonstrations, heldout = load_data(config, chat)
+        check_lengths(config, backbone, demonstrations + heldout)
+    if sharded:
+        team.shard(backbone)
+    with team.together():
+        if config.train.activation_checkpointing:
+            backbone.enable_activation_checkpointing()
+        # What would fail in a later phase had better fail before a folder is bound to these
+        # settings.
+        backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
+        measures.checked_answers(heldout, config.evaluate.answer)
+        judge = load_judge(config) if config.method != "spin" and team.main else None
+        if config.judge.kind == "verifiable" and judge:
+            measures.checked_answers(demonstrations, config.evaluate.answer)
     identity = {
         "config": config.identity(),
         "base": backbone.identity,
@@ -77,17 +106,23 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
         "data": fingerprint(demonstrations),
         "heldout": fingerprint(heldout),
     }
+    check_settings(team, identity | {"config": config.model_dump(mode="json")})
     if judge:
         identity["judge"] = judge.identity
-    guard.check()
-    with contextlib.closing(Run(config.run_folder(), identity)) as folder:
+    with contextlib.closing(open_run(team, config.run_folder(), identity)) as folder:
         mirror: Mirror | None = None
         if config.log.trackers:
             accelerator.init_trackers(config.name, config=_flat(config.identity()))
             mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
-        metrics = Metrics(folder.path / "metrics.jsonl", mirror)
-        folder.record(environment=environment(accelerator))
-        introduce(config, folder, chat, demonstrations, heldout, accelerator)
+        metrics = Metrics(folder.path / "metrics.jsonl", mirror, writes=team.main)
+        with team.together():
+            if team.main:
+                # All settings, with what the identity leaves out: the folder alone tells how to
+                # go on.
+                settings = config.model_dump(mode="json")
+                folder.record(environment=environment(team), config=settings)
+        introduce(config, folder, chat, demonstrations, heldout, team)
+        cached = CachedJudge(judge, folder.path / "verdicts") if judge else None
         selfplay = SelfPlay(
             config,
             folder,
@@ -95,25 +130,58 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             chat,
             demonstrations,
             heldout,
-            accelerator,
+            team,
             metrics,
-            guard,
             ReferenceCache(),
-            CachedJudge(judge, folder.path / "verdicts") if judge else None,
+            TeamJudge.of(team, cached) if config.method != "spin" else None,
         )
         rows = selfplay.play()
-        summary = summarise(config, folder, metrics, rows, heldout, chat)
-        write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1))
+
+        def write() -> dict[str, Any]:
+            summary = summarise(config, folder, metrics, rows, heldout, chat)
+            write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1))
+            return summary
+
+        summary = team.from_main(write)
         if rows:
             title = f"{config.name}: held-out measures by iteration ({len(heldout)} prompts)"
-            console.table(
-                title, measures.header(judge is not None), [measures.row(row) for row in rows]
-            )
+            judged = config.method != "spin"
+            console.table(title, measures.header(judged), [measures.row(row) for row in rows])
         for kind, count in summary["trained_tokens"].items():
             console.note(f"{kind}: {count:,} response tokens that carried a gradient")
-        if config.log.trackers:
-            accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
         return summary
+
+
+def check_settings(team: Team, settings: dict[str, Any]) -> None:
+    """Whether all processes were given the same.
+
+    Raises:
+        InputError: one that process 0 was not given.
+    """
+    first = team.gather(settings)[0]
+    with team.together():
+        for line in differences(json.loads(json.dumps(settings)), first):
+            raise InputError(f"process {team.index} was started with other settings: {line}")
+
+
+def open_run(team: Team, path: Path, identity: dict[str, Any]) -> Run:
+    """The run folder, opened by process 0 and joined by the others.
+
+    Raises:
+        InputError: as `Run`, or a process does not see process 0's folder.
+    """
+    folder: Run | None = None
+    with team.together():
+        if team.main:
+            folder = Run(path, identity)
+            if team.count > 1:
+                folder.share()
+    owner = team.gather(folder and folder.owner)[0]
+    with team.together():
+        folder = folder or Run.join(path, owner)
+    return folder
 
 
 def load_judge(config: Config) -> Judge:
@@ -138,28 +206,30 @@ def load_judge(config: Config) -> Judge:
         case "server":
             from alphaspin.judge_server import ServerJudge
 
-            key = os.environ.get(judge.key_variable) if judge.key_variable else None
-            if judge.key_variable and not key:
-                raise InputError(f"judge.key_variable = {judge.key_variable}: is not set")
+            key = key_of(judge.key_variable, "judge.key_variable")
             url, model = str(judge.url), str(judge.model)
             return ServerJudge(url, model, api_key=key, workers=judge.workers)
         case "callable":
             return CallableJudge(str(judge.function), both_orders=judge.both_orders)
 
 
+def load_source(
+    config: Config, chat: ChatFormat, source: str, embedded: str
+) -> list[Demonstration]:
+    """Demonstrations of a file, folder or hub id; `embedded` is the packaged file behind `tiny`."""
+    path = str(packaged(embedded)) if source == "tiny" else source
+    found, dropped = load_demonstrations(path, chat, config.text, config.split)
+    if dropped:
+        console.note(f"{source}: {dropped} rows dropped (prompt too long), {len(found)} kept")
+    return found
+
+
 def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
     """Demonstrations to train on and held-out ones."""
-
-    def load(source: str, embedded: str) -> list[Demonstration]:
-        path = str(packaged(embedded)) if source == "tiny" else source
-        found, dropped = load_demonstrations(path, chat, config.text, config.split)
-        if dropped:
-            console.note(f"{source}: {dropped} rows dropped (prompt too long), {len(found)} kept")
-        return found
-
-    demonstrations = load(config.data, "tiny/train.jsonl")
+    demonstrations = load_source(config, chat, config.data, "tiny/train.jsonl")
     if config.heldout:
-        heldout = load(config.heldout, "tiny/heldout.jsonl")[: config.evaluate.prompts]
+        every = load_source(config, chat, config.heldout, "tiny/heldout.jsonl")
+        heldout = every[: config.evaluate.prompts]
     else:
         count = min(config.evaluate.prompts, len(demonstrations) // 5)
         if count < config.evaluate.prompts:
@@ -192,12 +262,12 @@ def introduce(
     chat: ChatFormat,
     demonstrations: list[Demonstration],
     heldout: list[Demonstration],
-    accelerator: Accelerator,
+    team: Team,
 ) -> None:
     """What is about to happen, and the first demonstration in two colours."""
     console.note(
-        f"run folder {folder.path} · {accelerator.device} · {len(demonstrations)} demonstrations, "
-        f"{len(heldout)} held out"
+        f"run folder {folder.path} · {team.count} x {team.device.type} · "
+        f"{len(demonstrations)} demonstrations, {len(heldout)} held out"
     )
     warning = contraction_note(config)
     if warning:
@@ -207,9 +277,9 @@ def introduce(
     console.sample(tokenizer.decode(first.prompt), tokenizer.decode(first.response))
 
 
-def environment(accelerator: Accelerator) -> dict[str, str]:
+def environment(team: Team) -> dict[str, str]:
     """Versions and device, for the manifest and the report."""
-    device = accelerator.device
+    device = team.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "alphaspin": __version__,
@@ -220,6 +290,7 @@ def environment(accelerator: Accelerator) -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "device": f"{device.type} {name}".strip(),
         "threads": str(torch.get_num_threads()),
+        "processes": str(team.count),
     }
 
 
@@ -241,17 +312,13 @@ def summarise(
             seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
         elif "tokens" in record:
             tokens[kind] = tokens.get(kind, 0) + int(record["tokens"])
-    scalars = [
-        {name: value for name, value in asdict(row).items() if isinstance(value, (str, float))}
-        for row in rows
-    ]
     shown = range(min(config.evaluate.show, len(heldout)))
     return {
         "name": config.name,
         "config": config.model_dump(mode="json"),
         "environment": folder.manifest["environment"],
         "adapters": folder.manifest["adapters"],
-        "rows": scalars,
+        "rows": [row.numbers() for row in rows],
         "seconds": seconds,
         "trained_tokens": tokens,
         "pairs": [

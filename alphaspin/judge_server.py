@@ -1,18 +1,12 @@
-"""A generative judge behind an OpenAI-compatible server, with the standard library only."""
+"""A generative judge behind an OpenAI-compatible server."""
 
 import hashlib
-import http.client
-import json
 import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
-from alphaspin.config import InputError
 from alphaspin.judges import Comparison, JudgeError, plain_text
+from alphaspin.openai_api import Client, ServerError, parsed
 
 SYSTEM = (
     "You compare two answers to the same conversation. Judge correctness first, then helpfulness "
@@ -60,20 +54,22 @@ class ServerJudge:
             url: up to and with `/v1`.
             model: name that the server knows.
             api_key: sent as a bearer token.
-            workers: requests under way at once.
+            workers: questions under way at once.
             attempts: tries per question.
             backoff: first pause between tries, in seconds.
-            timeout: of one request, in seconds.
+            timeout: of one try, in seconds.
             max_tokens: of a reply.
         """
-        if not url.startswith(("http://", "https://")):
-            raise InputError(
-                f"judge {url!r}: needs an address that begins with http:// or https://"
-            )
-        self._url = url.rstrip("/") + "/chat/completions"
-        self._model, self._key = model, api_key
-        self._workers, self._attempts, self._backoff = workers, attempts, backoff
-        self._timeout, self._max_tokens = timeout, max_tokens
+        self._client = Client(
+            url,
+            setting="judge",
+            key=api_key,
+            workers=workers,
+            attempts=attempts,
+            backoff=backoff,
+            timeout=timeout,
+        )
+        self._model, self._max_tokens = model, max_tokens
         wording = hashlib.blake2b((SYSTEM + QUESTION).encode(), digest_size=8).hexdigest()
         self.identity = f"server:{model}:{wording}:{max_tokens}"
 
@@ -83,29 +79,11 @@ class ServerJudge:
         Raises:
             JudgeError: a question failed for good.
         """
-        stop = threading.Event()
-
-        def ask(pair: Comparison) -> float | None:
-            try:
-                return None if stop.is_set() else self._ask(pair, stop)
-            except BaseException:
-                stop.set()
-                raise
-
-        failure: BaseException | None = None
-        with ThreadPoolExecutor(self._workers) as pool:
-            futures = {pool.submit(ask, pair): i for i, pair in enumerate(pairs)}
-            try:
-                for future in as_completed(futures):
-                    error = future.exception()
-                    if error is not None:
-                        failure = failure or error
-                    elif (verdict := future.result()) is not None:
-                        yield {futures[future]: verdict}
-            finally:
-                stop.set()  # whoever stops listening need not wait for the rest
-        if failure:
-            raise failure
+        try:
+            for number, verdict in self._client.each(pairs, self._ask):
+                yield {number: verdict}
+        except ServerError as error:
+            raise JudgeError(str(error)) from None
 
     def _ask(self, pair: Comparison, stop: threading.Event) -> float | None:
         """The verdict, or None where another question's failure ended the waiting."""
@@ -120,34 +98,13 @@ class ServerJudge:
             "temperature": 0,
             "max_tokens": self._max_tokens,
         }
-        trouble, wait = "", 0.0
-        for attempt in range(self._attempts):
-            if attempt and stop.wait(max(wait, self._backoff * 2 ** (attempt - 1))):
-                return None
-            try:
-                return parse_verdict(self._post(body))
-            except urllib.error.HTTPError as error:
-                told = error.read(300).decode(errors="replace")
-                trouble = f"HTTP {error.code}: {told}"
-                if error.code not in (408, 429) and error.code < 500:
-                    raise JudgeError(f"{self._url}: {trouble}") from None
-                wait = _seconds(error.headers.get("Retry-After"))
-            except (OSError, http.client.HTTPException, JudgeError) as error:
-                trouble, wait = str(error) or type(error).__name__, 0.0
-        raise JudgeError(f"{self._url}: no verdict in {self._attempts} attempts; last: {trouble}")
 
-    def _post(self, body: dict[str, Any]) -> str:
-        """The reply's text."""
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self._timeout) as response:
-            answer = response.read()
-        try:
-            return str(json.loads(answer)["choices"][0]["message"]["content"])
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise JudgeError(f"not a chat completion: {answer[:200]!r}") from None
+        def read(reply: bytes) -> float:
+            text = parsed(reply, "chat completion", lambda r: r["choices"][0]["message"]["content"])
+            return parse_verdict(str(text))
+
+        address = f"{self._client.url}/chat/completions"
+        return self._client.post(address, body, read, wanted="verdict", stop=stop)
 
 
 def parse_verdict(reply: str) -> float:
@@ -160,8 +117,3 @@ def parse_verdict(reply: str) -> float:
     if len(marks) != 1 or not reply.rstrip(" \n.*").endswith("]]"):
         raise JudgeError(f"needs one [[A]], [[B]] or [[C]] at the end of a reply: {reply[-200:]!r}")
     return VERDICTS[marks[0]]
-
-
-def _seconds(text: str | None) -> float:
-    """A Retry-After in seconds, at most a minute; 0 where it is a date or absent."""
-    return min(60.0, float(text)) if text and text.isdecimal() else 0.0

@@ -8,7 +8,7 @@ Nothing here needs torch, so that a report is quick to write afresh.
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from alphaspin.answers import checked_part
 from alphaspin.config import Config, InputError
-from alphaspin.runs import Metrics, write_atomically
+from alphaspin.runs import Metrics, verifies, write_atomically
 
 COLOURS = {"ink": "#010101", "grid": "#020202", "a": "#030303", "b": "#040404", "alarm": "#050505"}
 """Stand-ins that the plots are drawn with. In the SVG they become CSS variables, so that the page's
@@ -55,6 +55,9 @@ STYLE: dict[str, Any] = {
 POINTS = 300
 """Points of a curve, over all iterations; longer curves are drawn as the mean and range of bins."""
 
+SHARES = ("sampled", "greedy", "preferred", "judged", "controlled")
+"""Measures that are shown in per cent."""
+
 UNSEEN = str.maketrans(
     {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"}
     | {0x7F: "\u2421"}
@@ -77,12 +80,21 @@ class Row(BaseModel):
     margin_se: float | None = None
     preferred: float
     preferred_se: float
-    judged: float | None = None
-    judged_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
     length: float | None = None
     length_se: float | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    distinct_3: float | None = None
+    self_bleu: float | None = None
+    judged: float | None = None
+    judged_se: float | None = None
+    judged_low: float | None = None
+    judged_high: float | None = None
+    controlled: float | None = None
+    controlled_low: float | None = None
+    controlled_high: float | None = None
 
     @property
     def control(self) -> bool:
@@ -102,6 +114,15 @@ class Sample(BaseModel):
     prompt: str | None = None
     demonstration: str
     answers: dict[str, str]
+
+
+class Comparison(BaseModel):
+    """What one `alphaspin evaluate` found on held-out prompts; see `compare`."""
+
+    heldout: str
+    prompts: int
+    judge: str
+    rows: list[Row]
 
 
 class Summary(BaseModel):
@@ -150,6 +171,9 @@ def write(folder: Path) -> Path:
         "steps": sum(map(len, steps.values())),
         "points": POINTS,
         "by_iteration": partial(plot_iterates, summary.rows),
+        "comparisons": read_comparisons(folder),
+        "plot": partial(partial, plot_iterates),
+        "tasks": read_tasks(folder),
         "by_step": partial(plot_steps, steps, marks),
         "matches": partial(matches, summary.config.evaluate.answer),
         "duration": duration,
@@ -186,6 +210,71 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
         raise InputError(f"{path}: {key}: {first['msg']}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Base, iterates, control, each by iteration."""
+    return sorted(
+        names,
+        key=lambda name: (
+            " " in name,
+            name != "base",
+            int(name.split()[-1]) if name != "base" else 0,
+        ),
+    )
+
+
+def read_comparisons(folder: Path) -> list[Comparison]:
+    """All comparisons on held-out prompts in RUN/evaluation."""
+    found: list[Comparison] = []
+    for place in sorted((folder / "evaluation").glob("heldout-*")):
+        parts = {path.name: path for path in place.iterdir() if verifies(path)}
+        rows = [_json(parts[name] / "evaluation.json") for name in in_order(parts)]
+        if rows:
+            about = _json(place / "about.json")
+            found.append(Comparison.model_validate({**about, "rows": rows}))
+    return found
+
+
+def read_tasks(folder: Path) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, policies and rows of each set of harness tasks in RUN/evaluation."""
+    found: list[tuple[str, list[str], list[list[str]]]] = []
+    for place in sorted((folder / "evaluation").glob("tasks-*")):
+        parts = {path.name: path for path in place.iterdir() if verifies(path)}
+        results = {name: _json(parts[name] / "results.json") for name in in_order(parts)}
+        for first in [*results.values()][:1]:
+            title = f"lm-evaluation-harness {first['harness']}" + ", chat template" * first["chat"]
+            found.append((title, list(results), task_rows(results)))
+    return found
+
+
+def task_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows [task, metric, value ± standard error of each policy] of the harness's results."""
+    rows: list[list[str]] = []
+    tasks = {
+        task: values for found in results.values() for task, values in found["results"].items()
+    }
+    for task, values in tasks.items():
+        for key in values:
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            cells: list[str] = []
+            for found in results.values():
+                own = found["results"].get(task, {})
+                value, error = own.get(key), own.get(f"{metric}_stderr,{filtered}")
+                shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+                cells.append(f"{shown} ± {error:.2g}" if isinstance(error, float) else shown)
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            rows.append([task, name, *cells])
+    return rows
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}; remove the folder, and evaluate again") from None
 
 
 def training_steps(records: Sequence[dict[str, Any]]) -> Steps:
@@ -288,24 +377,32 @@ def duration(seconds: float) -> str:
 
 
 def plot_iterates(rows: Sequence[Row], title: str, curves: Curves) -> Markup:
-    """Measures of base, iterates and (dashed) control, with bars of one standard error."""
+    """Measures of base, iterates and (dashed) control, with bars of one standard error, or of the
+    confidence interval where there is one."""
+
+    def bar(row: Row, measure: str) -> tuple[float, float]:
+        """Lengths of the bar below and above the value; NaN for none."""
+        value, low = getattr(row, measure), getattr(row, f"{measure}_low", None)
+        if low is not None:
+            return value - low, getattr(row, f"{measure}_high") - value
+        error = getattr(row, f"{measure}_se", None)
+        return (math.nan, math.nan) if error is None else (error, error)
 
     def paint(axes: Axes) -> None:
         for number, (measure, _, css) in enumerate(curves):
             # The control starts from the base too.
             line = [r for r in rows if r.control == ("dashed" in css) or r.name == "base"]
-            scale = 1 if measure == "nll" else 100
-            errors = [getattr(row, f"{measure}_se") for row in line]
+            scale = 100 if measure in SHARES else 1
             shift = 0.04 * (number - (len(curves) - 1) / 2)  # keeps bars from covering each other
             axes.errorbar(
                 [row.iteration + shift for row in line],
                 [scale * getattr(row, measure) for row in line],
-                None if None in errors else [scale * error for error in errors],
+                scale * np.array([bar(row, measure) for row in line]).T,
                 marker="o",
                 capsize=2,
                 **look(css),
             )
-        if not any(measure == "nll" for measure, _, _ in curves):
+        if all(measure in SHARES for measure, _, _ in curves):
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -2), max(high, 5))  # no closer look than this at 0 %
         axes.set_xlabel("iteration t")

@@ -14,10 +14,12 @@ import os
 import re
 import shutil
 import signal
+import socket
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -42,6 +44,15 @@ class Interrupted(Exception):
 
 class TrainingStopped(Exception):
     """Training must not go on, e.g. because the loss is not finite; no update was made."""
+
+
+class Elsewhere(Exception):
+    """Another process of the job failed and says why; this one stops with the same exit code."""
+
+    def __init__(self, code: int):
+        """`code` is that exit code."""
+        super().__init__(f"another process stopped with exit code {code}")
+        self.code = code
 
 
 def file_hash(path: Path) -> str:
@@ -154,10 +165,14 @@ Mirror = Callable[[Mapping[str, float], int], None]
 class Metrics:
     """`metrics.jsonl`: a JSON object a line, each with its `stage` (e.g. `train/0`) and `step`."""
 
-    def __init__(self, path: Path, mirror: Mirror | None = None):
-        """Open `path`; `mirror` also gets the numbers (TensorBoard, wandb)."""
+    def __init__(self, path: Path, mirror: Mirror | None = None, *, writes: bool = True):
+        """Open `path`; `mirror` also gets the numbers (TensorBoard, wandb).
+
+        With `writes` off nothing is written: a file has one writer among several processes.
+        """
         self._path = path
         self._mirror = mirror
+        self._writes = writes
         self._step = 0
 
     def read(self) -> list[dict[str, Any]]:
@@ -173,12 +188,16 @@ class Metrics:
 
     def rewind(self, stage: str, step: int = 0) -> None:
         """Forget what a stage recorded after `step`: that work is about to be repeated."""
+        if not self._writes:
+            return
         kept = [r for r in self.read() if r.get("stage") != stage or r.get("step", 0) <= step]
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._step = len(kept)
 
     def write(self, stage: str, step: int, values: Mapping[str, float | str]) -> None:
         """Append one record; not flushed to disk by itself, since `rewind` repairs a torn end."""
+        if not self._writes:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self._step += 1
@@ -188,8 +207,27 @@ class Metrics:
             self._mirror(numbers, self._step)
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A run's `manifest.json`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        assert {"identity", "adapters"} <= manifest.keys()
+        assert isinstance(manifest["adapters"], dict)
+    except (ValueError, AttributeError, AssertionError):
+        raise InputError(f"{path}: damaged; restore it, or choose another --output") from None
+    return manifest
+
+
 class Run:
-    """One run folder, locked by this process for as long as the object is open."""
+    """One run folder, locked by this process for as long as the object is open.
+
+    The processes of a job share the lock: one of them opens the folder and shares it, the others
+    join. So another job is refused until the last of them is gone.
+    """
 
     def __init__(self, path: Path, identity: dict[str, Any]):
         """Create or reopen the folder.
@@ -200,7 +238,7 @@ class Run:
                 that holds a run of another identity is refused.
 
         Raises:
-            InputError: another process has the folder, or it holds another run or other things.
+            InputError: another job has the folder, or it holds another run or other things.
         """
         if path.exists() and not path.is_dir():
             raise InputError(f"output = {path}: is a file")
@@ -209,7 +247,13 @@ class Run:
         if names and not names & {"manifest.json", f"{TEMPORARY}manifest.json", "lock"}:
             raise InputError(f"output = {path}: is not empty and holds no run; choose another")
         self.path = path
-        self._lock = self._acquire()
+        self._lock = (path / "lock").open("a+")
+        self._flock(fcntl.LOCK_EX)
+        self.owner = f"{os.getpid()}\n{socket.gethostname()} {time.time_ns()}\n"
+        """What the lock holds: this process and, for `join`, which of its runs."""
+        self._lock.truncate(0)
+        self._lock.write(self.owner)
+        self._lock.flush()
         try:
             self.manifest = self._open_manifest(identity)
             for leftover in [*path.rglob(f"{TEMPORARY}*")]:
@@ -218,36 +262,58 @@ class Run:
             self.close()
             raise
 
-    def _acquire(self) -> TextIO:
-        lock = (self.path / "lock").open("a+")
+    def _flock(self, kind: int) -> None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip()
-            lock.close()
+            owner = (self.path / "lock").read_text().partition("\n")[0]
+            self.close()
             raise InputError(
                 f"{self.path}: process {owner} is working in this run folder; wait for it, or "
                 "choose another --output"
             ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        return lock
+
+    def share(self) -> None:
+        """Let other processes `join`.
+
+        Raises:
+            InputError: another job was quicker, in the instant in which the lock is no one's.
+        """
+        self._flock(fcntl.LOCK_SH)
+
+    @classmethod
+    def join(cls, path: Path, owner: str) -> "Run":
+        """The folder that another process of this job has opened and shared.
+
+        Args:
+            path: as in that process.
+            owner: its `Run.owner`.
+
+        Raises:
+            InputError: at this path is not the same folder.
+        """
+        run = cls.__new__(cls)
+        run.path, run.owner = path, owner
+        try:
+            run._lock = (path / "lock").open()
+            seen = run._lock.read()
+        except FileNotFoundError:
+            seen = ""
+        if seen != owner:
+            raise InputError(
+                f"output = {path}: on {socket.gethostname()} this is not the folder that process 0 "
+                "opened; all nodes must see it, on a file system that they share"
+            )
+        run._flock(fcntl.LOCK_SH)
+        run.manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return run
 
     def _open_manifest(self, identity: dict[str, Any]) -> dict[str, Any]:
         path = self.path / "manifest.json"
         identity = json.loads(json.dumps(identity))
         if path.exists():
-            try:
-                manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-                before = manifest["identity"]
-                assert isinstance(manifest["adapters"], dict)
-            except (ValueError, KeyError, TypeError, AssertionError):
-                raise InputError(
-                    f"{path}: damaged; restore it, or choose another --output"
-                ) from None
-            for line in _differences(before, identity):
+            manifest = read_manifest(path)
+            for line in differences(manifest["identity"], identity):
                 raise InputError(
                     f"{self.path} holds another run: {line}. Choose another --output, or give "
                     "this run's settings to go on with it"
@@ -285,10 +351,11 @@ class Run:
         self._lock.close()
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """What two nested settings differ in, in half a sentence each."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted({*old, *new}):
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}".strip("."))
+            yield from differences(old.get(name), new.get(name), f"{key}.{name}".strip("."))
     elif old != new:
         yield f"its {key} is {old!r}, not {new!r}"
 
@@ -296,21 +363,30 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
 class SignalGuard:
     """Turns the first SIGTERM or SIGINT into a flag that long phases look at between units of work.
 
-    The second one acts at once: what is on disk is whole anyway.
+    The second one acts at once: what is on disk is whole anyway. Within a second of the first it is
+    the same one, passed on by a launcher to processes that the terminal or scheduler told already.
     """
 
     def __init__(self) -> None:
         """Install the handlers; `restore` puts the old ones back."""
         self.requested = False
+        self._first = 0.0
         self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)
+        if self.requested and time.monotonic() - self._first > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif not self.requested:
+            self.requested, self._first = True, time.monotonic()
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal came; call it right after something durable."""
+        """For what one process does alone: stop here where a signal came.
+
+        Raises:
+            Interrupted: it did.
+        """
         if self.requested:
             raise Interrupted
 

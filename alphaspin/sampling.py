@@ -36,6 +36,7 @@ Components = tuple[tuple[str | None, float], ...]
 
 BLOCK = 64  # columns; the cache's width is a multiple of it
 PREFILL_TOKENS = 16_384  # of one forward pass over prompts, padding included
+SPAN = 256  # tokens summed at once
 REFILL = 8  # newcomers wait until 1/REFILL of the batch is free, so that their passes are few
 
 
@@ -117,8 +118,11 @@ def filtered(
     The type is that of the logits. Not normalised again. `temperature_N` replaces the
     configuration's.
     """
-    temperature = config.temperature if temperature_N is None else temperature_N[:, None]
-    probs_NV = torch.softmax(logits_NV / temperature, dim=-1)
+    if temperature_N is not None:
+        logits_NV = logits_NV / temperature_N[:, None]
+    elif config.temperature != 1:
+        logits_NV = logits_NV / config.temperature
+    probs_NV = torch.softmax(logits_NV, dim=-1)
     if config.top_k:
         kth = probs_NV.topk(min(config.top_k, probs_NV.shape[-1])).values[:, -1:]
         probs_NV = probs_NV.masked_fill(probs_NV < kth, 0)
@@ -134,13 +138,31 @@ def invert(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     """The token at which the distribution function passes u: exact sampling from unnormalised rows.
 
     float64, because a running fp32 sum over 256k tokens is off by more than small probabilities.
+    Two levels, because running sums are slow: over spans of the vocabulary, then inside one.
     """
-    total_NV = probs_NV.double().cumsum(-1)
-    threshold = uniform_N[:, None] * total_NV[:, -1:]
-    token_N = torch.searchsorted(total_NV, threshold, right=True)[:, 0]
-    # u·total can round up to the total itself; the last token with mass is then meant.
-    last_N = total_NV.shape[1] - 1 - (probs_NV > 0).flip(1).int().argmax(1)
-    return torch.minimum(token_N, last_N)
+    size = min(SPAN, probs_NV.shape[1])
+    whole = probs_NV.shape[1] // size
+    spans_NBS = probs_NV[:, : whole * size].unflatten(1, (whole, size))
+    rest_NS = probs_NV[:, whole * size :]
+    sums = (spans_NBS.sum(-1, dtype=torch.float64), rest_NS.sum(1, True, dtype=torch.float64))
+    total_NB = torch.cat(sums, 1).cumsum(1)
+    threshold_N1 = uniform_N[:, None] * total_NB[:, -1:]
+    span_N1 = _passed(total_NB, threshold_N1)
+    below_N1 = torch.nn.functional.pad(total_NB, (1, 0)).gather(1, span_N1)
+    token_NS = span_N1 * size + torch.arange(size, device=probs_NV.device)
+    inside_NS = probs_NV.gather(1, token_NS.clamp(max=probs_NV.shape[1] - 1)).double()
+    inside_NS *= token_NS < probs_NV.shape[1]
+    within_N1 = _passed(inside_NS.cumsum(1), threshold_N1 - below_N1)
+    return (span_N1 * size + within_N1)[:, 0]
+
+
+def _passed(total_NK: Tensor, threshold_N1: Tensor) -> Tensor:
+    """The first of the running sums above the threshold, [N, 1].
+
+    u·total can round up to the total itself: then the last that adds something is meant.
+    """
+    last_N1 = torch.searchsorted(total_NK, total_NK[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(total_NK, threshold_N1, right=True), last_N1)
 
 
 class SlotCache(Cache):

@@ -7,7 +7,9 @@ the hash of all three, so that a value of another adapter or other tokens is nev
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Batch, Tokens, Tree, collate
-from alphaspin.config import TrainConfig
+from alphaspin.config import Config, TrainConfig
 from alphaspin.runs import commit, verifies
 
 T = TypeVar("T")
@@ -30,23 +32,85 @@ def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def sequence_logps(backbone: torch.nn.Module, head: Backbone, batch: Batch) -> Tensor:
-    """lp(y) of each sequence of a batch, [Q] fp32 in nats, summed over its tokens.
+def sequence_logps(backbone: Backbone, batch: Batch) -> Tensor:
+    """lp(y) of each sequence of a batch, [B] fp32 in nats, summed over its tokens.
 
     Args:
-        backbone: the module that is called, `head` itself or a wrapper around it (DDP).
-        head: the backbone, for its head [V, H].
+        backbone: also holds the head [V, H].
         batch: on the backbone's device.
     """
-    hidden_NH = backbone(batch)
+    return _logps(backbone(batch), backbone, batch)
+
+
+def _logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
     return sequence_logprob(
         hidden_NH,
-        head.head.weight,
+        backbone.head.weight,
         batch.targets,
         torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0)),
-        bias=head.head.bias,
-        softcap=head.softcap,
+        bias=backbone.head.bias,
+        softcap=backbone.softcap,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineReference:
+    """A reference that is computed at each step, for responses that are trained on once or less.
+
+    Attributes:
+        policies: adapters (None is the base) whose log-probs it takes, in one pass.
+        mix: their log-probs, each [B], to lp_ref [B].
+        joint: with the policy, layer by layer, instead of in a pass of its own.
+    """
+
+    policies: tuple[str | None, ...]
+    mix: Callable[..., Tensor]
+    joint: bool
+
+    def logps(
+        self, backbone: Backbone, batch: Batch, trees: Sequence[Tree]
+    ) -> tuple[Tensor, Tensor]:
+        """lp_θ with its graph, and lp_ref, both [B] fp32.
+
+        Args:
+            backbone: holds the adapters.
+            batch: the policy's, packed, on the backbone's device.
+            trees: its trees.
+        """
+        groups = [(name, trees) for name in self.policies]
+        frozen = collate(groups, layout="packed").to(backbone.device)
+        if self.joint:
+            hidden_NH, beside_NH = backbone(batch, frozen)
+            policy_B, frozen_B = (
+                _logps(hidden_NH, backbone, batch),
+                _logps(beside_NH, backbone, frozen),
+            )
+        else:
+            with torch.no_grad():
+                frozen_B = sequence_logps(backbone, frozen)
+            policy_B = sequence_logps(backbone, batch)
+        return policy_B, self.mix(*frozen_B.chunk(len(self.policies)))
+
+
+def choose_mode(config: Config, pairs: int, *, sharded: bool) -> tuple[str, str]:
+    """`reference.mode` of an iteration with this many pairs, and why.
+
+    In units of one pass of a pair through previous and base, per pair of the iteration: cached
+    costs 1 whatever is trained on; online the number of times that a pair is trained on. At once
+    they cost the same, and the cache is kept for later iterations; a sharded base is then better
+    gathered once for all three policies.
+    """
+    mode, train = config.reference.mode, config.train
+    if mode != "auto":
+        return mode, "as configured"
+    gathers = sharded and train.layout == "packed"
+    steps = math.ceil(pairs / train.batch_size) * train.epochs
+    uses = min(steps, train.max_steps or steps) * train.batch_size / max(1, pairs)
+    if uses < 1:
+        return "joint" if gathers else "online", f"only {uses:.0%} of the pairs are trained on"
+    if gathers and train.epochs == 1:
+        return "joint", "one epoch, and a sharded base is gathered once for three policies"
+    return "cached", f"each pair is scored once, for {train.epochs} epochs of training"
 
 
 class ReferenceCache:
@@ -54,7 +118,7 @@ class ReferenceCache:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._values: dict[bytes, float] = {}
+        self._values: dict[bytes, float | None] = {}  # None: another process computes it
 
     @staticmethod
     def key(policy: str, prompt: Tokens, response: Tokens) -> bytes:
@@ -93,6 +157,14 @@ class ReferenceCache:
             if wanted:
                 result.append(Tree(tree.prompt, tuple(wanted)))
         return result
+
+    def expect(self, policies: Iterable[str], trees: Iterable[Tree]) -> None:
+        """Count what is not there as not missing: a shard that comes from elsewhere brings it."""
+        trees = list(trees)
+        for policy in policies:
+            for tree in trees:
+                for response in tree.responses:
+                    self._values.setdefault(self.key(policy, tree.prompt, response))
 
     def store(self, keys: list[bytes], values: list[float]) -> None:
         """Add values."""
@@ -137,7 +209,7 @@ def score(
         cache: what is there already.
         policies: adapter names; None is the base.
         trees: prompts with their responses.
-        train: `layout`, `row_tokens`; two micro-batches' worth of trees per pass.
+        train: `layout`; two micro-batches' worth of trees per pass.
         progress: called with the trees done and the response tokens scored.
 
     Returns:
@@ -158,8 +230,8 @@ def score(
                 for tree in wanted:
                     part_keys += [cache.key(identity, tree.prompt, y) for y in tree.responses]
         if groups:
-            batch = collate(groups, layout=train.layout, row_tokens=train.row_tokens)
-            found = sequence_logps(backbone, backbone, batch.to(backbone.device)).tolist()
+            batch = collate(groups, layout=train.layout)
+            found = sequence_logps(backbone, batch.to(backbone.device)).tolist()
             cache.store(part_keys, found)  # so that later parts do not compute a repetition again
             keys += part_keys
             values += found

@@ -26,13 +26,12 @@ the same bits as one that was never killed.
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -42,6 +41,7 @@ from alphaspin.backbone import POLICY, WEIGHTS, Backbone, average_adapters
 from alphaspin.batching import Tree
 from alphaspin.config import Config
 from alphaspin.data import ChatFormat, Demonstration
+from alphaspin.distributed import Team
 from alphaspin.gflownet import Task, train_sampler
 from alphaspin.judges import Comparison, Judge, Matrix, Prompt, pick_pair, win_probabilities
 from alphaspin.losses import (
@@ -55,16 +55,17 @@ from alphaspin.losses import (
 )
 from alphaspin.mixture import Setting, diagnose, sample
 from alphaspin.opponents import BASE, EMA, PLAYERS, Player, assign, choose_prompts
+from alphaspin.remote import engine
 from alphaspin.runs import (
+    Interrupted,
     Metrics,
     Run,
-    SignalGuard,
     commit,
     remove,
     verifies,
 )
-from alphaspin.sampling import Answer, Draw, Policy, Request, decode
-from alphaspin.scoring import ReferenceCache, batched, score
+from alphaspin.sampling import Answer, Draw, Policy, Request
+from alphaspin.scoring import OnlineReference, ReferenceCache, batched, choose_mode, score
 from alphaspin.trainer import REMEDY, Example, Job, Objective, train
 
 
@@ -84,36 +85,62 @@ class Duel:
         return np.array_equal(self.demonstration.response, self.loser.tokens)
 
 
-@dataclass(slots=True)
-class Watched:
-    """A judge with a progress bar, which a signal stops between two groups of verdicts."""
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Answers that are sampled and kept together.
 
-    judge: Judge
-    label: str
-    guard: SignalGuard
+    folder: where they are or will be. player: who answers. draws: (example, purpose) of each
+    answer; together with t they fix its random numbers.
+    """
 
-    @property
-    def identity(self) -> str:
-        """The judge's."""
-        return self.judge.identity
+    folder: Path
+    player: Player
+    draws: Sequence[tuple[int, str]]
 
-    @property
-    def both_orders(self) -> bool:
-        """The judge's."""
-        return self.judge.both_orders
+
+@dataclass(frozen=True)
+class TeamJudge:
+    """A judge that process 0 asks for all processes; a signal stops it after a group of verdicts.
+
+    With a label it has a progress bar.
+    """
+
+    team: Team
+    judge: Judge | None  # in process 0
+    identity: str
+    both_orders: bool
+    label: str | None = None
+
+    @classmethod
+    def of(cls, team: Team, judge: Judge | None) -> "TeamJudge":
+        """`judge` is there in process 0."""
+        identity, both_orders = team.gather(judge and [judge.identity, judge.both_orders])[0]
+        return cls(team, judge, identity, both_orders)
 
     def compare(self, pairs: Sequence[Comparison]) -> Iterator[Mapping[int, float]]:
-        """The judge's groups, which are durable when they come."""
-        with console.bar(self.label, len(pairs), "verdicts") as advance:
-            for group in self.judge.compare(pairs):
-                advance(len(group), 0)
-                yield group
-                self.guard.check()
+        """All verdicts, each of them durable as soon as process 0 had it."""
+
+        def ask() -> list[list[float]]:
+            assert self.judge
+            found: list[list[float]] = []
+            with (
+                console.bar(self.label, len(pairs), "verdicts")
+                if self.label
+                else nullcontext(lambda items, tokens: None)
+            ) as advance:
+                for group in self.judge.compare(pairs):
+                    advance(len(group), 0)
+                    found += [[index, verdict] for index, verdict in group.items()]
+                    if self.team.interrupted:
+                        raise Interrupted
+            return found
+
+        yield {int(index): verdict for index, verdict in self.team.from_main(ask)}
 
 
 @dataclass(slots=True)
 class SelfPlay:
-    """One run in progress: what all phases share."""
+    """One run in progress: what all phases share; the phases run in all processes alike."""
 
     config: Config
     run: Run
@@ -121,11 +148,10 @@ class SelfPlay:
     chat: ChatFormat
     demonstrations: list[Demonstration]
     heldout: list[Demonstration]
-    accelerator: Accelerator
+    team: Team
     metrics: Metrics
-    guard: SignalGuard
     cache: ReferenceCache
-    judge: Judge | None = None
+    judge: TeamJudge | None = None
 
     # The iterates
 
@@ -144,7 +170,10 @@ class SelfPlay:
 
     def load_member(self, member: int, iteration: int) -> str | None:
         """The name under which a player's iterate, or the average, is loaded."""
-        return self.load_average(iteration) if member == EMA else self.load_iterate(member)
+        if member != EMA:
+            return self.load_iterate(member)
+        self.backbone.load_adapter("ema", self.folder(iteration) / "ema")
+        return "ema"
 
     def unload_iterates(self) -> None:
         """Forget the frozen adapters, which training does not need."""
@@ -155,11 +184,12 @@ class SelfPlay:
     def load_reference_adapter(self, iteration: int) -> str | None:
         """The adapter that stands for "previous" in the reference: π_{t-1}, or the average."""
         if self.config.reference.kind == "ema" and iteration:
-            return self.load_average(iteration)
+            self.team.from_main(lambda: self.make_average(iteration))
+            return self.load_member(EMA, iteration)
         return self.load_iterate(iteration - 1)
 
-    def load_average(self, iteration: int) -> str:
-        """The moving average of the adapters 0 … t-1, made and kept where it is not on disk."""
+    def make_average(self, iteration: int) -> None:
+        """Make the moving average of the adapters 0 … t-1 and keep it, where it is not on disk."""
         folder = self.folder(iteration) / "ema"
         if not verifies(folder):
             # ema_1 = adapter_0; ema_t = decay · ema_{t-1} + (1 - decay) · adapter_{t-1}
@@ -173,8 +203,6 @@ class SelfPlay:
             self.backbone.set_adapter_state("ema", average)
             with commit(folder) as temporary:
                 self.backbone.save_adapter("ema", temporary)
-        self.backbone.load_adapter("ema", folder)
-        return "ema"
 
     # Phase 1: opponents answer
 
@@ -185,46 +213,47 @@ class SelfPlay:
             len(self.demonstrations), config.selfplay.prompts, iteration, config.seed
         )
         players = PLAYERS[config.selfplay.opponent](config, iteration)
-        shares = assign(examples, players)
-        result: dict[int, Duel] = {}
-        with console.bar(f"t={iteration} opponents", len(examples), "prompts") as advance:
-            for player in players:
-                mine = [e for e, p in zip(examples, shares, strict=True) if p == player]
-                for number, shard in enumerate(batched(mine, config.sampling.shard_size)):
-                    folder = self.folder(iteration) / "opponents" / f"{player.name}-{number:05d}"
-                    draws = [(example, "sample") for example in shard]
-                    for example, answer in self.answers(iteration, player, draws, folder, advance):
-                        result[example] = Duel(self.demonstrations[example], answer)
-        return [result[example] for example in examples]
+        assigned = assign(examples, players)
+        folder = self.folder(iteration) / "opponents"
+        shards: list[Shard] = []
+        for player in players:
+            mine = [e for e, p in zip(examples, assigned, strict=True) if p == player]
+            for number, part in enumerate(batched(mine, config.sampling.shard_size)):
+                draws = [(example, "sample") for example in part]
+                shards.append(Shard(folder / f"{player.name}-{number:05d}", player, draws))
+        found = dict(self.answers(iteration, shards, "opponents"))
+        return [Duel(self.demonstrations[example], found[example]) for example in examples]
 
     def answers(
-        self,
-        iteration: int,
-        player: Player,
-        draws: Sequence[tuple[int, str]],
-        folder: Path,
-        advance: console.Advance,
+        self, iteration: int, shards: Sequence[Shard], kind: str
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers of a player, sampled now where `folder`, a shard, does not hold them.
-
-        Args:
-            iteration: t, for which they are drawn.
-            player: who answers.
-            draws: (example, purpose) of each answer; together with t they fix its random numbers.
-            folder: where the shard is or will be.
-            advance: the progress bar's.
+        """The answers of iteration t's shards, sampled now where their folders do not hold them.
 
         Returns:
-            (example, answer) in the order of `draws`.
+            (example, answer) in the order of the shards and their `draws`.
         """
-        if verifies(folder):
-            advance(len(draws), 0)
-        else:
-            answers = self.drawn(iteration, player, draws, advance)
-            with commit(folder) as temporary:
-                _save_answers(temporary, [e for e, _ in draws], answers)
-            self.guard.check()
-        return _load_answers(folder)
+        if any(member == EMA for shard in shards for member, _ in shard.player.members):
+            self.team.from_main(lambda: self.make_average(iteration))
+        for player in {shard.player for shard in shards if shard.player.sampler == "gflownet"}:
+            self.load_sampler(iteration, player)
+        count = sum(len(shard.draws) for shard in shards)
+        with console.bar(f"t={iteration} {kind}", count, "answers") as advance:
+
+            def present(number: int, shard: Shard) -> None:
+                del number
+                advance(len(shard.draws), 0)
+
+            def make(number: int, shard: Shard) -> None:
+                if verifies(shard.folder):
+                    present(number, shard)
+                else:
+                    answers = self.drawn(iteration, shard.player, shard.draws, advance)
+                    with commit(shard.folder) as temporary:
+                        _save_answers(temporary, [e for e, _ in shard.draws], answers)
+
+            self.team.each(shards, make, present)
+        for shard in shards:
+            yield from _load_answers(shard.folder)
 
     def drawn(
         self,
@@ -248,9 +277,9 @@ class SelfPlay:
             console.note(f"t={iteration}: {weights.note()}")
             return answers
         if player.sampler == "gflownet":
-            policy = {self.load_sampler(iteration, policy): 1.0}
+            policy = {f"sampler-{iteration}": 1.0}
         requests = [Request(p, policy, cap, d) for p, d in zip(prompts, noise, strict=True)]
-        return decode(
+        return engine(config.sampling, self.chat)(
             self.backbone,
             requests,
             stop_ids=stops,
@@ -258,46 +287,54 @@ class SelfPlay:
             progress=advance,
         )
 
-    def load_sampler(self, iteration: int, target: Policy) -> str:
+    def load_sampler(self, iteration: int, player: Player) -> None:
         """The adapter that samples from the exact mixture at iteration t, trained now if need be.
 
         It learns on the prompts of the iteration, `gflownet.prompts` of them at most.
         """
         config, folder = self.config, self.folder(iteration) / "sampler"
-        name = f"sampler-{iteration}"
-        if not self.backbone.has_adapter(name):
-            examples = choose_prompts(
-                len(self.demonstrations), config.selfplay.prompts, iteration, config.seed
-            )
-            prompts = {(p := self.demonstrations[e].prompt).tobytes(): p for e in examples}
-            task = Task(
-                target,
-                list(prompts.values())[: config.gflownet.prompts],
-                config.text.max_response_tokens,
-                self.chat.stop_token_ids,
-                config.gflownet,
-                config.seed,
-                iteration,
-                f"sampler/{iteration}",
-                folder,
-            )
-            adapter = train_sampler(self.backbone, task, self.metrics, self.guard)
-            self.run.record_adapter(task.stage, adapter / WEIGHTS)
-            self.backbone.load_adapter(name, adapter)
-        return name
+        examples = choose_prompts(
+            len(self.demonstrations), config.selfplay.prompts, iteration, config.seed
+        )
+        prompts = {(p := self.demonstrations[e].prompt).tobytes(): p for e in examples}
+        task = Task(
+            {self.load_member(k, iteration): w for k, w in player.members},
+            list(prompts.values())[: config.gflownet.prompts],
+            config.text.max_response_tokens,
+            self.chat.stop_token_ids,
+            config.gflownet,
+            config.seed,
+            iteration,
+            f"sampler/{iteration}",
+            folder,
+        )
+        adapter = train_sampler(self.backbone, task, self.metrics, self.team)
+        self.team.from_main(lambda: self.run.record_adapter(task.stage, adapter / WEIGHTS))
+        self.backbone.load_adapter(f"sampler-{iteration}", adapter)
 
     # Phase 2: the reference
 
     def score_reference(self, iteration: int, trees: list[Tree]) -> list[tuple[float, ...]]:
         """lp_ref of (winner, loser) for each pair."""
-        config, alpha = self.config, self.config.reference.alpha
+        logps = self.frozen_logps(iteration, trees, self.reference_policies(iteration))
+        return [tuple(row) for row in self.mix(*logps).tolist()]
+
+    def reference_policies(self, iteration: int) -> list[str | None]:
+        """The policies that the reference is a mixture of, loaded."""
+        alpha = self.config.reference.alpha
         previous = self.load_reference_adapter(iteration)
-        # At α = 1 the base takes no part, at α = 0 the previous iterate.
-        policies = [previous] * (alpha > 0) + [None] * (alpha < 1)
-        logps = self.frozen_logps(iteration, trees, policies)
-        kind = "arithmetic" if config.reference.kind == "arithmetic" else "geometric"
-        mixed = mixture_reference(logps[0], logps[-1], alpha=alpha, kind=kind)
-        return [tuple(row) for row in mixed.tolist()]
+        # At α = 1 the base takes no part, at α = 0 the previous iterate; at t = 0 they are one.
+        return list(dict.fromkeys([previous] * (alpha > 0) + [None] * (alpha < 1)))
+
+    def mix(self, *logps: Tensor) -> Tensor:
+        """lp_ref from the log-probs of `reference_policies`."""
+        reference = self.config.reference
+        kind = "arithmetic" if reference.kind == "arithmetic" else "geometric"
+        return mixture_reference(logps[0], logps[-1], alpha=reference.alpha, kind=kind)
+
+    def reference_mode(self, pairs: int) -> tuple[str, str]:
+        """`reference.mode` with `auto` resolved, and why."""
+        return choose_mode(self.config, pairs, sharded=self.team.sharded)
 
     def frozen_logps(
         self, iteration: int, trees: Sequence[Tree], policies: Sequence[str | None]
@@ -306,22 +343,31 @@ class SelfPlay:
         config = self.config
         wanted, policies = policies, list(dict.fromkeys(policies))  # at t = 0 they are one
         hashes = {name or "base": self.backbone.adapter_ids[name] for name in policies}
+        shards = list(batched(trees, config.sampling.shard_size))
+        folder = self.folder(iteration) / "reference"
+        expected = 0
         with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
-            for number, shard in enumerate(batched(trees, config.sampling.shard_size)):
-                folder = self.folder(iteration) / "reference" / f"{number:05d}"
-                if not self.cache.load(folder) or self._incomplete(policies, shard):
-                    scored = score(
-                        self.backbone,
-                        self.cache,
-                        policies,
-                        shard,
-                        config.train,
-                        progress=advance,
-                    )
-                    self.cache.save(folder, *scored, hashes)
-                    self.guard.check()
-                else:
+
+            def read(number: int, shard: Sequence[Tree]) -> None:
+                self.cache.load(folder / f"{number:05d}")
+                advance(len(shard), 0)
+
+            def make(number: int, shard: Sequence[Tree]) -> None:
+                # What repeats from an earlier shard stands in that one, whoever computes it.
+                nonlocal expected
+                for earlier in shards[expected:number]:
+                    self.cache.expect(hashes.values(), earlier)
+                expected = number
+                path = folder / f"{number:05d}"
+                if self.cache.load(path) and not self._incomplete(policies, shard):
                     advance(len(shard), 0)
+                    return
+                scored = score(
+                    self.backbone, self.cache, policies, shard, config.train, progress=advance
+                )
+                self.cache.save(path, *scored, hashes)
+
+            self.team.each(shards, make, read)
 
         def lookup(policy: str | None) -> Tensor:
             identity = self.backbone.adapter_ids[policy]
@@ -354,6 +400,7 @@ class SelfPlay:
         objective: Objective,
         config: Config,
         before: Path | None,
+        online: OnlineReference | None = None,
     ) -> None:
         """Train an adapter and make it durable as `folder`/adapter."""
         self.start_policy(iteration, before)
@@ -366,19 +413,26 @@ class SelfPlay:
             stage=f"{stage}/{iteration}",
             checkpoints=folder / "checkpoints",
             remedy=REMEDY if config.method == "spin" else "consider a smaller train.lr",
+            online=online,
         )
-        train(self.accelerator, self.backbone, examples, job, self.metrics, self.guard)
-        with commit(folder / "adapter") as temporary:
-            self.backbone.save_adapter(POLICY, temporary)
+        train(self.team, self.backbone, examples, job, self.metrics)
+        with self.team.together():
+            if self.team.main:
+                with commit(folder / "adapter") as temporary:
+                    self.backbone.save_adapter(POLICY, temporary)
         self.finished(job.stage, folder)
 
     def finished(self, stage: str, folder: Path) -> bool:
         """Whether a stage's adapter is on disk; its hash is then recorded or compared."""
-        if not verifies(folder / "adapter"):
-            return False
-        self.run.record_adapter(stage, folder / "adapter" / WEIGHTS)
-        remove(folder / "checkpoints")
-        return True
+
+        def look() -> bool:
+            if not verifies(folder / "adapter"):
+                return False
+            self.run.record_adapter(stage, folder / "adapter" / WEIGHTS)
+            remove(folder / "checkpoints")
+            return True
+
+        return self.team.from_main(look)
 
     def train_iterate(self, iteration: int) -> None:
         """Phases 1 to 3 of iteration t; nothing to do where its adapter is on disk."""
@@ -396,9 +450,14 @@ class SelfPlay:
             case "nash_md":
                 examples, objective = self.mirror_descent(iteration)
         self.unload_iterates()
+        online = None
+        if examples and not examples[0].reference:
+            joint = self.reference_mode(len(examples))[0] == "joint"
+            policies = tuple(self.reference_policies(iteration))
+            online = OnlineReference(policies, self.mix, joint)
         before = self.folder(iteration - 1) / "adapter" if iteration else None
         with self.timed("train", iteration):
-            self.fit("train", iteration, folder, examples, objective, config, before)
+            self.fit("train", iteration, folder, examples, objective, config, before, online)
 
     def demonstrated_pairs(self, iteration: int) -> tuple[list[Example], Objective]:
         """Phases 1 and 2 of `spin`: demonstrations against opponents' answers, and the loss."""
@@ -407,8 +466,13 @@ class SelfPlay:
             duels = self.duels(iteration)
             if config.selfplay.mixing and iteration:
                 duels += self.duels(iteration - 1)
-        with self.timed("reference", iteration):
-            references = self.score_reference(iteration, [duel.tree() for duel in duels])
+        mode, reason = self.reference_mode(len(duels))
+        if config.reference.mode == "auto":
+            console.note(f"t={iteration}: reference {mode}, {reason}")
+        references: list[tuple[float, ...]] = [()] * len(duels)
+        if mode == "cached":
+            with self.timed("reference", iteration):
+                references = self.score_reference(iteration, [duel.tree() for duel in duels])
         skip = ignores_equal_pairs(config.loss)
         examples = [
             Example(duel.tree(), reference, informative=not (skip and duel.equal()))
@@ -538,15 +602,19 @@ class SelfPlay:
         examples = choose_prompts(
             len(self.demonstrations), config.selfplay.prompts, iteration, config.seed
         )
+        size = max(1, config.sampling.shard_size // count)
+        folder = self.folder(iteration) / kind
+        shards = [
+            Shard(
+                folder / f"{number:05d}",
+                player,
+                [(e, f"{purpose}/{k}") for e in part for k in range(count)],
+            )
+            for number, part in enumerate(batched(examples, size))
+        ]
         result: dict[int, list[Answer]] = {e: [] for e in examples}
-        with console.bar(f"t={iteration} {kind}", count * len(examples), "answers") as advance:
-            size = max(1, config.sampling.shard_size // count)
-            for number, shard in enumerate(batched(examples, size)):
-                folder = self.folder(iteration) / kind / f"{number:05d}"
-                draws = [(e, f"{purpose}/{k}") for e in shard for k in range(count)]
-                found = self.answers(iteration, player, draws, folder, advance)
-                for example, answer in found:
-                    result[example].append(answer)
+        for example, answer in self.answers(iteration, shards, kind):
+            result[example].append(answer)
         return result
 
     def judged(
@@ -560,7 +628,7 @@ class SelfPlay:
         demos = [self.demonstrations[e] for e in examples]
         texts = [[self.chat.decode(answer.tokens) for answer in group] for group in answers]
         prompts = [Prompt(demo.messages, demo.answer) for demo in demos]
-        judge = Watched(self.judge, f"t={iteration} judge", self.guard)
+        judge = replace(self.judge, label=f"t={iteration} judge")
         return win_probabilities(judge, prompts, texts)
 
     def tell_pairs(
@@ -650,8 +718,9 @@ class SelfPlay:
         iteration: int,
     ) -> measures.Evaluation:
         """Measures of the base or of an adapter on disk."""
-        if not verifies(folder / "evaluation"):
-            answers = 2 * len(self.heldout)  # sampled and greedy
+        if not self.team.from_main(lambda: verifies(folder / "evaluation")):
+            mine = self.heldout[self.team.index :: self.team.count]
+            answers = 2 * len(mine)  # sampled and greedy
             with (
                 self.timed("evaluate", iteration),
                 console.bar(f"evaluate {name}", answers, "answers") as advance,
@@ -669,12 +738,14 @@ class SelfPlay:
                     iteration,
                     advance,
                     self.judge,
+                    self.team,
                 )
-                with commit(folder / "evaluation") as temporary:
-                    evaluation.save(temporary / "evaluation.json")
+                with self.team.together():
+                    if self.team.main:
+                        with commit(folder / "evaluation") as temporary:
+                            evaluation.save(temporary / "evaluation.json")
             if adapter is not None:
                 self.backbone.remove_adapter("evaluated")
-            self.guard.check()
         return measures.Evaluation.load(folder / "evaluation" / "evaluation.json")
 
     @contextmanager

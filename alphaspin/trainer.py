@@ -1,8 +1,16 @@
-"""The optimisation loop of one iteration, on Accelerate.
+"""The optimisation loop of one iteration.
 
 A step is a function of (adapter, optimiser state, step number): the order of examples, dropout and
 the learning rate are computed from the step, never carried along. So a checkpoint is the adapter's
 and the optimiser's tensors, and a resumed run repeats the very numbers of an uninterrupted one.
+
+Several processes share a step's micro-batches. Each adds up the gradients of its own, one sum over
+the processes, of gradients and metrics in one vector, makes them everyone's, and all take the same
+optimiser step. Where only an adapter is trained that is all there is to do: a wrapper like DDP sums
+buckets as they become ready, which hides the cost of gradients that are large, and would leave the
+metrics and the agreement to stop to collectives of their own. A micro-batch and its dropout noise
+do not depend on who computes it, so the number of processes changes the order of summation and
+nothing else, as long as it divides `train.accumulation`.
 
 Shapes: B examples of a micro-batch, K responses each (2 in self-play: winner, loser).
 """
@@ -17,7 +25,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,16 +32,16 @@ from alphaspin import console, rng
 from alphaspin.backbone import POLICY, Backbone
 from alphaspin.batching import Tree, collate
 from alphaspin.config import TrainConfig, at
+from alphaspin.distributed import Team
 from alphaspin.runs import (
     Interrupted,
     Metrics,
-    SignalGuard,
     TrainingStopped,
     commit,
     remove,
     verifies,
 )
-from alphaspin.scoring import sequence_logps
+from alphaspin.scoring import OnlineReference, sequence_logps
 
 Objective = Callable[..., Tensor]
 """(lp_θ [B, K], lp_ref [B, K], tokens [B, K], *facts [B, K]) → loss [B]."""
@@ -45,7 +52,7 @@ REMEDY = "consider loss.nll_weight, a larger loss.beta or a smaller train.lr"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with K responses, and their log-probs under the reference.
+    """A prompt with K responses, and their log-probs under the reference where it is cached.
 
     `facts` are further numbers per response that the objective takes, K each.
     `informative` is False where the gradient is exactly zero (the loser equals the winner): the
@@ -53,7 +60,7 @@ class Example:
     """
 
     tree: Tree
-    reference: tuple[float, ...]
+    reference: tuple[float, ...] = ()
     informative: bool = True
     facts: tuple[tuple[float, ...], ...] = ()
 
@@ -70,6 +77,7 @@ class Job:
     stage: str
     checkpoints: Path
     remedy: str = REMEDY  # against log-probs that fall together
+    online: OnlineReference | None = None  # in place of the examples' references
 
 
 def total_steps(examples: int, config: TrainConfig) -> int:
@@ -101,25 +109,33 @@ def learning_rate(
 
 
 def train(
-    accelerator: Accelerator,
+    team: Team,
     backbone: Backbone,
     examples: Sequence[Example],
     job: Job,
     metrics: Metrics,
-    guard: SignalGuard,
 ) -> None:
     """Train the policy adapter in place, resuming from the newest checkpoint that verifies.
+
+    Args:
+        team: the processes that share the work; all call this alike.
+        backbone: holds the policy's adapter, the same in all processes.
+        examples: all of them, in every process.
+        job: what to do with them.
+        metrics: written by one process.
 
     Raises:
         TrainingStopped: the loss or the gradient is not finite; raised before the update.
         Interrupted: a signal came; the step was finished and saved.
+        Elsewhere: one of these was raised in another process.
     """
     config = job.config
     parameters = backbone.policy_parameters()
     optimizer = _optimizer(parameters, config)
-    step = _resume(backbone, optimizer, job.checkpoints)
+    step = team.from_main(lambda: newest_checkpoint(job.checkpoints))
+    if step:
+        _load(backbone, optimizer, job.checkpoints, step)
     metrics.rewind(job.stage, step)
-    model = accelerator.prepare(backbone)
     total = total_steps(len(examples), config)
     per_epoch = math.ceil(len(examples) / config.batch_size)
     peak = at(config.lr, job.iteration)
@@ -139,9 +155,8 @@ def train(
             optimizer.zero_grad()
             for parameter in parameters.values():  # a batch may hold nothing informative
                 parameter.grad = torch.zeros_like(parameter)
-            values = accumulate_gradients(
-                accelerator, model, backbone, [examples[i] for i in chosen], job, step
-            )
+            values = accumulate_gradients(team, backbone, [examples[i] for i in chosen], job, step)
+            stop = values.pop("stop") > 0
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in parameters.values() if p.grad is not None]
             )
@@ -152,7 +167,8 @@ def train(
                     f"{step + 1}: stopped before the update"
                 )
                 watch.alarm(step + 1, message)
-                raise TrainingStopped(f"{job.stage}: {message}")
+                with team.together():
+                    raise TrainingStopped(f"{job.stage}: {message}")
             if step == 0 and values["pairs/informative"]:
                 watch.check_gradients(parameters)
             if config.clip is not None:
@@ -163,79 +179,105 @@ def train(
             metrics.write(job.stage, step, values)
             watch.check_rewards(step, values)
             advance(1, int(values["tokens"]))
-            if guard.requested or (step % config.checkpoint_every == 0 and step < total):
-                _save(backbone, optimizer, job.checkpoints, step)
-                if guard.requested:
-                    raise Interrupted
+            if stop or (step % config.checkpoint_every == 0 and step < total):
+                with team.together():
+                    if team.main:
+                        _save(backbone, optimizer, job.checkpoints, step)
+                    if stop:
+                        raise Interrupted
+
+
+STATISTICS = (
+    "loss",
+    "tokens",
+    "rewards/chosen",
+    "logps/chosen",
+    "rewards/rejected",
+    "logps/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+)
+"""What is summed over a batch; the last four where an example has two responses."""
 
 
 def accumulate_gradients(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    backbone: Backbone,
-    examples: Sequence[Example],
-    job: Job,
-    step: int,
+    team: Team, backbone: Backbone, examples: Sequence[Example], job: Job, step: int
 ) -> dict[str, float]:
     """Add the gradient of the batch's mean loss to `.grad`, micro-batch by micro-batch.
 
     Each micro-batch contributes (sum of its losses) / (examples in the whole batch), so the result
-    does not depend on how the batch is split.
+    does not depend on how the batch is split, nor on who computes what: afterwards `.grad` is the
+    whole batch's in all processes.
 
     Returns:
         The batch's metrics under TRL's names: rewards are β (lp_θ - lp_ref), logps are sums over
-        tokens in nats, both over informative pairs; `loss` is the mean over all pairs.
+        tokens in nats, both over informative pairs; `loss` is the mean over all pairs. `stop`: the
+        number of processes that a signal reached.
     """
-    config, objective = job.config, job.objective
+    config, objective, device = job.config, job.objective, team.device
     backbone.train()
     informative = [example for example in examples if example.informative]
-    width = len(examples[0].reference)
-    zeros, ones = torch.zeros(1, width), torch.ones(1, width)
-    idle = len(examples) - len(informative)
-    idle = objective(zeros, zeros, ones).item() * idle if idle else 0.0
-    loss_sum, tokens = idle, 0
-    policy_parts, reference_parts = [torch.zeros(0, width)], [torch.zeros(0, width)]
-    micro = np.array_split(np.arange(len(informative)), config.accumulation)
-    for number, indices in enumerate(part for part in micro if len(part)):
-        part = [informative[i] for i in indices]
-        batch = collate(
-            [(POLICY, [example.tree for example in part])],
-            layout=config.layout,
-            row_tokens=config.row_tokens,
-        ).to(accelerator.device)
-        reference_BK = torch.tensor([e.reference for e in part], device=accelerator.device)
+    width = len(examples[0].tree.responses)
+    names = STATISTICS if width == 2 else STATISTICS[:4]
+    sums_S = torch.zeros(len(names), device=device)
+    # As many micro-batches for each process, and never larger ones than a single process has.
+    number = math.ceil(config.accumulation / team.count) * team.count
+    parts = [p for p in np.array_split(np.arange(len(informative)), number) if len(p)]
+    for first in range(0, len(parts), team.count):
+        number = first + team.index
+        counts = number < len(parts)
+        if not counts and not team.sharded:
+            break
+        # A pass through a sharded base needs all processes: one without work repeats another's.
+        part = [informative[i] for i in parts[number if counts else first]]
+        trees = [example.tree for example in part]
+        batch = collate([(POLICY, trees)], layout=config.layout).to(device)
         lengths_BK = batch.lengths.view(len(part), width)
         # Dropout noise is a function of the step too, not of what was drawn before.
         torch.manual_seed(rng.key(job.seed, job.iteration, f"dropout/{step}", number) % 2**63)
-        policy_BK = sequence_logps(model, backbone, batch).view(len(part), width)
-        facts = torch.tensor([e.facts for e in part], device=accelerator.device).unbind(1)
+        if job.online is None:
+            policy = sequence_logps(backbone, batch)
+            reference = torch.tensor([e.reference for e in part], device=device)
+        else:
+            policy, reference = job.online.logps(backbone, batch, trees)
+        policy_BK, reference_BK = policy.view(-1, width), reference.view(-1, width)
+        facts = torch.tensor([e.facts for e in part], device=device).unbind(1)
         loss_B = objective(policy_BK, reference_BK, lengths_BK, *facts)
-        accelerator.backward(loss_B.sum() / len(examples))
-        loss_sum += loss_B.sum().item()
-        tokens += int(batch.lengths.sum())
-        policy_parts.append(policy_BK.detach().cpu())
-        reference_parts.append(reference_BK.cpu())
-    policy, reference = torch.cat(policy_parts), torch.cat(reference_parts)
-    values = {
-        "loss": loss_sum / len(examples),
-        "tokens": float(tokens),
-        "pairs/informative": len(informative) / len(examples),
-    }
-    if len(policy):
-        rewards = job.beta * (policy - reference)
-        values |= {
-            "rewards/chosen": rewards[:, 0].mean().item(),
-            "logps/chosen": policy[:, 0].mean().item(),
-        }
-        if width == 2:
-            margins = rewards[:, 0] - rewards[:, 1]
-            values |= {
-                "rewards/rejected": rewards[:, 1].mean().item(),
-                "rewards/margins": margins.mean().item(),
-                "rewards/accuracies": (margins > 0).float().mean().item(),
-                "logps/rejected": policy[:, 1].mean().item(),
-            }
-    return values
+        (loss_B.sum() / len(examples) * counts).backward()
+        if counts:
+            sums_S += _statistics(loss_B, policy_BK, reference_BK, lengths_BK, job.beta)
+    stop = torch.tensor([float(team.interrupted)], device=device)
+    gradients = [p.grad for p in backbone.policy_parameters().values() if p.grad is not None]
+    if team.count > 1:
+        total = torch.cat([*(gradient.flatten() for gradient in gradients), sums_S, stop])
+        team.sum(total)
+        sizes = [gradient.numel() for gradient in gradients]
+        *summed, sums_S, stop = total.split([*sizes, len(names), 1])
+        for gradient, whole in zip(gradients, summed, strict=True):
+            gradient.copy_(whole.view_as(gradient))
+    values = dict(zip(names, sums_S.tolist(), strict=True))
+    idle = len(examples) - len(informative)
+    if idle:
+        zeros, ones = torch.zeros(1, width), torch.ones(1, width)
+        values["loss"] += objective(zeros, zeros, ones).item() * idle
+    if not informative:
+        values = {"loss": values["loss"], "tokens": 0.0}
+    over = {"loss": len(examples), "tokens": 1}
+    values = {name: value / over.get(name, len(informative)) for name, value in values.items()}
+    return values | {"pairs/informative": len(informative) / len(examples), "stop": stop.item()}
+
+
+def _statistics(
+    loss_B: Tensor, policy_BK: Tensor, reference_BK: Tensor, lengths_BK: Tensor, beta: float
+) -> Tensor:
+    """Sums over a micro-batch, in the order of `STATISTICS`."""
+    policy_BK = policy_BK.detach()
+    rewards_BK = beta * (policy_BK - reference_BK)
+    columns = [loss_B.detach(), lengths_BK.sum(1), rewards_BK[:, 0], policy_BK[:, 0]]
+    if policy_BK.shape[1] == 2:
+        margins_B = rewards_BK[:, 0] - rewards_BK[:, 1]
+        columns += [rewards_BK[:, 1], policy_BK[:, 1], margins_B, margins_B > 0]
+    return torch.stack([column.float() for column in columns]).sum(1)
 
 
 class Watch:
@@ -330,13 +372,17 @@ def _save(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, st
             remove(path)
 
 
-def _resume(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """Load the newest checkpoint that verifies; the step to go on with."""
+def newest_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint that verifies, 0 without one."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if not verifies(path):
-            console.note(f"{path} does not verify and is passed over")
-            continue
-        backbone.load_adapter(POLICY, path)
-        load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-        return int(path.name.removeprefix("step-"))
+        if verifies(path):
+            return int(path.name.removeprefix("step-"))
+        console.note(f"{path} does not verify and is passed over")
     return 0
+
+
+def _load(backbone: Backbone, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
+    """Read what `_save` wrote."""
+    path = folder / f"step-{step:06d}"
+    backbone.load_adapter(POLICY, path)
+    load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))

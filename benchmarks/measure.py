@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from alphaspin_kernels.segmented_lora import multiplies_natively
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 FIRST_COUNTS = 5.0  # seconds: a first call this long needs no warm-up, and is not made twice
 MEMORY_UP_TO = 15.0  # seconds: slower variants are not run once more for their memory, on the CPU
+LEFT_OUT_FROM = 90.0  # seconds that a variant would take at the rate of the first one
 Result = tuple[Tensor, Tensor | None] | None  # values and gradient; None: nothing to check
 
 
@@ -68,12 +71,11 @@ class Goal:
     def row(self) -> list[str]:
         met = self.value >= self.limit if self.at_least else self.value <= self.limit
         sign = "≥" if self.at_least else "≤"
-        return [
-            self.measure,
-            f"{sign} {self.limit:.3g}{self.unit}",
-            f"{self.value:.3g}{self.unit}",
-            "met" if met else "**missed**",
-        ]
+        limit = f"{sign} {self.limit:.3g}{self.unit}"
+        if math.isnan(self.value):
+            return [self.measure, limit, "not measured", ""]
+        found = f"{self.value:.3g}{self.unit}"
+        return [self.measure, limit, found, "met" if met else "**missed**"]
 
 
 @dataclass
@@ -86,7 +88,8 @@ class Case:
     shape: dict[str, int]
     variants: dict[str, Variant]
     reference: Callable[[], tuple[Callable[[Tensor], Tensor], Tensor, Tensor | None]]
-    tolerance: tuple[float, float]  # of our values (absolute) and gradient (relative)
+    # Of our values (absolute) and gradient (relative).
+    tolerance: Callable[[], tuple[float, float]]
     goals: Callable[[dict[str, Row]], list[Goal]] = lambda _: []
     absent: dict[str, str] = field(default_factory=dict)  # peers that do not import, and why
 
@@ -94,17 +97,24 @@ class Case:
 def measure(case: Case, rounds: int, budget: float) -> dict[str, Row]:
     """Run the variants in turn until each has had `rounds` calls or `budget` seconds.
 
-    The first call of each is checked, and only counted where it is a long one.
+    The first call of each is checked, and only counted where it is a long one. Another's variant
+    that would take LEFT_OUT_FROM seconds, at the rate of the first variant, is not run.
 
     Raises:
         AssertionError: one of ours is wrong.
     """
     select, expected, expected_gradient = case.reference()
+    tolerance = case.tolerance()
     if case.device == "cuda":
         _flush()  # before any memory is counted
     rows = {label: Row(variant) for label, variant in case.variants.items()}
     spent = dict.fromkeys(rows, 0.0)
+    rate = 0.0  # of the first variant
     for label, row in rows.items():
+        foreseen = row.variant.flops / rate if rate else 0.0
+        if foreseen > LEFT_OUT_FROM and row.variant.operation is None:
+            row.failure = f"left out: some {foreseen:.0f} s a call"
+            continue
         try:
             spent[label], result = _timed(row.variant.run, case.device)
             if case.device == "cuda":  # compiled by now: a second call shows what it takes
@@ -118,14 +128,15 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Row]:
                 raise
             row.failure = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
             continue
+        rate = rate or row.variant.flops / spent[label]
         if result is not None:
             row.error = _largest(select(result[0]).double() - expected)
             if result[1] is not None and expected_gradient is not None:
                 off = select(result[1]).double() - expected_gradient
                 row.gradient_error = float(off.norm() / expected_gradient.norm())
         # Others may round logits to 16 bits, but must compute the same function.
-        loose = (max(0.5, 4 * case.tolerance[0]), 0.1)
-        value_limit, gradient_limit = case.tolerance if row.variant.operation else loose
+        loose = (max(0.5, 4 * tolerance[0]), 0.1)
+        value_limit, gradient_limit = tolerance if row.variant.operation else loose
         # Written so that NaN fails.
         if not ((row.error or 0) <= value_limit and (row.gradient_error or 0) <= gradient_limit):
             row.failure = f"wrong: error {row.error}, of the gradient {row.gradient_error}"
@@ -240,6 +251,8 @@ def finish(case: Case, rows: dict[str, Row], record: Callable[..., Path]) -> Non
     text += " Error: largest absolute one against float64; ∇: ‖g - ref‖ / ‖ref‖."
     if case.device == "cpu":
         text += f" {_load()}"
+        if not multiplies_natively(torch.empty(0, dtype=case.dtype)):
+            text += f" This processor has no {case.dtype} units: such products are emulated."
     for label, reason in case.absent.items():
         text += f"\n\nNot measured: {label} ({reason})."
     if goals:

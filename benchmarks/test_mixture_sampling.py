@@ -23,8 +23,9 @@ from alphaspin import gflownet, mixture
 from alphaspin.backbone import POLICY, load_base
 from alphaspin.config import GFlowNetConfig, LoraConfig, load_config, packaged
 from alphaspin.data import ChatFormat, load_demonstrations
+from alphaspin.distributed import Team
 from alphaspin.job import run
-from alphaspin.runs import Metrics, SignalGuard
+from alphaspin.runs import Metrics
 from alphaspin.sampling import Draw, Policy, Stepper
 
 ALPHAS = (0.25, 0.5, 0.75, 0.95)
@@ -102,15 +103,12 @@ def enumerable(
         epochs=steps,
         answers=64,
         lr=1e-3,
-        row_tokens=512,
         checkpoint_every=10**6,
         lora=LoraConfig(r=32, alpha=32),
     )
     stops = frozenset(world.stops)
     task = gflownet.Task(target, [PROMPT], cap, stops, config, seed, 0, "gflownet", folder)
-    guard = SignalGuard()
-    gflownet.train_sampler(backbone, task, Metrics(folder / "metrics.jsonl"), guard)
-    guard.restore()
+    gflownet.train_sampler(backbone, task, Metrics(folder / "metrics.jsonl"), Team(backbone.device))
     seconds = time.perf_counter() - started
     backbone.load_adapter(POLICY, folder / "adapter")
     levels = worlds.levels(backbone, POLICY, PROMPT.tolist(), world)
@@ -238,7 +236,7 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
         for name in ("train", "heldout")
     )
     steps = steps_from("ALPHASPIN_GFLOWNET_STEPS", 750)
-    learning = GFlowNetConfig(prompts=1000, epochs=math.ceil(steps / 125), lr=1e-4, row_tokens=512)
+    learning = GFlowNetConfig(prompts=1000, epochs=math.ceil(steps / 125), lr=1e-4)
     target: Policy = {"previous": 0.5, None: 0.5}
     prompts = [demo.prompt for demo in heldout[:128]]
     raw: list[dict[str, Any]] = []
@@ -249,9 +247,9 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
         stops = chat.stop_token_ids
         task = gflownet.Task(target, used, cap, stops, learning, 0, 0, "gflownet", folder)
         started = time.perf_counter()
-        guard = SignalGuard()
-        gflownet.train_sampler(backbone, task, Metrics(folder / "metrics.jsonl"), guard)
-        guard.restore()
+        gflownet.train_sampler(
+            backbone, task, Metrics(folder / "metrics.jsonl"), Team(backbone.device)
+        )
         seconds = time.perf_counter() - started
         backbone.load_adapter(POLICY, folder / "adapter")
         setting = mixture.Setting(target, DRAWS, cap, stops, batch_size=512)

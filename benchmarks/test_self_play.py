@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {
     "data": "tiny",
     "heldout": "tiny",
     "text": {"max_prompt_tokens": 96, "max_response_tokens": 32},
-    "train": {"batch_size": 32, "lr": 5e-4, "schedule": "constant", "row_tokens": 128},
+    "train": {"batch_size": 32, "lr": 5e-4, "schedule": "constant"},
     "evaluate": {"prompts": 256},
 }
 MIXED = {"reference": {"alpha": 0.5}}

@@ -43,12 +43,21 @@ constexpr int64_t BLOCK_PACKED = 512;
 // The matrix units take rows of the head as they lie if H is a multiple of their depth.
 constexpr int64_t DEPTH = 32;
 
-// Read by alphaspin_kernels/_extension.py from the bytes of the file, before it is loaded.
+// Read by alphaspin_kernels/_dispatch.py from the bytes of the file, before it is loaded.
 __attribute__((used)) const char BUILT_FOR[] = "ALPHASPIN_TORCH=" TORCH_VERSION;
 
 struct Head {
   float cap;  // 0: none
   float temperature;
+
+  // The slope of the cap at the peak of a row, in which p * slope is counted: the largest p * slope
+  // of a peaked row is then exactly 1, and rounding it to 16 bits costs nothing. Not 0, so that the
+  // others fit into 16 bits.
+  float unit(float peak) const {
+    if (cap == 0.0f) return 1.0f;
+    const float tanh = peak * (temperature / cap);
+    return std::max(1.0f - tanh * tanh, 0x1p-14f);
+  }
 };
 
 // z <- cap(z + bias) / temperature, and the running maximum.
@@ -69,19 +78,19 @@ ALWAYS_INLINE void transform_body(float* z_TR, int64_t width, int64_t rows, cons
   }
 }
 
-// z <- e^(z - max), times the slope of the cap where wanted; sum of the e^(z - max) of this tile.
+// z <- e^(z - max), times slope / unit where wanted; sum of the e^(z - max) of this tile.
 ALWAYS_INLINE void exponentiate_body(float* z_TR, int64_t width, int64_t rows, Head head,
-                                     bool with_slope, const float* max_R, float* sum_R) {
+                                     const float* unit_R, const float* max_R, float* sum_R) {
   const float uncap = head.cap != 0.0f ? head.temperature / head.cap : 0.0f;
   for (int64_t r = 0; r < rows; ++r) sum_R[r] = 0.0f;
   for (int64_t t = 0; t < width; ++t) {
     float* z_R = z_TR + t * rows;
-    if (with_slope && head.cap != 0.0f) {
+    if (unit_R != nullptr && head.cap != 0.0f) {
       for (int64_t r = 0; r < rows; ++r) {
         const float tanh = z_R[r] * uncap;
         const float e = exp_negative(z_R[r] - max_R[r]);
         sum_R[r] += e;
-        z_R[r] = e * (1.0f - tanh * tanh);
+        z_R[r] = e * ((1.0f - tanh * tanh) / unit_R[r]);
       }
     } else {
       for (int64_t r = 0; r < rows; ++r) {
@@ -95,7 +104,7 @@ ALWAYS_INLINE void exponentiate_body(float* z_TR, int64_t width, int64_t rows, H
 // The wheel is compiled for any x86-64 or Arm processor; the two hot loops are compiled again for
 // the wider registers and chosen when they run.
 using Transform = void (*)(float*, int64_t, int64_t, const float*, Head, float*);
-using Exponentiate = void (*)(float*, int64_t, int64_t, Head, bool, const float*, float*);
+using Exponentiate = void (*)(float*, int64_t, int64_t, Head, const float*, const float*, float*);
 
 #define ALPHASPIN_VERSION(suffix, attribute)                                                    \
   attribute void transform_##suffix(float* z, int64_t width, int64_t rows, const float* bias,   \
@@ -103,8 +112,8 @@ using Exponentiate = void (*)(float*, int64_t, int64_t, Head, bool, const float*
     transform_body(z, width, rows, bias, head, max);                                            \
   }                                                                                             \
   attribute void exponentiate_##suffix(float* z, int64_t width, int64_t rows, Head head,        \
-                                       bool slope, const float* max, float* sum) {              \
-    exponentiate_body(z, width, rows, head, slope, max, sum);                                   \
+                                       const float* unit, const float* max, float* sum) {       \
+    exponentiate_body(z, width, rows, head, unit, max, sum);                                    \
   }
 
 struct Loops {
@@ -275,6 +284,7 @@ void run_block(const Arguments& args, int64_t first, int64_t count) {
   // Not -inf: a first tile of nothing but -inf (masked padding) would give -inf - -inf.
   Tensor maximum = at::full({2, rows}, std::numeric_limits<float>::lowest(), at::kFloat);
   Tensor tile_sum = at::empty({rows}, at::kFloat);
+  Tensor unit = at::empty({rows}, at::kFloat);
   Tensor sum = at::zeros({rows}, at::kDouble);
   Tensor skipped = at::zeros({rows}, at::kDouble);
   Tensor target_z = at::zeros({rows, targets_per_row}, at::kFloat);
@@ -283,6 +293,7 @@ void run_block(const Arguments& args, int64_t first, int64_t count) {
   float* max_R = maximum.mutable_data_ptr<float>();
   float* old_max_R = max_R + rows;
   float* tile_sum_R = tile_sum.mutable_data_ptr<float>();
+  float* unit_R = unit.mutable_data_ptr<float>();
   double* sum_R = sum.mutable_data_ptr<double>();
   double* skipped_R = skipped.mutable_data_ptr<double>();
   float* target_z_RK = target_z.mutable_data_ptr<float>();
@@ -305,14 +316,17 @@ void run_block(const Arguments& args, int64_t first, int64_t count) {
       }
     }
     const Tensor top = with_row && args.skip_below > 0.0f ? tile.amax(0) : Tensor();
-    loops().exponentiate(z_TR, entries, rows, args.head, with_row, max_R, tile_sum_R);
+    for (int64_t r = 0; r < rows; ++r) unit_R[r] = args.head.unit(max_R[r]);
+    loops().exponentiate(z_TR, entries, rows, args.head, with_row ? unit_R : nullptr, max_R,
+                         tile_sum_R);
     for (int64_t r = 0; r < rows; ++r) {
       const float rescale = std::exp(old_max_R[r] - max_R[r]);
       // Double: thousands of tile sums are added.
       sum_R[r] = sum_R[r] * rescale + tile_sum_R[r];
       skipped_R[r] *= rescale;
       if (with_row && rescale != 1.0f) {
-        for (int64_t h = 0; h < width; ++h) mean_RH[r * width + h] *= rescale;
+        const float mean_rescale = rescale * (args.head.unit(old_max_R[r]) / unit_R[r]);
+        for (int64_t h = 0; h < width; ++h) mean_RH[r * width + h] *= mean_rescale;
       }
     }
     // e^(top - max) / sum so far is no less than the final probability.
@@ -347,7 +361,8 @@ void run_block(const Arguments& args, int64_t first, int64_t count) {
 
   const bool single = targets_per_row == 1;
   for (int64_t r = 0; r < count; ++r) {
-    const float normaliser = static_cast<float>(1.0 / (sum_R[r] * args.head.temperature));
+    const float normaliser =
+        static_cast<float>(args.head.unit(max_R[r]) / (sum_R[r] * args.head.temperature));
     float* row_H = mean_RH + r * width;
     for (int64_t h = 0; h < width; ++h) row_H[h] *= normaliser;
   }

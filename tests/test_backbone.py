@@ -4,6 +4,7 @@ The plain side loads the same folders with `AutoModelForCausalLM` and `PeftModel
 no padding, no packing, full logits. All in fp32 unless a test says otherwise.
 """
 
+import gc
 import json
 import pickle
 import shutil
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alphaspin.backbone import POLICY, WEIGHTS, Backbone, RoutedLinear, load_base
-from alphaspin.batching import Batch, Tree, collate
+from alphaspin.batching import Batch, Segment, Tree, collate
 from alphaspin.config import InputError, LoraConfig
 from alphaspin.scoring import sequence_logps
 
@@ -128,15 +129,15 @@ def make_trees(count: int, seed: int) -> list[Tree]:
     ]
 
 
-def mixed_batch(row_tokens: int = 64) -> tuple[Batch, dict[str | None, list[Tree]]]:
-    """[policy | previous | base], several trees to a row."""
+def mixed_batch() -> tuple[Batch, dict[str | None, list[Tree]]]:
+    """[policy | previous | base] in one row."""
     groups: dict[str | None, list[Tree]] = {
         POLICY: make_trees(5, 1),
         PREVIOUS: make_trees(4, 2),
         None: make_trees(4, 3),
     }
-    batch = collate(list(groups.items()), layout="packed", row_tokens=row_tokens)
-    assert len(batch.input_ids) < 13, "the trees are to share rows"
+    batch = collate(list(groups.items()), layout="packed")
+    assert batch.input_ids.shape == (1, sum(t.size() for trees in groups.values() for t in trees))
     return batch, groups
 
 
@@ -163,7 +164,7 @@ def test_one_pass_equals_the_plain_models(family: Family) -> None:
     backbone = load(family.folder, POLICY, PREVIOUS).eval()
     batch, groups = mixed_batch()
     with torch.no_grad():
-        found = sequence_logps(backbone, backbone, batch)
+        found = sequence_logps(backbone, batch)
         expected = [
             plain_logps(plain_model(family.folder, n), trees) for n, trees in groups.items()
         ]
@@ -177,14 +178,14 @@ def test_one_pass_equals_the_plain_models(family: Family) -> None:
 def test_sliding_windows_matter_in_these_tests(tmp_path: Path) -> None:
     """With a window beyond the sequence the numbers are others: the window of 6 is in force."""
     trees = make_trees(5, 1)
-    batch = collate([(None, trees)], layout="packed", row_tokens=64)
+    batch = collate([(None, trees)], layout="packed")
     for name in sorted({*helpers.FAMILIES} - {"llama", "gemma"}):
         both: list[Tensor] = []
         for window in (6, 100):
             changes = {**MIXED_LAYERS.get(name, {}), "sliding_window": window}
             backbone = Backbone(cast(Any, helpers.make_model(name, **changes)), "x", "y")
             with torch.no_grad():
-                both.append(sequence_logps(backbone.eval(), backbone, batch))
+                both.append(sequence_logps(backbone.eval(), batch))
         assert (both[0] - both[1]).abs().max() > 1e-3, name
 
 
@@ -193,7 +194,7 @@ def test_gradients_reach_the_policy_only_and_equal_pefts(family: Family) -> None
     backbone = load(family.folder, POLICY, PREVIOUS).train()
     batch, groups = mixed_batch()
     weights = torch.randn(len(batch.lengths), generator=torch.Generator().manual_seed(4))
-    (weights * sequence_logps(backbone, backbone, batch)).sum().backward()
+    (weights * sequence_logps(backbone, batch)).sum().backward()
     for name, parameter in backbone.named_parameters():
         mine = f".{POLICY}." in name
         assert parameter.requires_grad == mine, name
@@ -236,9 +237,9 @@ def test_a_new_adapter_is_pefts_and_changes_nothing_yet(family: Family) -> None:
         else:
             assert not torch.equal(value, c[key]) and not torch.equal(value, d[key])
     trees = make_trees(3, 5)
-    batch = collate([("a", trees), (None, trees)], layout="packed", row_tokens=64)
+    batch = collate([("a", trees), (None, trees)], layout="packed")
     with torch.no_grad():
-        fresh, base = sequence_logps(backbone.eval(), backbone, batch).chunk(2)
+        fresh, base = sequence_logps(backbone.eval(), batch).chunk(2)
     assert torch.equal(fresh, base)
 
 
@@ -314,7 +315,7 @@ def trained_gradients(folder: Path, *, checkpointing: bool) -> tuple[dict[str, T
     batch, _ = mixed_batch()
     torch.manual_seed(7)
     weights = torch.randn(len(batch.lengths), generator=torch.Generator().manual_seed(4))
-    (weights * sequence_logps(backbone, backbone, batch)).sum().backward()
+    (weights * sequence_logps(backbone, batch)).sum().backward()
     return policy_gradients(backbone), calls
 
 
@@ -336,7 +337,7 @@ def scored(backbone: Backbone, seed: int) -> tuple[Tensor, Tensor]:
     batch, groups = mixed_batch()
     torch.manual_seed(seed)
     with torch.no_grad():
-        logps = sequence_logps(backbone, backbone, batch)
+        logps = sequence_logps(backbone, batch)
     counts = [sum(len(tree.responses) for tree in trees) for trees in groups.values()]
     policy, _, base = logps.split(counts)
     return policy, base
@@ -364,10 +365,10 @@ def test_dropout_acts_on_policy_rows_in_training_only(noisy: Path, llama: Path) 
 def test_dropout_spares_frozen_adapters(noisy: Path) -> None:
     """An earlier iterate was trained with noise, but what it says is not noisy."""
     backbone = load(noisy, POLICY, PREVIOUS)
-    batch = collate([(PREVIOUS, make_trees(4, 2))], layout="packed", row_tokens=64)
+    batch = collate([(PREVIOUS, make_trees(4, 2))], layout="packed")
     with torch.no_grad():
-        calm = sequence_logps(backbone.eval(), backbone, batch)
-        training = sequence_logps(backbone.train(), backbone, batch)
+        calm = sequence_logps(backbone.eval(), batch)
+        training = sequence_logps(backbone.train(), batch)
     assert torch.equal(calm, training)
 
 
@@ -377,8 +378,7 @@ def test_dropout_has_lora_statistics() -> None:
     backbone.add_adapter(POLICY, LoraConfig(r=4, alpha=6, dropout=0.3), seed=0, iteration=0)
     perturb(backbone, POLICY, 1)
     layer = routed_layers(backbone)[0].train()
-    batch = collate([(POLICY, make_trees(1, 1))], layout="packed", row_tokens=1)
-    layer.route.segments = batch.segments
+    layer.route.segments = (Segment(POLICY, 0, 1),)
     torch.manual_seed(0)
     x = torch.randn(32)
     count = 40_000
@@ -395,10 +395,10 @@ def test_dropout_of_the_base_is_switched_off() -> None:
     """Some families train with attention dropout; a frozen base must be the same in both modes."""
     model = helpers.make_model("llama", attention_dropout=0.5)
     backbone = Backbone(cast(Any, model), "x", "y")
-    batch = collate([(None, make_trees(4, 1))], layout="packed", row_tokens=64)
+    batch = collate([(None, make_trees(4, 1))], layout="packed")
     with torch.no_grad():
-        calm = sequence_logps(backbone.eval(), backbone, batch)
-        training = sequence_logps(backbone.train(), backbone, batch)
+        calm = sequence_logps(backbone.eval(), batch)
+        training = sequence_logps(backbone.train(), batch)
     assert torch.equal(calm, training)
 
 
@@ -498,8 +498,8 @@ def test_bf16_is_loaded_on_demand(family: Family) -> None:
     for name, parameter in backbone.named_parameters():
         assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
     trees = make_trees(6, 1)
-    batch = collate([(POLICY, trees)], layout="packed", row_tokens=64)
-    found = sequence_logps(backbone.train(), backbone, batch)
+    batch = collate([(POLICY, trees)], layout="packed")
+    found = sequence_logps(backbone.train(), batch)
     assert found.dtype == torch.float32
     found.sum().backward()
     assert all(torch.isfinite(gradient).all() for gradient in policy_gradients(backbone).values())
@@ -612,7 +612,7 @@ def test_adapters_may_have_different_shapes(llama: Path, tmp_path: Path) -> None
     ).eval()
     set_peft_model_state_dict(plain, load_file(tmp_path / WEIGHTS))
     with torch.no_grad():
-        found = sequence_logps(backbone.eval(), backbone, batch)
+        found = sequence_logps(backbone.eval(), batch)
         expected = [
             plain_logps(plain, groups[POLICY]),
             plain_logps(plain_model(llama, PREVIOUS), groups[PREVIOUS]),
@@ -633,3 +633,69 @@ def test_families_that_count_columns_are_refused(family: str, changes: dict[str,
     """ALiBi takes distances from columns and not from position ids: trees would come out wrong."""
     with pytest.raises(InputError):
         Backbone(small(family, initializer_range=0.15, **changes), "x", "y")
+
+
+def test_sharing_and_packing_change_nothing(family: Family, tmp_path: Path) -> None:
+    """Other shapes: one key head for four, a window of 11, up to five responses, long and short."""
+    changes = {**MIXED_LAYERS.get(family.name, {}), "num_key_value_heads": 1}
+    if family.name not in {"llama", "gemma"}:
+        changes["sliding_window"] = 11
+    folder = helpers.save_model(tmp_path, family.name, **changes)
+    random = np.random.default_rng(7)
+    trees = [
+        Tree(
+            helpers.tokens(random, longest, longest),
+            tuple(helpers.tokens(random, 1, 60) for _ in range(responses)),
+        )
+        for longest, responses in ((1, 2), (60, 5), (33, 1), (12, 3), (60, 2))
+    ]
+    backbone = load(folder)
+    with torch.no_grad():
+        expected = plain_logps(plain_model(folder, None), trees)
+        alone = [Tree(tree.prompt, (y,)) for tree in trees for y in tree.responses]
+        for layout, forest in (("packed", trees), ("packed", alone), ("padded", trees)):
+            batch = collate([(None, forest)], layout=cast(Any, layout))
+            found = sequence_logps(backbone, batch)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    kinds = (Tensor, torch.nn.Parameter)  # not the fake ones that compiled tests leave behind
+    tensors = [item for item in gc.get_objects() if type(item) in kinds]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def test_iterates_take_no_memory_but_their_own(llama: Path) -> None:
+    """Ten iterations of policy and opponents, with all earlier iterates kept, or the last alone."""
+    adapter = sum(t.nbytes for t in load_file(llama / POLICY / WEIGHTS).values())
+    trees = make_trees(4, 1)
+
+    def play(history: int) -> list[int]:
+        backbone = load(llama)
+        sizes: list[int] = []
+        for t in range(10):
+            backbone.load_adapter(f"iterate-{t}", llama / PREVIOUS)
+            if t >= history:
+                backbone.remove_adapter(f"iterate-{t - history}")
+            kept = [f"iterate-{k}" for k in range(max(0, t + 1 - history), t + 1)]
+            backbone.load_adapter(POLICY, llama / POLICY)
+            batch = collate([(POLICY, trees)], layout="packed")
+            groups = [(name, trees) for name in (*kept, None)]
+            beside = collate(groups, layout="packed")
+            policy, frozen = backbone.train()(batch, beside)
+            (policy.sum() + frozen.sum()).backward()
+            del policy, frozen, batch, beside
+            backbone.remove_adapter(POLICY)
+            if t in (0, 5, 9):
+                sizes.append(live_bytes())
+        return sizes
+
+    last = play(history=1)
+    every = play(history=10)
+    assert max(last) == min(last)
+    assert [more - less for more, less in zip(every, last, strict=True)] == [
+        t * adapter for t in (0, 5, 9)
+    ]

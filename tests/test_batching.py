@@ -1,4 +1,4 @@
-"""Packing: every token once, in a row with room, seeing exactly its own history."""
+"""Packing: every token once, seeing exactly its own history."""
 
 import numpy as np
 import pytest
@@ -6,22 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaspin.batching import Tree, collate, pack
+from alphaspin.attention import attend
+from alphaspin.batching import Batch, Tree, collate
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
-
-
-@given(SIZES, st.integers(1, 20))
-def test_pack(sizes: list[int], capacity: int) -> None:
-    rows = pack(sizes, capacity)
-    assert sorted(item for row in rows for item in row) == list(range(len(sizes)))
-    assert all(len(row) == 1 or sum(sizes[i] for i in row) <= capacity for row in rows)
 
 
 @st.composite
 def forests(draw: st.DrawFn) -> list[Tree]:
     """Trees whose tokens are all different numbers, so that each can be told from the others."""
-    number = 0
+    number = 1
 
     def take(count: int) -> np.ndarray:
         nonlocal number
@@ -32,14 +26,34 @@ def forests(draw: st.DrawFn) -> list[Tree]:
     return [Tree(take(p), tuple(take(r) for r in answers[:3])) for p, answers in shapes]
 
 
+def histories(batch: Batch, window: int | None) -> list[set[int]]:
+    """Token ids that each token of the batch sees, by attention itself.
+
+    With equal scores a token attends evenly to what it sees; the values are the rows of the
+    identity, so that its output says which tokens these are.
+    """
+    rows, width = batch.input_ids.shape
+    tokens = rows * width
+    flat = torch.zeros(rows, 1, width, 4)
+    seen, _ = attend(
+        torch.nn.Identity(),
+        flat,
+        flat,
+        torch.eye(tokens).view(rows, 1, width, tokens),
+        None,
+        places=batch.places,
+        sliding_window=window,
+    )
+    ids = batch.input_ids.flatten()
+    return [set(ids[row > 0].tolist()) for row in seen.view(tokens, tokens)]
+
+
 @settings(max_examples=60, deadline=None)
-@given(forests(), st.sampled_from(["packed", "padded"]), st.integers(1, 40), st.integers(1, 6))
-def test_every_token_sees_its_own_history(
-    trees: list[Tree], layout: str, row_tokens: int, window: int
-) -> None:
+@given(forests(), st.sampled_from(["packed", "padded"]), st.integers(1, 6))
+def test_every_token_sees_its_own_history(trees: list[Tree], layout: str, window: int) -> None:
     half = len(trees) // 2
     groups = [("a", trees[:half]), (None, trees[half:])] if half else [(None, trees)]
-    batch = collate(groups, layout=layout, row_tokens=row_tokens)  # pyright: ignore
+    batch = collate(groups, layout=layout)  # pyright: ignore
     wanted = [
         (tree.prompt, answer, name)
         for name, part in groups
@@ -48,39 +62,48 @@ def test_every_token_sees_its_own_history(
     ]
     assert batch.lengths.tolist() == [len(answer) for _, answer, _ in wanted]
     assert batch.targets.tolist() == [int(t) for _, answer, _ in wanted for t in answer]
-    ids, flat_depth = batch.input_ids.flatten(), batch.depth.flatten()
-    width = batch.input_ids.shape[1]
-    full, windowed = batch.attention()[:, 0], batch.attention(window)[:, 0]
+    ids, depth = batch.input_ids.flatten(), batch.depth.flatten()
+    full, windowed = histories(batch, None), histories(batch, window)
     cursor = 0
     for prompt, answer, name in wanted:
         history = [int(t) for t in prompt]
         for target in map(int, answer):
             source = int(batch.source[cursor])
-            row, column = divmod(source, width)
             # The state that predicts a target has seen the prompt and the answer so far, no more.
-            assert batch.input_ids[row][full[row, column]].tolist() == history
-            assert batch.input_ids[row][windowed[row, column]].tolist() == history[-window:]
-            assert int(flat_depth[source]) == len(history) - 1
+            assert full[source] == set(history)
+            assert windowed[source] == set(history[-window:])
+            assert int(depth[source]) == len(history) - 1
             assert int(ids[source]) == history[-1]
-            assert any(s.adapter == name and s.start <= row < s.stop for s in batch.segments)
+            assert any(s.adapter == name and s.start <= source < s.stop for s in batch.segments)
             history.append(target)
             cursor += 1
-    assert full.any(-1).all(), "an empty row of the softmax would be NaN"
+    assert batch.segments[0].start == 0 and batch.segments[-1].stop == len(ids)
 
 
 def test_nothing_to_train_is_an_error() -> None:
     empty = Tree(np.arange(3, dtype=np.int32), (np.zeros(0, np.int32),))
     with pytest.raises(ValueError, match="nothing would be trained"):
-        collate([(None, [empty])], layout="packed", row_tokens=8)
+        collate([(None, [empty])], layout="packed")
 
 
-def test_packing_computes_a_prompt_once() -> None:
+def test_an_empty_response_among_others_counts_no_token() -> None:
+    prompt, answer = np.arange(3, dtype=np.int32), np.array([7, 8], np.int32)
+    batch = collate([(None, [Tree(prompt, (np.zeros(0, np.int32), answer))])], layout="packed")
+    assert batch.lengths.tolist() == [0, 2]
+    assert batch.targets.tolist() == [7, 8]
+    assert histories(batch, None)[int(batch.source[-1])] == {0, 1, 2, 7}
+
+
+def test_packing_computes_a_prompt_once_and_no_padding() -> None:
     prompt = np.arange(50, dtype=np.int32)
-    tree = Tree(prompt, tuple(np.arange(5, dtype=np.int32) for _ in range(4)))
-    packed, padded = (
-        collate([(None, [tree])], layout=layout, row_tokens=70)  # pyright: ignore
-        for layout in ("packed", "padded")
-    )
-    assert (packed.tree >= 0).sum() == 70
-    assert (padded.tree >= 0).sum() == 4 * 55
+    trees = [Tree(prompt, tuple(np.arange(n, dtype=np.int32) for n in (5, 1, 9, 5)))] * 2
+    packed, padded = (collate([(None, trees)], layout=layout) for layout in ("packed", "padded"))
+    assert packed.input_ids.shape == (1, 2 * 70)
+    assert padded.input_ids.shape == (8, 59)
     assert torch.equal(packed.targets, padded.targets)
+
+
+def test_sequences_of_unlike_length_are_not_padded_to_the_longest() -> None:
+    trees = [Tree(np.arange(2, dtype=np.int32), (np.zeros(n, np.int32),)) for n in (3, 30, 200, 29)]
+    places = collate([(None, trees)], layout="packed").places
+    assert places.buckets == ((1, 202), (2, 32), (1, 5))

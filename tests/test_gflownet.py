@@ -17,6 +17,7 @@ from alphaspin import gflownet, mixture
 from alphaspin.backbone import POLICY, WEIGHTS, Backbone
 from alphaspin.batching import Tokens
 from alphaspin.config import GFlowNetConfig, GFlowNetRun, InputError, LoraConfig
+from alphaspin.distributed import Team
 from alphaspin.gflownet import Replay, Task, Trajectory, edit_distance
 from alphaspin.gflownet_job import run
 from alphaspin.runs import Interrupted, Metrics, SignalGuard
@@ -39,8 +40,8 @@ class Guard(SignalGuard):
         return self.left < 0
 
 
-def never() -> Guard:
-    return Guard(10**9)
+def alone(after: int = 10**9) -> Team:
+    return Team(torch.device("cpu"), Guard(after))
 
 
 # The loss
@@ -166,7 +167,7 @@ def test_rewards_of_all_prefixes_are_those_of_plain_forward_passes(
 ) -> None:
     backbone, world = tiny
     target: Policy = {"previous": 0.5, "older": 0.2, None: 0.3}
-    task = task_of(tmp_path, world, target, row_tokens=24)
+    task = task_of(tmp_path, world, target)
     prompts = [PROMPT, np.array([4, 0, 2], np.int32)]
     answers = [world.answers()[::17], world.answers()[5::31]]
     wrapped = [[Answer(y, int(y[-1]) not in world.stops) for y in group] for group in answers]
@@ -282,7 +283,7 @@ def test_training_reaches_the_exact_mixture(stop_bias: float, tmp_path: Path) ->
     token = worlds.variation(log_p, world.logps(worlds.token_level(HALF, policies)))
     assert token > 0.01 and (float(log_p[-(4**2) :].exp().sum()) > 0.99) == (stop_bias < 0)
     task = task_of(tmp_path, world, epochs=80, answers=64, lora=LoraConfig(r=32, alpha=32))
-    gflownet.train_sampler(backbone, task, Metrics(tmp_path / "m.jsonl"), never())
+    gflownet.train_sampler(backbone, task, Metrics(tmp_path / "m.jsonl"), alone())
     levels = worlds.levels(backbone, POLICY, PROMPT.tolist(), world)
     found = worlds.variation(log_p, world.logps(levels))
     root = float((worlds.mixed(HALF, policies)[0] - levels[0])[0, 1])
@@ -307,9 +308,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     changes = {"lora": LoraConfig(r=16, alpha=16, dropout=0.1), "answers": 8}
     tasks = {n: task_of(tmp_path / n, world, **changes) for n in ("whole", "stopped", "lost")}
     metrics = {n: Metrics(tmp_path / n / "metrics.jsonl") for n in tasks}
-    gflownet.train_sampler(backbone, tasks["whole"], metrics["whole"], never())
+    gflownet.train_sampler(backbone, tasks["whole"], metrics["whole"], alone())
     with pytest.raises(Interrupted):
-        gflownet.train_sampler(backbone, tasks["stopped"], metrics["stopped"], Guard(0))
+        gflownet.train_sampler(backbone, tasks["stopped"], metrics["stopped"], alone(2))
     assert [r["step"] for r in metrics["stopped"].read()] == [1]
 
     class Power(Exception):
@@ -323,9 +324,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     with pytest.raises(Power):
         cut = Cut(tmp_path / "lost" / "metrics.jsonl")
-        gflownet.train_sampler(backbone, tasks["lost"], cut, never())
+        gflownet.train_sampler(backbone, tasks["lost"], cut, alone())
     for name in ("stopped", "lost"):
-        done = gflownet.train_sampler(backbone, tasks[name], metrics[name], never())
+        done = gflownet.train_sampler(backbone, tasks[name], metrics[name], alone())
         assert (
             done == tmp_path / name / "adapter" and not (tmp_path / name / "checkpoints").exists()
         )
@@ -338,7 +339,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         assert records[0] == records[1] and len(records[0]) == 4
     assert records[0][-1]["replay"] > records[0][0]["replay"] > 0
     before = (tmp_path / "whole" / "adapter" / WEIGHTS).stat().st_mtime_ns
-    gflownet.train_sampler(backbone, tasks["whole"], metrics["whole"], never())
+    gflownet.train_sampler(backbone, tasks["whole"], metrics["whole"], alone())
     assert (tmp_path / "whole" / "adapter" / WEIGHTS).stat().st_mtime_ns == before
 
 

@@ -51,8 +51,11 @@ def sigmoid(x: float) -> float:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder with a score head and a chat template."""
-    folder = tmp_path_factory.mktemp("llama")
+    return make_reward_model(tmp_path_factory.mktemp("llama"))
+
+
+def make_reward_model(folder: Path) -> Path:
+    """A decoder with a score head and a chat template, and random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,
@@ -248,8 +251,11 @@ def pair_tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def pairrm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pairrm(tmp_path_factory.mktemp("pairrm"))
+
+
+def make_pairrm(folder: Path) -> Path:
     """The files of llm-blender/PairRM-hf with random weights, written without the class tested."""
-    folder = tmp_path_factory.mktemp("pairrm")
     tokenizer = pair_tokenizer()
     settings: dict[str, Any] = {
         "hidden_size": 32,

@@ -229,7 +229,7 @@ def test_a_sampler_that_is_interrupted_goes_on(
     settings = settings_of(tmp_path, "mixture-gflownet")
     job.run(settings)
     again = settings.model_copy(update={"output": str(tmp_path / "again")})
-    accumulate, calls = gflownet._accumulate, 0
+    accumulate, calls = gflownet.accumulate, 0
 
     def failing(*arguments: Any) -> Any:
         nonlocal calls
@@ -239,7 +239,7 @@ def test_a_sampler_that_is_interrupted_goes_on(
         return accumulate(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gflownet, "_accumulate", failing)
+        patch.setattr(gflownet, "accumulate", failing)
         job.run(again)
     assert list((tmp_path / "again/iterations/1/sampler/checkpoints").glob("step-*"))
     job.run(again)

@@ -493,7 +493,7 @@ def test_settings_that_would_have_no_effect_are_refused() -> None:
         ({"method": "nash_md", "reference": {"alpha": 0.9}}, "reference.alpha = 0.9 has no effect"),
         (
             {"method": "sppo", "reference": {"alpha": 0.9}, "sampling": {"top_k": 5}},
-            "sampling at temperature 1",
+            "needs sampling.temperature = 1",
         ),
         ({"method": "sppo", "selfplay": {"history": 2}}, "selfplay.history = 2 has no effect"),
         ({"preference": {"eta": 5.0}}, "preference.eta = 5 has no effect with method = spin"),

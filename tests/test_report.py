@@ -11,6 +11,7 @@ import pytest
 
 from alphaspin import report
 from alphaspin.config import Config, InputError
+from alphaspin.runs import commit
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)>"
 
@@ -245,6 +246,48 @@ def test_alarms_of_summary_and_metrics_show_once(tmp_path: Path) -> None:
     assert "No alarms" not in text
     # One line in each of the seven plots by step, at global step 8 + 3.
     assert text.count("stroke: var(--alarm)") == 7
+
+
+def test_comparisons_and_tasks(tmp_path: Path) -> None:
+    """What `alphaspin evaluate` left in the folder, by policy in order; damaged parts are not."""
+    place = make_run(tmp_path) / "evaluation" / "heldout-12345678"
+    measured = {"kl": 0.25, "kl_se": 0.125, "length": 7.5, "length_se": 0.5, "self_bleu": 0.375}
+    measured |= {"distinct_1": 0.5, "distinct_2": 0.75, "distinct_3": None}
+    judged = {"judged": 0.6, "judged_se": 0.02, "judged_low": 0.55, "judged_high": 0.65}
+    judged |= {"controlled": 0.52, "controlled_low": 0.47, "controlled_high": 0.57}
+    names = ["base", "0", "2", "10", "sft 0"]
+    for k, name in enumerate(names):
+        with commit(place / name) as folder:
+            content = json.dumps(row(name, k) | measured | judged | {"answers": ["x"]})
+            (folder / "evaluation.json").write_text(content)
+    about = {"heldout": EVIL, "prompts": 77, "judge": f"callable:{EVIL}"}
+    (place / "about.json").write_text(json.dumps(about))
+    results = {"sums": {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.25}}
+    for name in ("0", "base"):
+        with commit(tmp_path / "evaluation" / "tasks-0" / name) as folder:
+            found = {"harness": "0.4.99", "chat": True, "results": results}
+            (folder / "results.json").write_text(json.dumps(found))
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    text = plain(page)
+    assert "Compared with the base on 77 held-out prompts" in text
+    assert "10 31.123 ± 0.213" not in text  # the row has no standard error of the NLL
+    cells = "60.0 [55.0, 65.0] 52.0 [47.0, 57.0] 7.5 ± 0.5 0.250 ± 0.125 0.50 0.75 – 0.375"
+    assert text.count(cells) == len(names) - 1
+    after = text[text.index("Compared with the base") :]
+    order = [after.index(f" {name} {40.1234 - 3 * k:.3f}") for k, name in enumerate(names)]
+    assert order == sorted(order)
+    assert "base 40.123 11.2 ± 2.1 – – 7.5" in after
+    assert "lm-evaluation-harness 0.4.99, chat template task metric base 0 sums acc" in text
+    assert "0.5 ± 0.25 0.5 ± 0.25" in text
+    elements = Elements(page)
+    assert elements.open in ([], ["html"])
+    assert not {name for name, _ in elements.tags} & {"script", "img", "iframe"}
+    assert sum(name == "svg" for name, _ in elements.tags) == 11
+    (place / "10" / "evaluation.json").write_text("{}")
+    assert report.write(tmp_path).read_text(encoding="utf-8").count("[55.0, 65.0]") == 3
+    (place / "about.json").unlink()
+    with pytest.raises(InputError, match=r"about\.json: "):
+        report.write(tmp_path)
 
 
 def test_works_without_evaluation(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def linear_logprob(
 
     Returns:
         Log-probs in nats, shaped like ``targets``, fp32 (float64 for float64 inputs).
-        Differentiable once, in ``hidden``, ``weight`` and ``bias``.
+        Differentiable once, in reverse mode, in ``hidden``, ``weight`` and ``bias``.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a target outside [0, V), a
@@ -152,7 +152,7 @@ def _portable(
             for start in range(0, vocabulary, TILE):
                 weight_TH = weight[start : start + TILE].to(dtype)
                 z_RT, slope_RT = logit_tile(
-                    hidden_RH, weight_TH, tile_of(bias, start), softcap, temperature, with_row
+                    hidden_RH, weight_TH, bias, start, softcap, temperature, with_row
                 )
                 inside_RK, local_RK = local_targets(targets_RK, start, len(weight_TH))
                 z_RK = torch.where(inside_RK, z_RT.gather(1, local_RK), z_RK)
@@ -267,7 +267,7 @@ def _portable_backward(
                 chunk = slice(first, first + ROWS)
                 hidden_RH, grad_RK = hidden_AH[chunk], grad_AK[chunk]
                 z_RT, slope_RT = logit_tile(
-                    hidden_RH, weight_TH, tile_of(bias, start), softcap, temperature, True
+                    hidden_RH, weight_TH, bias, start, softcap, temperature, True
                 )
                 # d loss / d z' = sum_k g_k (onehot(y_k) - p)
                 g_RT = z_RT.sub_(lse_A[chunk, None]).exp_().mul_(-grad_RK.sum(1, keepdim=True))
@@ -339,7 +339,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.scales_row = with_row and not needs_head
     ctx.single = targets.shape[1] == 1
     if ctx.scales_row and ctx.single:
-        ctx.save_for_backward(row)
+        ctx.save_for_backward(row, targets)
     elif ctx.scales_row:
         ctx.save_for_backward(row, weight, targets, logp, lse)
     else:
@@ -367,13 +367,15 @@ def _backward(ctx: Any, grad_NK: Tensor, *_: Tensor | None) -> tuple[Tensor | No
             gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
         )
     elif ctx.single:
-        # grad is fp32: the product is rounded to the dtype of hidden once, here.
-        (row_NH,) = ctx.saved_tensors
-        d_hidden = (grad_NK * row_NH).to(row_NH.dtype)
+        row_NH, targets_N1 = ctx.saved_tensors
+        # What arrives at an ignored target counts for nothing, a NaN too. grad is fp32: the product
+        # is rounded to the dtype of hidden once, here.
+        grad_N1 = grad_NK.masked_fill(targets_N1 == ctx.ignore_index, 0.0)
+        d_hidden = (grad_N1 * row_NH).to(row_NH.dtype)
     else:
         mean_NH, weight, targets_NK, logp_NK, lse_N = ctx.saved_tensors
         valid_NK = targets_NK != ctx.ignore_index
-        grad_NK = grad_NK * valid_NK
+        grad_NK = grad_NK.masked_fill(~valid_NK, 0.0)
         slope_NK = target_slope(logp_NK + lse_N[:, None], ctx.softcap, ctx.temperature)
         sum_NH = -grad_NK.sum(1, keepdim=True) * mean_NH
         for k in range(targets_NK.shape[1]):
@@ -390,15 +392,19 @@ _linear_logprob.register_autograd(once_differentiable(_backward), setup_context=
 def logit_tile(
     hidden_RH: Tensor,
     weight_TH: Tensor,
-    bias_T: Tensor | None,
+    bias_V: Tensor | None,
+    start: int,
     softcap: float | None,
     temperature: float,
     with_slope: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (z', d cap(z) / d z or None): logits after softcap and temperature, in fp32/64."""
+    """Return (z', d cap(z) / d z or None) of the entries from `start`, in fp32/64.
+
+    z' are the logits after softcap and temperature.
+    """
     z_RT = hidden_RH @ weight_TH.T
-    if bias_T is not None:
-        z_RT += bias_T
+    if bias_V is not None:
+        z_RT += bias_V[start : start + len(weight_TH)]
     slope_RT = None
     if softcap is not None:
         z_RT.div_(softcap).tanh_()
@@ -407,11 +413,6 @@ def logit_tile(
     if temperature != 1.0:
         z_RT.div_(temperature)
     return z_RT, slope_RT
-
-
-def tile_of(bias_V: Tensor | None, start: int) -> Tensor | None:
-    """The bias of a tile."""
-    return None if bias_V is None else bias_V[start : start + TILE]
 
 
 def local_targets(targets_RK: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:

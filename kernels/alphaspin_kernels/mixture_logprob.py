@@ -21,7 +21,6 @@ from alphaspin_kernels.linear_logprob import (
     linear_logprob,
     local_targets,
     logit_tile,
-    tile_of,
 )
 from alphaspin_kernels.reference import (
     accumulation_dtype,
@@ -64,8 +63,8 @@ def mixture_logprob(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together; alpha outside [0, 1]; a
-            target outside [0, V); hidden states that require a gradient while gradients are
-            enabled: the mixture is a reference and a sampler, and has no derivative here.
+            target outside [0, V); tensors that require a gradient while gradients are enabled:
+            the mixture is a reference and a sampler, and has no derivative here.
 
     Source: section 4 of the project's algorithm notes; the mixture is the token-level form of the
     reference of α-SPIN (Alami et al., arXiv 2404.04291) and of Nash-MD's opponent (Munos et al.,
@@ -74,16 +73,18 @@ def mixture_logprob(
     check_mixture_logprob(
         hidden_prev, hidden_base, weight, targets, alpha, bias, softcap, temperature, log_normaliser
     )
-    if torch.is_grad_enabled() and (hidden_prev.requires_grad or hidden_base.requires_grad):
-        raise ValueError(
-            "hidden_prev or hidden_base requires a gradient, but mixture_logprob is not "
-            "differentiable: call it under torch.no_grad() or pass detached tensors"
-        )
+    named = {"hidden_prev": hidden_prev, "hidden_base": hidden_base, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} requires a gradient, but mixture_logprob is not differentiable: call it "
+                "under torch.no_grad() or pass detached tensors"
+            )
     targets_NK = targets.reshape(len(targets), 1) if targets.dim() == 1 else targets
     with torch.no_grad():
         if softcap is None and log_normaliser is None:
             dtype = accumulation_dtype(hidden_prev.dtype)
-            mixed_NH = torch.lerp(hidden_base.to(dtype), hidden_prev.to(dtype), float(alpha))
+            mixed_NH = _mix(hidden_prev.to(dtype), hidden_base.to(dtype), float(alpha))
             logp_NK = linear_logprob(
                 mixed_NH.to(hidden_prev.dtype),
                 weight,
@@ -139,7 +140,8 @@ def _portable(
                 z_RT, _ = logit_tile(
                     hidden_2RH.flatten(0, 1),
                     weight_TH,
-                    tile_of(bias, start),
+                    bias,
+                    start,
                     softcap,
                     temperature,
                     False,
@@ -159,7 +161,7 @@ def _portable(
 
 
 def _mix(prev: Tensor, base: Tensor, alpha: float) -> Tensor:
-    """Mixed logits; an entry that a policy with weight 0 masks with -inf is not masked."""
+    """alpha prev + (1 - alpha) base; what has weight 0 need not be finite."""
     if alpha in (0, 1):
         return (prev if alpha else base).clone()
     return alpha * prev + (1 - alpha) * base

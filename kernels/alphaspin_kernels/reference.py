@@ -185,12 +185,10 @@ def check_cu_seqlens(hidden_NH: Tensor, cu_seqlens_C: Tensor) -> None:
 
 def check_boundaries(cu_seqlens_C: Tensor, rows: int) -> None:
     """Raise ValueError if the boundaries do not rise from 0 to the number of rows."""
-    first, last = cu_seqlens_C[0].item(), cu_seqlens_C[-1].item()
-    if first != 0 or last != rows or (cu_seqlens_C.diff() < 0).any():
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N = {rows}, "
-            f"got {cu_seqlens_C.tolist() if len(cu_seqlens_C) < 9 else [first, '...', last]}"
-        )
+    bounds = cu_seqlens_C.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in pairwise(bounds)):
+        shown = bounds if len(bounds) < 9 else [bounds[0], "...", bounds[-1]]
+        raise ValueError(f"cu_seqlens must rise from 0 to N = {rows}, got {shown}")
 
 
 def sequence_logprob(
@@ -274,7 +272,7 @@ def mixture_logprob(
     else:
         mixed_NV = alpha * log_softmax(hidden_prev) + (1 - alpha) * log_softmax(hidden_base)
     log_z_N = mixed_NV.logsumexp(-1)
-    targets_NK = targets.reshape(len(targets), -1)
+    targets_NK = targets if targets.dim() == 2 else targets[:, None]
     ignored_NK = targets_NK == ignore_index
     if log_normaliser is not None:
         log_normaliser.copy_(log_z_N.masked_fill(ignored_NK.all(1), 0.0))

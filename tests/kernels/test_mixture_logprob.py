@@ -1,6 +1,7 @@
 """mixture_logprob and its log-normaliser against their definition in float64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -11,13 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from implementations import CSRC, TORCH, TRITON, LargestTensor, generator, poisoned
 
+# The package's attribute of this name is the function.
+MODULE = sys.modules["alphaspin_kernels.mixture_logprob"]
 FLOATS = ("prev", "base", "weight", "bias")
 
 
 @pytest.fixture(params=[TORCH, CSRC, TRITON])
-def implementation(request, force) -> str:
+def implementation(request, force, monkeypatch) -> str:
     # C++ serves the product of the mixed rows; the two products have no version of their own there.
     force(request.param)
+    # Small chunks, so that small inputs have several of them and a partial last one.
+    monkeypatch.setattr(MODULE, "TILE", 64)
+    monkeypatch.setattr(MODULE, "ROWS", 8)
     return request.param
 
 
@@ -112,9 +118,10 @@ def test_one_row_and_nothing_to_score(implementation):
     assert_no_worse(case, 0.3, log_z=True)
     for n, targets in ((0, []), (2, [-100, -100])):
         case = problem(n=n) | {"targets": torch.tensor(targets, dtype=torch.int64)}
-        for value in run(mixture_logprob, case, 0.5, True):
-            assert value.shape == (n,)
-            assert value.eq(0).all()
+        for function in (mixture_logprob, reference.mixture_logprob):
+            for value in run(function, case, 0.5, True):
+                assert value.shape == (n,)
+                assert value.eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -127,17 +134,49 @@ def test_huge_and_peaked_logits(dtype, implementation):
     torch.testing.assert_close(ours_z.double(), exact_z, rtol=1e-6, atol=4e-3)
 
 
-def test_extreme_alphas_are_one_policy_even_where_the_other_is_not_finite(implementation):
-    case = problem(bias=True)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("log_z", [False, True], ids=["", "log Z"])
+def test_extreme_alphas_are_one_policy_even_where_the_other_is_not_finite(
+    log_z, bad, implementation
+):
     for alpha, name, other in ((1.0, "prev", "base"), (0.0, "base", "prev")):
-        single = case | {"targets": case["targets"].clone()}
+        case = problem(bias=True)
+        case[other][::2] = bad
         expected = reference.linear_logprob(
             case[name], case["weight"], case["targets"], bias=case["bias"]
         )
-        logp, log_z = run(mixture_logprob, single, alpha, True)
+        logp, buffer = run(mixture_logprob, case, alpha, log_z)
         torch.testing.assert_close(logp, expected, rtol=1e-5, atol=1e-5)
-        assert log_z.abs().max() < 1e-5
-        assert case[other].isfinite().all()
+        assert buffer is None or buffer.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("log_z", [False, True], ids=["", "log Z"])
+def test_masked_vocabulary(log_z, implementation):
+    """Entries masked with -inf, whole first tiles of them, count for nothing."""
+    case = problem(n=9, v=307, bias=True)
+    case["bias"][:150] = -torch.inf
+    case["targets"] = torch.arange(9) + 150
+    exact, _ = run(reference.mixture_logprob, double(case), 0.5, False)
+    ours, ours_z = run(mixture_logprob, case, 0.5, log_z)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=2e-6)
+    if log_z:
+        kept = {name: case[name][150:] for name in ("weight", "bias")}
+        _, exact_z = run(
+            reference.mixture_logprob,
+            double(case | kept | {"targets": torch.arange(9)}),
+            0.5,
+            True,
+        )
+        torch.testing.assert_close(ours_z.double(), exact_z, rtol=1e-6, atol=4e-6)
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_alone(implementation):
+    case = problem()
+    expected = run(mixture_logprob, case, 0.5, True)
+    case["base"][4] = torch.nan
+    others = torch.arange(21) != 4
+    for value, before in zip(run(mixture_logprob, case, 0.5, True), expected, strict=True):
+        assert torch.equal(value[others], before[others])
 
 
 def test_equal_policies_need_no_normaliser(implementation):
@@ -212,10 +251,11 @@ def test_compiles_once_for_any_number_of_rows(implementation):
     assert counter.frame_count <= 2  # the second size makes it dynamic
 
 
-def test_gradients_are_refused_not_dropped():
-    case = problem(n=3)
-    case["prev"].requires_grad_()
-    with pytest.raises(ValueError, match="not differentiable"):
+@pytest.mark.parametrize("name", FLOATS)
+def test_gradients_are_refused_not_dropped(name):
+    case = problem(n=3, bias=True)
+    case[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} requires a gradient, .* not differentiable"):
         run(mixture_logprob, case, 0.5, False)
     with torch.no_grad():
         run(mixture_logprob, case, 0.5, False)

@@ -17,7 +17,7 @@ from alphaspin_kernels.segmented_lora import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from implementations import TORCH, TRITON, generator
+from implementations import TORCH, TRITON, generator, poisoned
 from torch.nn.functional import linear
 
 MODULE = sys.modules["alphaspin_kernels.segmented_lora"]
@@ -379,13 +379,10 @@ def test_strides_and_surroundings_do_not_matter(implementation):
 def test_unwritten_memory_is_not_read(dtype, three):
     case = problem(dtype=dtype, segments=(7, 0, 5, 6), ranks=(40, 2, None, 3))
     clean = differentiate(segmented_lora, case, dropout=0.3)
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
-        poisoned = differentiate(segmented_lora, case, dropout=0.3)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with poisoned():
+        again = differentiate(segmented_lora, case, dropout=0.3)
     for name, value in clean.items():
-        assert torch.equal(value, poisoned[name]), name  # so it is the same on a second run too
+        assert torch.equal(value, again[name]), name
 
 
 @pytest.mark.parametrize("implementation", [TRITON], indirect=True)

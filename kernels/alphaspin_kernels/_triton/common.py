@@ -1,5 +1,6 @@
 """What the kernels share: dtypes under the interpreter, and the record of a launch."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,41 @@ from torch import Tensor
 
 # Triton's interpreter multiplies the raw bits of bf16 in tl.dot (triton issue 11584).
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+LOWEST = tl.constexpr(-3.4028234e38)  # of fp32
 SIGNATURE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Kernel:
+    """Decorator: two Triton kernels of one function.
+
+    ``kernel[True]`` is for the arguments named in ``aligned``, pointers and integers, being
+    multiples of 16, so that they are read in vectors; ``kernel[False]`` for any. By itself Triton
+    would compile another variant for every combination of arguments that are multiples of 16, or
+    1, at the launch that first has it: forms that the gate has not seen.
+    """
+
+    def __init__(self, aligned: str) -> None:
+        self.aligned = aligned.split()
+
+    def __call__(self, function: Any) -> "Kernel":
+        """Make the two kernels."""
+        parameters = inspect.signature(function).parameters.values()
+        names = [p.name for p in parameters if p.annotation is not tl.constexpr]
+        rest = [name for name in names if name not in self.aligned]
+        self.forms = {
+            True: triton.jit(function, do_not_specialize=rest),
+            False: triton.jit(function, do_not_specialize=names),
+        }
+        return self
+
+    def __getitem__(self, even: bool) -> Any:
+        return self.forms[even]
+
+
+def multiples_of_16(*arguments: Tensor | int | None) -> bool:
+    """Whether the tensors' addresses and the integers are."""
+    values = (x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments)
+    return all(value % 16 == 0 for value in values)
 
 
 @dataclass(frozen=True)
@@ -22,8 +57,7 @@ class Launch:
         kernel: the ``@triton.jit`` function.
         types: Triton type of each argument that is not a constexpr: ``*bf16``, ``i32``, ``fp32``.
         constexprs: the constexpr arguments, block sizes among them.
-        aligned: names of the pointers and integers that are multiples of 16, as Triton specialises
-            them at a launch with aligned tensors.
+        aligned: names of the pointers and integers that are multiples of 16.
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
         products: whether it has ``tl.dot``, so that tensor-core instructions are expected.
@@ -40,23 +74,23 @@ class Launch:
     @classmethod
     def of(
         cls,
-        kernel: Any,
+        kernel: Kernel,
+        even: bool,
         types: Sequence[tuple[str, str]],
         options: dict[str, Any],
         *,
-        aligned: str = "",
         products: bool = False,
     ) -> "Launch":
-        """Shorter to write: ``[("*bf16", "hidden weight")]``, and options as a launch has them."""
+        """Shorter to write: ``[("*bf16", "hidden weight")]``, and options as a launch has them.
+
+        A pointer without a type is absent, None.
+        """
         options = dict(options)
         compiler = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
         named = {name: kind for kind, names in types for name in names.split()}
-        return cls(kernel, named, options, tuple(aligned.split()), products=products, **compiler)
-
-
-def aligned(x: Tensor) -> bool:
-    """Whether every row starts at a multiple of 16 bytes, so that it can be loaded 16 at a time."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+        options |= dict.fromkeys(set(kernel[even].arg_names) - named.keys() - options.keys())
+        aligned = tuple(name for name in kernel.aligned if even and name in named)
+        return cls(kernel[even], named, options, aligned, products=products, **compiler)
 
 
 def capability_of(x: Tensor) -> int:
@@ -70,6 +104,38 @@ def capability_of(x: Tensor) -> int:
 def processors(x: Tensor) -> int:
     """Multiprocessors of the tensor's GPU; 4 in the interpreter, to split work there too."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The matrix itself, or a copy whose rows are contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def partition(
+    rows: int, vocabulary: int, blocks: dict[str, int], processors: int
+) -> tuple[tuple[int, int], int]:
+    """Grid of (row blocks, parts of the vocabulary), and the entries of a part.
+
+    The parts fill the processors with the fewest tiles one after another.
+    """
+    row_blocks = triton.cdiv(rows, blocks["BLOCK_R"])
+    tiles = triton.cdiv(vocabulary, blocks["BLOCK_T"])
+
+    def time(parts: int) -> int:
+        return triton.cdiv(row_blocks * parts, processors) * triton.cdiv(tiles, parts)
+
+    parts = min(range(1, min(tiles, processors) + 1), key=time)
+    span = triton.cdiv(tiles, parts) * blocks["BLOCK_T"]
+    return (row_blocks, triton.cdiv(vocabulary, span)), span
+
+
+def combine(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and sum of e^(z' - maximum) of the vocabulary from those of its parts, [parts, ...].
+
+    Overwrites the peaks.
+    """
+    peak = peaks.amax(0)
+    return peak, (peaks.sub_(peak).exp_() * sums).sum(0)
 
 
 def multiply_add(c: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -102,3 +168,29 @@ def tanh(x):
     near = a * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * 62.0 / 2835.0))))
     size = tl.where(a < 0.3, near, far)
     return tl.where(x < 0.0, -size, size)
+
+
+@triton.jit
+def bounded(z, cap, temperature, CAPPED: tl.constexpr):
+    """z' = cap(z) / temperature."""
+    if CAPPED:
+        z = cap * tanh(z / cap)
+    return z / temperature
+
+
+@triton.jit
+def absorb(z_RT, peak_R, sum_R):
+    """Running maximum and sum of e^(z' - maximum), with a tile more."""
+    new_R = tl.maximum(peak_R, tl.max(z_RT, 1))
+    sum_R = sum_R * tl.exp(peak_R - new_R) + tl.sum(tl.exp(z_RT - new_R[:, None]), 1)
+    return new_R, sum_R
+
+
+@triton.jit
+def store_chosen(z_RT, t, start, end, targets, row, K, chosen, r, A):
+    """Store z' of the targets in [start, end), which lies in the tile of the entries t."""
+    for k in range(K):
+        target_R = tl.load(targets + row * K + k, mask=r < A, other=-1)
+        here_R = (target_R >= start) & (target_R < end)
+        z_R = tl.sum(tl.where(t[None, :] == target_R[:, None], z_RT, 0.0), 1)
+        tl.store(chosen + r.to(tl.int64) * K + k, z_R, mask=here_R)

@@ -18,33 +18,32 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaspin_kernels._triton.common import (
+    LOWEST,
     SIGNATURE,
+    Kernel,
     Launch,
-    aligned,
+    absorb,
+    bounded,
     capability_of,
+    combine,
     dot,
+    multiples_of_16,
     multiply_add,
+    partition,
     processors,
-    tanh,
+    store_chosen,
+    unit_stride,
 )
 from alphaspin_kernels.linear_logprob import target_slope
 from alphaspin_kernels.reference import check_targets
 
-LOWEST = tl.constexpr(-3.4028234e38)
-
 # Logits of a chunk take at most 4096 x 2048 x 4 bytes: 32 MiB stay in the L2 cache of an H100.
 ROWS = 4096
 CHUNKS = ((1024, 8192), (ROWS, 2048))  # (rows up to, entries): few rows would wait for launches
+# A weight p slope / slope(peak) of 16 bits is at most 2^14.
+SMALLEST_SLOPE = tl.constexpr(2.0**-14)
 # Tile skipping decides for SKIP_R rows and SKIP_T entries at a time.
 SKIP_R, SKIP_T = 128, 128
-
-
-@triton.jit
-def bounded(z, cap, temperature, CAPPED: tl.constexpr):
-    """z' = cap(z) / temperature."""
-    if CAPPED:
-        z = cap * tanh(z / cap)
-    return z / temperature
 
 
 @triton.jit
@@ -56,7 +55,13 @@ def _slope(z, cap, temperature, CAPPED: tl.constexpr):
     return tl.full(z.shape, 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["A", "V", "K", "span"])
+@triton.jit
+def _unit(peak, cap, temperature):
+    """The slope at the row's peak, in which p times slope is counted; not 0."""
+    return tl.maximum(_slope(peak, cap, temperature, True), SMALLEST_SLOPE)
+
+
+@Kernel("hidden weight H hidden_stride weight_stride")
 def _forward_kernel(
     hidden,
     weight,
@@ -115,19 +120,14 @@ def _forward_kernel(
             z_RT += tl.load(bias + t, mask=t < last, other=0.0).to(tl.float32)[None, :]
         z_RT = bounded(z_RT, cap, temperature, CAPPED)
         z_RT = tl.where((t < last)[None, :], z_RT, -float("inf"))
-        for k in range(K):
-            target_R = tl.load(targets + row * K + k, mask=r < A, other=-1)
-            here_R = (target_R >= start) & (target_R < tl.minimum(start + BLOCK_T, last))
-            z_R = tl.sum(tl.where(t[None, :] == target_R[:, None], z_RT, 0.0), 1)
-            tl.store(chosen + r.to(tl.int64) * K + k, z_R, mask=here_R)
-        new_R = tl.maximum(peak_R, tl.max(z_RT, 1))
-        sum_R = sum_R * tl.exp(peak_R - new_R) + tl.sum(tl.exp(z_RT - new_R[:, None]), 1)
-        peak_R = new_R
+        end = tl.minimum(start + BLOCK_T, last)
+        store_chosen(z_RT, t, start, end, targets, row, K, chosen, r, A)
+        peak_R, sum_R = absorb(z_RT, peak_R, sum_R)
     tl.store(peaks + split * A + r, peak_R, mask=r < A)
     tl.store(sums + split * A + r, sum_R, mask=r < A)
 
 
-@triton.jit(do_not_specialize=["start", "K"])
+@Kernel("logits p means width H")
 def _chunk_kernel(
     logits,
     bias,
@@ -154,9 +154,9 @@ def _chunk_kernel(
 ):
     """One row: take a chunk of raw logits into its running softmax, and write p = e^(z' - peak).
 
-    Rescales the row's accumulated mean where its peak moves. TILED also writes, for each BLOCK_T
-    entries, the largest p as a share of the sum so far, which bounds the final probability from
-    above, and the sum of p.
+    With a cap, p slope / slope(peak). Rescales the row's accumulated mean where its peak moves.
+    TILED also writes, for each BLOCK_T entries, the largest p as a share of the sum so far, which
+    bounds the final probability from above, and the sum of p.
     """
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -171,8 +171,9 @@ def _chunk_kernel(
             z = tl.sum(tl.where(c == target - start, z_C, 0.0), 0)
             tl.store(chosen + row * K + k, z)
     old = tl.load(peaks + row)
-    # The largest p is exactly 1, so that rounding the p to 16 bits costs a peaked row nothing. The
-    # maximum moves about ln(V / chunk) times: a row is rarely rescaled.
+    # The largest p, and with a cap the largest p slope / slope(peak) of a peaked row, is exactly 1:
+    # rounding to 16 bits costs it nothing. The maximum moves about ln(V / chunk) times: a row is
+    # rarely rescaled.
     peak = tl.maximum(old, tl.max(z_C, 0))
     rescale = tl.exp(old - peak)
     p_C = tl.exp(z_C - peak)
@@ -180,6 +181,8 @@ def _chunk_kernel(
     tl.store(peaks + row, peak)
     tl.store(sums + row, total)
     if rescale != 1.0:
+        if CAPPED:
+            rescale *= _unit(old, cap, temperature) / _unit(peak, cap, temperature)
         for at in range(0, H, BLOCK_H):
             h = at + tl.arange(0, BLOCK_H)
             mean_H = tl.load(means + row * H + h, mask=h < H)
@@ -191,11 +194,14 @@ def _chunk_kernel(
         bound = tl.max(p_tiles, 1) / tl.maximum(total, 1e-30)
         tl.store(tops + row * TILES + tile, bound)
         tl.store(masses + row * TILES + tile, tl.sum(p_tiles, 1))
-    weighted_C = p_C * _slope(z_C, cap, temperature, CAPPED) if CAPPED else p_C
-    tl.store(p + row * width + c, weighted_C.to(p.dtype.element_ty), mask=c < width)
+    if CAPPED:
+        # A reciprocal, as a division spills registers; a hair above it, so that slope / slope is
+        # not below 1, which a conversion that truncates would take down a whole 16-bit step.
+        p_C *= _slope(z_C, cap, temperature, CAPPED) * (1.0000002 / _unit(peak, cap, temperature))
+    tl.store(p + row * width + c, p_C.to(p.dtype.element_ty), mask=c < width)
 
 
-@triton.jit(do_not_specialize=["A"])
+@Kernel("p weight means H width weight_stride")
 def _kept_tiles_kernel(
     p,
     weight,
@@ -206,7 +212,7 @@ def _kept_tiles_kernel(
     H,
     width,
     weight_stride,
-    TILES: tl.constexpr,
+    tiles,
     SHARE: tl.constexpr,
     EVEN_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -222,7 +228,7 @@ def _kept_tiles_kernel(
     row = tl.minimum(r, A - 1).to(tl.int64)
     STEPS: tl.constexpr = BLOCK_T // BLOCK_K
     for step in range(0, tl.load(counts + block) * STEPS):
-        tile = tl.load(kept + block * TILES + step // STEPS)
+        tile = tl.load(kept + block * tiles + step // STEPS)
         t = tile * BLOCK_T + step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
         p_RT = tl.load(p + row[:, None] * width + t[None, :], mask=(t < width)[None, :], other=0.0)
         weight_TH = weight + t.to(tl.int64)[:, None] * weight_stride + h[None, :]
@@ -237,7 +243,7 @@ def _kept_tiles_kernel(
     tl.store(at, tl.load(at, mask=inside, other=0.0) + sum_RH, mask=inside)
 
 
-@triton.jit(do_not_specialize=["start", "K"])
+@Kernel("logits g width")
 def _gradient_kernel(
     logits,
     bias,
@@ -286,15 +292,6 @@ def blocks(dtype: torch.dtype, capability: int, even: bool) -> dict[str, int]:
     if capability == 90:
         return {"BLOCK_R": 128, "BLOCK_T": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 4}
     return {"BLOCK_R": 128, "BLOCK_T": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 4}
-
-
-def splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """Parts of the vocabulary that fill the processors with the fewest tiles one after another."""
-
-    def time(parts: int) -> int:
-        return triton.cdiv(row_blocks * parts, processors) * triton.cdiv(tiles, parts)
-
-    return min(range(1, min(tiles, processors) + 1), key=time)
 
 
 def linear_logprob(
@@ -348,16 +345,13 @@ def _forward(
     head: dict[str, Any],
 ) -> None:
     count, (vocabulary, width), per_row = len(active_A), weight.shape, targets.shape[1]
-    even = width % 64 == 0 and aligned(hidden) and aligned(weight)
+    strides = hidden.stride(0), weight.stride(0)
+    even = width % 64 == 0 and multiples_of_16(hidden, weight, *strides)
     config = blocks(hidden.dtype, capability_of(hidden), even)
-    tiles = triton.cdiv(vocabulary, config["BLOCK_T"])
-    row_blocks = triton.cdiv(count, config["BLOCK_R"])
-    parts = splits(row_blocks, tiles, processors(hidden))
-    span = triton.cdiv(tiles, parts) * config["BLOCK_T"]
-    parts = triton.cdiv(vocabulary, span)
-    peaks_SA, sums_SA = hidden.new_empty((2, parts, count), dtype=torch.float32)
+    grid, span = partition(count, vocabulary, config, processors(hidden))
+    peaks_SA, sums_SA = hidden.new_empty((2, grid[1], count), dtype=torch.float32)
     chosen_AK = hidden.new_zeros((count, per_row), dtype=torch.float32)
-    _forward_kernel[(row_blocks, parts)](
+    _forward_kernel[even][grid](
         hidden=hidden,
         weight=weight,
         targets=targets,
@@ -368,16 +362,16 @@ def _forward(
         A=count,
         V=vocabulary,
         H=width,
-        hidden_stride=hidden.stride(0),
-        weight_stride=weight.stride(0),
+        hidden_stride=strides[0],
+        weight_stride=strides[1],
         K=per_row,
         span=span,
         EVEN_H=even,
         **head,
         **config,
     )
-    peak_A = peaks_SA.amax(0)
-    log_sum_A = ((peaks_SA - peak_A).exp_() * sums_SA).sum(0).log_()
+    peak_A, sum_A = combine(peaks_SA, sums_SA)
+    log_sum_A = sum_A.log_()
     # z - max first: both are large together on peaked rows, and the rest is what matters.
     logp_NK[active_A] = chosen_AK - peak_A[:, None] - log_sum_A[:, None]
     lse_N[active_A] = peak_A + log_sum_A
@@ -408,7 +402,8 @@ def _forward_with_row(
         p_RC = p[: count * entries].view(count, entries)
         multiply_add(z_RC, hidden_RH, weight_CH.T, add=False)
         before_R = peak_R.clone() if skip_below else None
-        _chunk_kernel[(count,)](
+        even = multiples_of_16(z_RC, p_RC, mean_RH, entries, width)
+        _chunk_kernel[even][(count,)](
             logits=z_RC,
             targets=targets_RK,
             peaks=peak_R,
@@ -424,7 +419,7 @@ def _forward_with_row(
             K=per_row,
             TILED=skip_below > 0,
             **head,
-            **_chunk_blocks(chunk),
+            **_chunk_blocks(p.dtype, chunk, even),
         )
         if before_R is None:
             multiply_add(mean_RH, p_RC, weight_CH, add=True)
@@ -433,7 +428,9 @@ def _forward_with_row(
             skipped_R += _add_kept_tiles(mean_RH, p_RC, weight_CH, tops_RT, masses_RT, skip_below)
     log_sum_R = sum_R.log()
     logp_RK = z_RK - peak_R[:, None] - log_sum_R[:, None]
-    row_RH = mean_RH.div_(sum_R[:, None] * head["temperature"])
+    unit_R = target_slope(peak_R, softcap, head["temperature"])
+    unit_R = unit_R.clamp_min_(SMALLEST_SLOPE.value / head["temperature"])
+    row_RH = mean_RH.mul_((unit_R / sum_R)[:, None])
     if per_row == 1:
         slope_R1 = target_slope(z_RK, softcap, head["temperature"])
         row_RH = torch.addcmul(row_RH.neg_(), slope_R1, weight[targets_RK[:, 0]].float())
@@ -452,12 +449,14 @@ def _add_kept_tiles(
     (count, width), entries = mean_RH.shape, len(weight_CH)
     row_blocks, tiles = triton.cdiv(count, SKIP_R), tops_RT.shape[1]
     padded_RT = torch.nn.functional.pad(tops_RT, (0, 0, 0, -count % SKIP_R))
-    keep_BT = padded_RT.view(row_blocks, SKIP_R, tiles).amax(1) >= skip_below
+    # Not >=: a row that is not finite must not take the tiles of the others.
+    keep_BT = ~(padded_RT.view(row_blocks, SKIP_R, tiles).amax(1) < skip_below)
     keep_RT = keep_BT.repeat_interleave(SKIP_R, 0)[:count]
-    even = width % 128 == 0 and aligned(weight_CH)
+    even = width % 128 == 0
+    even = even and multiples_of_16(p_RC, weight_CH, mean_RH, entries, weight_CH.stride(0))
     config = _kept_blocks(p_RC.dtype, even)
     grid = (triton.cdiv(count, config["BLOCK_R"]), triton.cdiv(width, config["BLOCK_H"]))
-    _kept_tiles_kernel[grid](
+    _kept_tiles_kernel[even][grid](
         p=p_RC,
         weight=weight_CH,
         means=mean_RH,
@@ -467,7 +466,7 @@ def _add_kept_tiles(
         H=width,
         width=entries,
         weight_stride=weight_CH.stride(0),
-        TILES=tiles,
+        tiles=tiles,
         EVEN_H=even,
         **config,
     )
@@ -509,7 +508,8 @@ def backward(
             z_RC = hidden.new_empty((len(hidden_RH), entries), dtype=torch.float32)
             g_RC = hidden.new_empty((len(hidden_RH), entries))
             multiply_add(z_RC, hidden_RH, weight_CH.T, add=False)
-            _gradient_kernel[(len(hidden_RH),)](
+            even = multiples_of_16(z_RC, g_RC, entries)
+            _gradient_kernel[even][(len(hidden_RH),)](
                 logits=z_RC,
                 bias=bias,
                 targets=targets_AK[part],
@@ -523,8 +523,7 @@ def backward(
                 temperature=temperature,
                 HAS_BIAS=bias is not None,
                 CAPPED=softcap is not None,
-                BLOCK_C=chunk,
-                num_warps=_chunk_blocks(chunk)["num_warps"],
+                **_gradient_blocks(chunk, even),
             )
             if d_hidden_AH is not None:
                 multiply_add(d_hidden_AH[part], g_RC, weight_CH, add=True)
@@ -540,16 +539,18 @@ def backward(
     return d_hidden, d_weight, d_bias
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _chunk(rows: int) -> int:
     return next((chunk for limit, chunk in CHUNKS if rows <= limit), CHUNKS[-1][1])
 
 
-def _chunk_blocks(chunk: int) -> dict[str, int]:
-    return {"BLOCK_C": chunk, "BLOCK_T": SKIP_T, "BLOCK_H": 1024, "num_warps": max(4, chunk // 512)}
+# Warps: as few as spill no registers, whatever triton and GPU (`python -m alphaspin_kernels.gate`).
+def _chunk_blocks(dtype: torch.dtype, chunk: int, even: bool) -> dict[str, int]:
+    warps = max(4, chunk // (512 if even or dtype != torch.float32 else 256))
+    return {"BLOCK_C": chunk, "BLOCK_T": SKIP_T, "BLOCK_H": 1024, "num_warps": warps}
+
+
+def _gradient_blocks(chunk: int, even: bool) -> dict[str, int]:
+    return {"BLOCK_C": chunk, "num_warps": max(4, chunk // (512 if even else 1024))}
 
 
 def _kept_blocks(dtype: torch.dtype, even: bool) -> dict[str, int]:
@@ -566,76 +567,41 @@ def _kept_blocks(dtype: torch.dtype, even: bool) -> dict[str, int]:
 
 
 def launches(capability: int) -> list[Launch]:
-    """Every form in which the kernels can be launched."""
-    found: list[Launch] = []
-    plain = {"HAS_BIAS": False, "CAPPED": False, "bias": None}
-    capped = {"HAS_BIAS": True, "CAPPED": True}
-    for dtype, name in SIGNATURE.items():
-        for head, even in ((plain, True), (capped, True), (capped, False)):
-            bias = "" if "bias" in head else "bias"
-            forward = [
-                (f"*{name}", "hidden weight " + bias),
-                ("*i64", "targets rows"),
-                ("*fp32", "peaks sums chosen"),
-                ("i32", "A V H hidden_stride weight_stride K span"),
-                ("fp32", "cap temperature"),
-            ]
-            found.append(
-                Launch.of(
-                    _forward_kernel,
-                    forward,
-                    {**head, "EVEN_H": even, **blocks(dtype, capability, even)},
-                    aligned="hidden weight H hidden_stride weight_stride" if even else "",
-                    products=True,
-                )
-            )
-        for _, chunk in CHUNKS:
-            for head, tiled in ((plain, False), (capped, True)):
-                chunked = [
-                    (f"*{name}", "p " + ("" if "bias" in head else "bias")),
-                    ("*i64", "targets"),
-                    ("*fp32", "logits peaks sums chosen means tops masses"),
-                    ("i32", "start width H K"),
-                    ("fp32", "cap temperature"),
-                ]
-                found.append(
-                    Launch.of(
-                        _chunk_kernel,
-                        chunked,
-                        {**head, "TILED": tiled, **_chunk_blocks(chunk)},
-                        aligned="logits p means width H",
-                    )
-                )
-            gradient = [
-                (f"*{name}", "g bias"),
-                ("*i64", "targets"),
-                ("*fp32", "logits lse grad"),
-                ("i32", "start width K"),
-                ("fp32", "cap temperature"),
-            ]
-            warps = _chunk_blocks(chunk)["num_warps"]
-            found.append(
-                Launch.of(
-                    _gradient_kernel,
-                    gradient,
-                    {**capped, "BLOCK_C": chunk, "num_warps": warps},
-                    aligned="logits g width",
-                )
-            )
-        kept = [
-            (f"*{name}", "p weight"),
-            ("*fp32", "means"),
+    """Every form in which the kernels can be launched; options once all off and once all on."""
+    return [
+        launch
+        for dtype in SIGNATURE
+        for even in (True, False)
+        for full in (False, True)
+        for launch in _forms(dtype, capability, even=even, full=full)
+    ]
+
+
+def _forms(dtype: torch.dtype, capability: int, *, even: bool, full: bool) -> list[Launch]:
+    head = {"HAS_BIAS": full, "CAPPED": full}
+
+    def form(kernel: Kernel, own: str, options: dict[str, Any], products: bool = False) -> Launch:
+        """`own` are the pointers to the dtype of hidden."""
+        types = [
+            (f"*{SIGNATURE[dtype]}", own),
+            ("*i64", "targets rows"),
             ("*i32", "kept counts"),
-            ("i32", "A H width weight_stride"),
+            ("*fp32", "logits peaks sums chosen means tops masses lse grad"),
+            ("i32", "A V H hidden_stride weight_stride K span start width tiles"),
+            ("fp32", "cap temperature"),
         ]
-        for even in (True, False):
-            found.append(
-                Launch.of(
-                    _kept_tiles_kernel,
-                    kept,
-                    {"TILES": CHUNKS[0][1] // SKIP_T, "EVEN_H": even, **_kept_blocks(dtype, even)},
-                    aligned="p weight means H width weight_stride" if even else "",
-                    products=True,
-                )
-            )
+        taken = kernel[even].arg_names
+        types = [(kind, " ".join(x for x in names.split() if x in taken)) for kind, names in types]
+        return Launch.of(kernel, even, types, options, products=products)
+
+    bias = " bias" * full
+    tile = {**head, "EVEN_H": even, **blocks(dtype, capability, even)}
+    found = [form(_forward_kernel, "hidden weight" + bias, tile, True)]
+    for _, chunk in CHUNKS:
+        options = {**head, "TILED": full, **_chunk_blocks(dtype, chunk, even)}
+        found.append(form(_chunk_kernel, "p" + bias, options))
+        found.append(form(_gradient_kernel, "g" + bias, head | _gradient_blocks(chunk, even)))
+    if full:
+        options = {"EVEN_H": even, **_kept_blocks(dtype, even)}
+        found.append(form(_kept_tiles_kernel, "p weight", options, True))
     return found

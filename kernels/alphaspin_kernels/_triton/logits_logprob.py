@@ -6,17 +6,18 @@ read once each way, in vectors of 16 bytes where V and the addresses are multipl
 Shape suffixes: N rows, V vocabulary, K targets per row.
 """
 
+from itertools import product
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from alphaspin_kernels._triton.common import SIGNATURE, Launch, tanh
+from alphaspin_kernels._triton.common import SIGNATURE, Kernel, Launch, multiples_of_16, tanh
 from alphaspin_kernels.reference import check_targets
 
 TILE = 4096
 NUM_WARPS = 8
-_PLAIN = ["targets_per_row", "scale", "uncap", "inverse_temperature"]
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _counted(targets, targets_per_row):
     return count
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@Kernel("logits vocabulary stride")
 def forward(
     logits,
     targets,
@@ -82,7 +83,7 @@ def forward(
             tl.store(logp + k, 0.0)
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@Kernel("logits out vocabulary stride out_stride")
 def backward(
     out,
     grad,
@@ -141,7 +142,8 @@ def logits_logprob(
     normaliser_N2 = logits.new_empty((rows, 2), dtype=torch.float32)
     scale, uncap = _head(softcap, temperature)
     if rows:
-        forward[(rows,)](
+        even = multiples_of_16(logits_NV, vocabulary, logits_NV.stride(0))
+        forward[even][(rows,)](
             logits_NV,
             targets_NK,
             logp_NK,
@@ -174,15 +176,16 @@ def logits_logprob_gradient(
     logits_NV = _dense(logits)
     scale, uncap = _head(softcap, temperature)
     if rows and vocabulary:
-        backward[(rows, triton.cdiv(vocabulary, TILE))](
+        strides = logits_NV.stride(0), out.stride(0)
+        even = multiples_of_16(logits_NV, out, vocabulary, *strides)
+        backward[even][(rows, triton.cdiv(vocabulary, TILE))](
             out,
             grad.contiguous(),
             logits_NV,
             _targets(targets, ignore_index),
             normaliser.contiguous(),
             vocabulary,
-            logits_NV.stride(0),
-            out.stride(0),
+            *strides,
             targets.shape[1],
             scale,
             uncap,
@@ -209,27 +212,19 @@ def _head(softcap: float | None, temperature: float) -> tuple[float, float]:
 
 
 def launches(capability: int) -> list[Launch]:
-    """Every form: dtype of the logits; V, strides and addresses multiples of 16 or not."""
+    """Every form in which the kernels can be launched."""
     del capability
     found: list[Launch] = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        logits = f"*{SIGNATURE[dtype]}"
-        numbers = {"vocabulary": "i32", "stride": "i32", "targets_per_row": "i32"}
-        numbers |= {"scale": "fp32", "uncap": "fp32"}
-        read = {"logits": logits, "targets": "*i32", "normaliser": "*fp32"}
-        extra = {"out": logits, "grad": "*fp32", "out_stride": "i32", "inverse_temperature": "fp32"}
-        for kernel, types in (
-            (forward, read | numbers | {"logp": "*fp32"}),
-            (backward, read | numbers | extra),
-        ):
-            aligned = tuple(
-                name for name, type_ in types.items() if type_[0] == "*" or name in _ALIGNED
-            )
-            found += [
-                Launch(kernel, types, {"TILE": TILE}, names, num_warps=NUM_WARPS)
-                for names in (aligned, ())
-            ]
+    for name, even in product(SIGNATURE.values(), (True, False)):
+        types = [
+            (f"*{name}", "logits"),
+            ("*i32", "targets"),
+            ("*fp32", "normaliser"),
+            ("i32", "vocabulary stride targets_per_row"),
+            ("fp32", "scale uncap"),
+        ]
+        gradient = [(f"*{name}", "out"), ("i32", "out_stride"), ("fp32", "inverse_temperature")]
+        options = {"TILE": TILE, "num_warps": NUM_WARPS}
+        found.append(Launch.of(forward, even, [*types, ("*fp32", "logp")], options))
+        found.append(Launch.of(backward, even, [*types, *gradient, ("*fp32", "grad")], options))
     return found
-
-
-_ALIGNED = ("vocabulary", "stride", "out_stride")

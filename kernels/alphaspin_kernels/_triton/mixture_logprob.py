@@ -5,32 +5,30 @@ vocabulary, K targets per row, S parts of the vocabulary.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from alphaspin_kernels._triton.common import (
+    LOWEST,
     SIGNATURE,
+    Kernel,
     Launch,
-    aligned,
+    absorb,
+    bounded,
     capability_of,
+    combine,
     dot,
+    multiples_of_16,
+    partition,
     processors,
+    store_chosen,
+    unit_stride,
 )
-from alphaspin_kernels._triton.linear_logprob import LOWEST, bounded, splits, unit_stride
 from alphaspin_kernels.mixture_logprob import finish
 from alphaspin_kernels.reference import check_targets
 
 
-@triton.jit
-def _absorb(z_RT, peak_R, sum_R):
-    """Running maximum and sum of e^(z - maximum), with a tile more."""
-    new_R = tl.maximum(peak_R, tl.max(z_RT, 1))
-    sum_R = sum_R * tl.exp(peak_R - new_R) + tl.sum(tl.exp(z_RT - new_R[:, None]), 1)
-    return new_R, sum_R
-
-
-@triton.jit(do_not_specialize=["A", "V", "K", "span"])
+@Kernel("prev base weight H hidden_stride weight_stride")
 def _mixture_kernel(
     prev,
     base,
@@ -105,16 +103,13 @@ def _mixture_kernel(
         z_RT += tl.where(alpha == 1.0, 0.0, (1.0 - alpha) * base_RT)
         valid_T = (t < last)[None, :]
         z_RT = tl.where(valid_T, z_RT, -float("inf"))
-        for k in range(K):
-            target_R = tl.load(targets + row * K + k, mask=r < A, other=-1)
-            here_R = (target_R >= start) & (target_R < tl.minimum(start + BLOCK_T, last))
-            z_R = tl.sum(tl.where(t[None, :] == target_R[:, None], z_RT, 0.0), 1)
-            tl.store(chosen + r.to(tl.int64) * K + k, z_R, mask=here_R)
-        peak_R, sum_R = _absorb(z_RT, peak_R, sum_R)
+        end = tl.minimum(start + BLOCK_T, last)
+        store_chosen(z_RT, t, start, end, targets, row, K, chosen, r, A)
+        peak_R, sum_R = absorb(z_RT, peak_R, sum_R)
         prev_RT = tl.where(valid_T, prev_RT, -float("inf"))
-        prev_peak_R, prev_sum_R = _absorb(prev_RT, prev_peak_R, prev_sum_R)
+        prev_peak_R, prev_sum_R = absorb(prev_RT, prev_peak_R, prev_sum_R)
         base_RT = tl.where(valid_T, base_RT, -float("inf"))
-        base_peak_R, base_sum_R = _absorb(base_RT, base_peak_R, base_sum_R)
+        base_peak_R, base_sum_R = absorb(base_RT, base_peak_R, base_sum_R)
     at_SR = 3 * split * A + r
     tl.store(peaks + at_SR, prev_peak_R, mask=r < A)
     tl.store(peaks + at_SR + A, base_peak_R, mask=r < A)
@@ -156,15 +151,12 @@ def mixture_logprob(
     count = len(active_A)
     if count == 0:
         return logp_NK, log_z_N
-    even = width % 64 == 0 and all(aligned(x) for x in (prev, base, weight))
+    even = width % 64 == 0 and multiples_of_16(prev, base, weight, weight.stride(0))
     config = blocks(prev.dtype, capability_of(prev), even)
-    tiles = triton.cdiv(vocabulary, config["BLOCK_T"])
-    row_blocks = triton.cdiv(count, config["BLOCK_R"])
-    span = triton.cdiv(tiles, splits(row_blocks, tiles, processors(prev))) * config["BLOCK_T"]
-    parts = triton.cdiv(vocabulary, span)
-    peaks_S3A, sums_S3A = prev.new_empty((2, parts, 3, count), dtype=torch.float32)
+    grid, span = partition(count, vocabulary, config, processors(prev))
+    peaks_S3A, sums_S3A = prev.new_empty((2, grid[1], 3, count), dtype=torch.float32)
     chosen_AK = prev.new_zeros((count, per_row), dtype=torch.float32)
-    _mixture_kernel[(row_blocks, parts)](
+    _mixture_kernel[even][grid](
         prev=prev,
         base=base,
         weight=weight,
@@ -189,37 +181,34 @@ def mixture_logprob(
         EVEN_H=even,
         **config,
     )
-    peak_3A = peaks_S3A.amax(0)
-    sum_3A = ((peaks_S3A - peak_3A).exp_() * sums_S3A).sum(0)
+    peak_3A, sum_3A = combine(peaks_S3A, sums_S3A)
     logp_AK, log_z_N[active_A] = finish(chosen_AK, peak_3A, sum_3A, alpha)
     logp_NK[active_A] = logp_AK
     return logp_NK.masked_fill_(targets == ignore_index, 0.0), log_z_N
 
 
 def launches(capability: int) -> list[Launch]:
-    """Every form in which the kernel can be launched."""
-    found: list[Launch] = []
-    for dtype, name in SIGNATURE.items():
-        for full, even in ((False, True), (True, True), (True, False)):
-            found.append(
-                Launch.of(
-                    _mixture_kernel,
-                    [
-                        (f"*{name}", "prev base weight" + " bias" * full),
-                        ("*i64", "targets rows"),
-                        ("*fp32", "peaks sums chosen"),
-                        ("i32", "A V H hidden_stride weight_stride K span"),
-                        ("fp32", "alpha cap temperature"),
-                    ],
-                    {
-                        "HAS_BIAS": full,
-                        "CAPPED": full,
-                        "EVEN_H": even,
-                        **blocks(dtype, capability, even),
-                    }
-                    | ({} if full else {"bias": None}),
-                    aligned="prev base weight H hidden_stride weight_stride" if even else "",
-                    products=True,
-                )
-            )
-    return found
+    """Every form in which the kernel can be launched; options once all off and once all on."""
+    return [
+        Launch.of(
+            _mixture_kernel,
+            even,
+            [
+                (f"*{name}", "prev base weight" + " bias" * full),
+                ("*i64", "targets rows"),
+                ("*fp32", "peaks sums chosen"),
+                ("i32", "A V H hidden_stride weight_stride K span"),
+                ("fp32", "alpha cap temperature"),
+            ],
+            {
+                "HAS_BIAS": full,
+                "CAPPED": full,
+                "EVEN_H": even,
+                **blocks(dtype, capability, even),
+            },
+            products=True,
+        )
+        for dtype, name in SIGNATURE.items()
+        for even in (True, False)
+        for full in (False, True)
+    ]

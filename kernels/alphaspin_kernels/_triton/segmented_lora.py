@@ -18,10 +18,13 @@ from torch import Tensor
 
 from alphaspin_kernels._triton.common import (
     SIGNATURE,
+    Kernel,
     Launch,
     capability_of,
     dot,
+    multiples_of_16,
     processors,
+    unit_stride,
 )
 from alphaspin_kernels.reference import dropout_key, dropout_threshold, signed
 from alphaspin_kernels.segmented_lora import segment_pairs
@@ -48,7 +51,7 @@ def _mask(row_R, column_C, key, threshold):
     return bits_RC.to(tl.int32, bitcast=True) >= threshold
 
 
-@triton.jit(do_not_specialize=["rows", "key", "threshold"])
+@Kernel("x a kept inputs x_stride a_stride")
 def _low_kernel(
     x,
     a,
@@ -98,7 +101,7 @@ def _low_kernel(
     tl.store(low + row[:, None] * width + j[None, :], low_RJ, mask=inside_RJ)
 
 
-@triton.jit(do_not_specialize=["row_blocks", *(f"stop_{s}" for s in range(8)), "slots"])
+@Kernel("x weight low up y inputs outputs width x_stride weight_stride")
 def _linear_kernel(
     x,
     weight,
@@ -189,7 +192,7 @@ def _linear_kernel(
     tl.store(y + r[:, None] * outputs + c[None, :], y_RC, mask=inside_RC)
 
 
-@triton.jit(do_not_specialize=["rows", "key", "threshold"])
+@Kernel("dx a inputs a_stride")
 def _update_kernel(
     dx,
     low,
@@ -244,7 +247,8 @@ def blocks(
     if dtype == torch.float32:
         tile = {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     elif capability not in (90, 100) or not even:
-        tile = {"BLOCK_R": 128, "BLOCK_C": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+        columns = 128 if low_dtype == dtype else 64
+        tile = {"BLOCK_R": 128, "BLOCK_C": columns, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
     elif wide and low_dtype == dtype:
         tile = {"BLOCK_R": 128, "BLOCK_C": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
@@ -279,14 +283,16 @@ def segmented_lora(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as the portable version."""
-    x, weight = _unit_stride(x), _unit_stride(weight)
+    x, weight = unit_stride(x), unit_stride(weight)
     y_NO = x.new_empty((len(x), len(weight)))
     kept_PI = x.new_empty((segments[0] if keep else 0, x.shape[1]))
     pairs = segment_pairs(a, b, others_a, others_b, segments, slots)
     # Adapters of several dtypes meet in fp32.
     dtypes = {pair[0].dtype for _, pair in pairs if pair is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32 if dtypes else x.dtype
+    # Ranks are filled up with zeros to a multiple of 16, which can be read in vectors.
     width = max((len(pair[0]) for _, pair in pairs if pair is not None), default=0)
+    width = 16 * triton.cdiv(width, 16)
     low_NR = x.new_empty((len(x), width), dtype=dtype)
     for s, (rows, pair) in enumerate(pairs):
         if pair is not None and segments[s]:
@@ -308,10 +314,12 @@ def _low(
     dropout: float,
     seed: int,
 ) -> None:
-    a_RI = _unit_stride(a_RI)
+    a_RI = unit_stride(a_RI)
     rows, width = low_SR.shape
     options = _small_blocks(a_RI.dtype)
-    _low_kernel[(triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_J"]))](
+    even = multiples_of_16(x_SI, a_RI, kept_SI, x_SI.shape[1], x_SI.stride(0), a_RI.stride(0))
+    grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_J"]))
+    _low_kernel[even][grid](
         x_SI,
         a_RI,
         low_SR,
@@ -357,7 +365,10 @@ def _linear(
         for s, (slot, (_, pair)) in enumerate(zip(used, pairs, strict=True))
         if pair is not None
     )
+    part, low_part, result = x[start:end], low[start:end], y[start:end]
     even = x.shape[1] % 64 == 0  # the largest BLOCK_K
+    even = even and multiples_of_16(part, weight, low_part, up, result, len(weight), low.shape[1])
+    even = even and multiples_of_16(x.stride(0), weight.stride(0))
     for wide in (True, False):
         options = blocks(x.dtype, low.dtype, capability_of(x), even=even, wide=wide)
         height = options["BLOCK_R"]
@@ -365,13 +376,13 @@ def _linear(
         programs = count * triton.cdiv(len(weight), options["BLOCK_C"])
         if programs >= processors(x):
             break
-    _linear_kernel[(programs,)](
-        x[start:end],
+    _linear_kernel[even][(programs,)](
+        part,
         weight,
         bias,
-        low[start:end],
+        low_part,
         up,
-        y[start:end],
+        result,
         count,
         *stops,
         signed(slots),
@@ -399,10 +410,12 @@ def input_gradient(
     torch.mm(dy_PO, weight_OI, out=dx_PI)
     if low_PR is None or a_RI is None or not dx_PI.numel():
         return
-    a_RI = _unit_stride(a_RI)
+    a_RI = unit_stride(a_RI)
     rows, width = dx_PI.shape
     options = _small_blocks(a_RI.dtype)
-    _update_kernel[(triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_K"]))](
+    even = multiples_of_16(dx_PI, a_RI, width, a_RI.stride(0))
+    grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_K"]))
+    _update_kernel[even][grid](
         dx_PI,
         low_PR.contiguous(),
         a_RI,
@@ -417,10 +430,6 @@ def input_gradient(
     )
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def launches(capability: int) -> list[Launch]:
     """The forms in which the kernels can be launched.
 
@@ -428,47 +437,63 @@ def launches(capability: int) -> list[Launch]:
     where only one of them is listed: they differ in the name of an instruction.
     """
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    return [
-        *forms(capability, bf16, bf16, full=False, wide=True),
-        *forms(capability, fp16, fp16, full=True, wide=False),
-        *forms(capability, bf16, fp32, full=True, wide=True),
-        *forms(capability, fp32, fp32, full=True, wide=True),
-    ]
+    found: list[Launch] = []
+    for dtype, low_dtype, full, even, wide in (
+        (bf16, bf16, False, True, True),
+        (bf16, bf16, True, True, True),
+        (bf16, bf16, True, True, False),
+        (fp16, fp16, False, False, False),
+        (fp16, fp16, True, False, False),
+        (bf16, fp32, True, True, True),
+        (bf16, fp32, True, False, True),
+        (fp32, fp32, False, True, True),
+        (fp32, fp32, True, True, True),
+        (fp32, fp32, True, False, True),
+    ):
+        found += forms(capability, dtype, low_dtype, full=full, even=even, wide=wide)
+    return found
 
 
 def forms(
-    capability: int, dtype: torch.dtype, low_dtype: torch.dtype, *, full: bool, wide: bool
+    capability: int,
+    dtype: torch.dtype,
+    low_dtype: torch.dtype,
+    *,
+    full: bool,
+    even: bool,
+    wide: bool,
 ) -> list[Launch]:
-    """The three kernels for adapters of one dtype, with all options or without, aligned."""
+    """The three kernels for adapters of one dtype, with all options or without."""
     name, low = SIGNATURE[dtype], SIGNATURE[low_dtype]
     ends = " ".join(f"stop_{s}" for s in range(SEGMENTS))
-    tile = blocks(dtype, low_dtype, capability, even=not full, wide=wide)
+    tile = blocks(dtype, low_dtype, capability, even=even, wide=wide)
     small = _small_blocks(low_dtype)
     product = Launch.of(
         _linear_kernel,
+        even,
         [
             (f"*{name}", "x weight y" + " bias" * full),
             (f"*{low}", "low up"),
             ("i32", f"row_blocks {ends} slots inputs outputs width x_stride weight_stride"),
         ],
-        {"HAS_BIAS": full, "EVEN": not full, **tile} | ({} if full else {"bias": None}),
-        aligned="" if full else "x weight low up y inputs outputs width x_stride weight_stride",
+        {"HAS_BIAS": full, "EVEN": even, **tile},
         products=True,
     )
     down = Launch.of(
         _low_kernel,
+        even,
         [
             (f"*{name}", "x" + " kept" * full),
             (f"*{low}", "a low"),
             ("i32", "rows inputs rank width x_stride a_stride key threshold"),
             ("fp32", "scaling"),
         ],
-        {"DROP": full, "KEEP": full, **small} | ({} if full else {"kept": None}),
-        aligned="" if full else "x a low inputs rank width x_stride a_stride",
+        {"DROP": full, "KEEP": full, **small},
         products=True,
     )
     update = Launch.of(
         _update_kernel,
+        even,
         [
             (f"*{name}", "dx"),
             ("*fp32", "low"),
@@ -476,7 +501,6 @@ def forms(
             ("i32", "rows inputs rank a_stride key threshold"),
         ],
         {"DROP": full, **small},
-        aligned="" if full else "dx low a inputs rank a_stride",
         products=True,
     )
     return [product, down, update]

@@ -9,7 +9,7 @@ from alphaspin_kernels._triton.common import Launch
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit(do_not_specialize=["values", "boundaries", "sums", "K"])
 def _segment_sum_kernel(values, boundaries, sums, K, BLOCK: tl.constexpr):
     """Column k of the rows of sequence b."""
     b = tl.program_id(0).to(tl.int64)
@@ -37,10 +37,11 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 def launches(capability: int) -> list[Launch]:
     """Every form in which the kernel can be launched."""
     return [
-        Launch.of(
+        Launch(
             _segment_sum_kernel,
-            [("*fp32", "values sums"), (integer, "boundaries"), ("i32", "K")],
+            {"values": "*fp32", "boundaries": integer, "sums": "*fp32", "K": "i32"},
             {"BLOCK": BLOCK},
+            aligned=(),
         )
         for integer in ("*i32", "*i64")
     ]

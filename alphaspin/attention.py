@@ -1,0 +1,198 @@
+"""Attention of packed token trees: every response with its prompt, and nothing else.
+
+A batch is one row of tokens without padding; all but attention works token by token. For
+attention alone each response is laid out with a copy of its prompt before it, sequences of similar
+length side by side, so that it is plain causal attention without a mask:
+
+    row         p0 p1 p2 w0 w1 l0 l1 l2
+    sequences   p0 p1 p2 w0 w1  .
+                p0 p1 p2 l0 l1 l2
+
+transformers takes the function by its name (`AttentionInterface`), hands it the family's scaling,
+window and soft cap, and builds no mask for a name that has none.
+
+Shapes: T tokens of the row, M places of all sequences, E places of prompt copies; Q sequences of S
+places in a bucket; A heads (G for keys), D width of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+TREES = "alphaspin_trees"
+WASTE = 1 / 8  # largest share of a bucket's places that one more sequence may leave empty
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where tokens stand in the sequences.
+
+    token: [M] int64, the token at each place (any at a place left empty). home: [T] int64, the
+    place whose output is the token's. copies: [E] int64, places at which a prompt's token stands
+    again. buckets: (Q, S) each, M = Σ Q·S.
+    """
+
+    token: Tensor
+    home: Tensor
+    copies: Tensor
+    buckets: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device) -> "Places":
+        """The same on `device`."""
+        parts = (self.token.to(device), self.home.to(device), self.copies.to(device))
+        return Places(*parts, self.buckets)
+
+
+def lay_out(trees: Sequence[tuple[int, int, Sequence[int]]], tokens: int) -> Places:
+    """Places of a row's tokens.
+
+    Args:
+        trees: (first token, tokens of the prompt, tokens of each response) of each tree.
+        tokens: T; tokens of no tree are padding and stand alone.
+    """
+    home = np.full(tokens, -1, np.int64)
+    sequences: list[tuple[NDArray[np.int64], int]] = []  # its tokens, how many are copies
+    for first, prompt, responses in trees:
+        at = first + prompt
+        for number, length in enumerate(responses):
+            own = np.arange(at, at + length)
+            sequences.append((np.concatenate([first + np.arange(prompt), own]), number and prompt))
+            at += length
+        home[first:at] = 0
+    sequences += [(np.array([token]), 0) for token in np.flatnonzero(home < 0)]
+    sequences.sort(key=lambda sequence: -len(sequence[0]))
+    token: list[NDArray[np.int64]] = []
+    copies: list[NDArray[np.int64]] = []
+    buckets: list[tuple[int, int]] = []
+    place = 0
+    for ids, copied in sequences:
+        if not buckets or len(ids) < (1 - WASTE) * buckets[-1][1]:
+            buckets.append((0, len(ids)))
+        count, width = buckets[-1]
+        buckets[-1] = (count + 1, width)
+        token.append(np.pad(ids, (0, width - len(ids)), mode="edge"))
+        home[ids[copied:]] = place + np.arange(copied, len(ids))
+        copies.append(place + np.arange(copied))
+        place += width
+    return Places(
+        torch.from_numpy(np.concatenate(token)),
+        torch.from_numpy(home),
+        torch.from_numpy(np.concatenate(copies)),
+        tuple(buckets),
+    )
+
+
+class _Spread(torch.autograd.Function):
+    """Tokens [T, …] to places [M, …]; autograd's own backward adds row by row, and is slow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, home: Tensor, copies: Tensor) -> Tensor:
+        ctx.save_for_backward(token, home, copies)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        token, home, copies = ctx.saved_tensors
+        grad = grads[0].index_select(0, home)
+        grad.index_add_(0, token[copies], grads[0].index_select(0, copies))
+        return grad, None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Places [M, …] to tokens [T, …]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, home: Tensor) -> Tensor:
+        ctx.places = len(y)
+        ctx.save_for_backward(home)
+        return y.index_select(0, home)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (home,) = ctx.saved_tensors
+        grad = grads[0].new_zeros((ctx.places, *grads[0].shape[1:]))
+        return grad.index_copy_(0, home, grads[0]), None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    places: Places,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence, for transformers' `AttentionInterface`.
+
+    Args:
+        module: the attention layer, not used.
+        query: [R, A, S, D], R·S = T tokens.
+        key: [R, G, S, D], G a divisor of A.
+        value: as `key`.
+        attention_mask: not used.
+        places: of the T tokens.
+        scaling: of the scores; 1/√D where not given.
+        sliding_window: tokens see those less than it before them.
+        softcap: bound c of the scores, c·tanh(score / c).
+        kwargs: what other attention functions take.
+
+    Returns:
+        [R, S, A, D] and None.
+    """
+    del module, attention_mask, kwargs
+    rows, heads, width = query.shape[:3]
+    spread: list[tuple[Tensor, ...]] = []
+    sizes = [count * length for count, length in places.buckets]
+    for x in (query, key, value):
+        x_TAD = x.transpose(1, 2).flatten(0, 1)
+        x_MAD = _Spread.apply(x_TAD, places.token, places.home, places.copies)
+        spread.append(x_MAD.split(sizes))
+    outputs: list[Tensor] = []
+    for (count, length), *parts in zip(places.buckets, *spread, strict=True):
+        q, k, v = (x.view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
+        y_QASD = _causal(q, k, v, scaling, sliding_window, softcap)
+        outputs.append(y_QASD.transpose(1, 2).flatten(0, 1))
+    y_TAD = _Collect.apply(torch.cat(outputs), places.home)
+    return y_TAD.view(rows, width, heads, -1), None
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention, [Q, A, S, D] of q and v's D."""
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    seen = None
+    if softcap or (window is not None and window < length):
+        seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        if window is not None:
+            seen = seen.triu(1 - window)
+    if not softcap:
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=grouped
+        )
+    assert seen is not None and scaling is not None
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ v
+
+
+AttentionInterface.register(TREES, attend)

@@ -1,0 +1,212 @@
+"""`alphaspin export RUN`: an iterate for use elsewhere, with a card that tells its lineage."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from huggingface_hub import ModelCardData
+from peft import LoraConfig as PeftLoraConfig
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from alphaspin import console
+from alphaspin import evaluate as measures
+from alphaspin.backbone import WEIGHTS
+from alphaspin.config import ExportOptions, InputError, packaged
+from alphaspin.data import ChatFormat
+from alphaspin.evaluate import Evaluation
+from alphaspin.played import Played, Policy
+from alphaspin.report import describe
+from alphaspin.runs import commit, verifies
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for `--max-lora-rank` (vllm/config/lora.py, 0.11 to 0.27)."""
+
+
+def run(played: Played, options: ExportOptions) -> None:
+    """Write the folder.
+
+    Raises:
+        InputError: it exists, or the iteration, the base or the adapter cannot be used.
+    """
+    target = Path(options.to)
+    if target.exists():
+        raise InputError(f"to = {target}: exists already")
+    wanted = None if options.iteration is None else [options.iteration]
+    iterates = [policy for policy in played.policies(wanted) if policy.name.isdecimal()]
+    if not iterates:
+        raise InputError(f"{played.path}: no iteration is finished yet")
+    policy = iterates[-1]
+    adapter = policy.adapter()
+    assert adapter
+    if options.vllm and played.config.lora.r > max(VLLM_RANKS):
+        raise InputError(
+            f"lora.r = {played.config.lora.r}: vLLM serves ranks up to {max(VLLM_RANKS)}; --merge"
+        )
+    backbone, chat = played.load(torch.device("cpu"))
+    base = backbone.path
+    del backbone  # it was wanted for its checks; merging holds one copy of the weights
+    with commit(target) as folder:
+        if options.merge:
+            form = _write_merged(base, adapter, chat, folder)
+        else:
+            form = _write_adapter(played, adapter, folder)
+        tokenizer = chat.tokenizer
+        if chat.template is not None:  # what was trained with; not always the tokenizer's own
+            tokenizer.chat_template = chat.template
+        tokenizer.save_pretrained(folder)
+        card = _card(played, policy, options, form)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    console.note(f"iteration {policy.name} of {played.path} is in {target}: {form}")
+
+
+def _write_merged(base: str, adapter: Path, chat: ChatFormat, folder: Path) -> str:
+    """W + (alpha/r) B A of each adapted layer, added in fp32, in the base's own precision.
+
+    Returns:
+        What was written. The precision matters where updates are small: bf16 has 8 bits, so the
+        part of an update below 1/512 of a weight is lost. ‖rounded - exact‖ / ‖update‖ says how
+        much.
+    """
+    load = cast(Any, AutoModelForCausalLM.from_pretrained)
+    model = cast(
+        PreTrainedModel,
+        load(base, dtype="auto", use_safetensors=True, trust_remote_code=False),
+    )
+    config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(adapter)))
+    weights = load_file(adapter / WEIGHTS)
+    lost = moved = 0.0
+    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        down, up = weights[key].float(), weights[key.replace("lora_A", "lora_B")].float()
+        layer = cast(nn.Linear, model.get_submodule(name))
+        update = up @ down * (config.lora_alpha / config.r)
+        exact = layer.weight.data.float() + update
+        layer.weight.data = exact.to(layer.weight.dtype)
+        lost += float((layer.weight.data.float() - exact).square().sum())
+        moved += float(update.square().sum())
+    stops: Any = sorted(chat.stop_token_ids)  # generation stops where the run's did
+    model.generation_config.eos_token_id = stops
+    model.save_pretrained(folder)
+    form = f"the base's weights with the adapter added, in {str(model.dtype).split('.')[1]}"
+    if not lost:
+        return form
+    return (
+        f"{form}; rounding changes the update by {100 * math.sqrt(lost / moved):.2g} % of its norm"
+    )
+
+
+def _write_adapter(played: Played, adapter: Path, folder: Path) -> str:
+    """PEFT's files as vLLM reads them (vllm/lora/peft_helper.py, lora_model.py).
+
+    It wants tensors named base_model.model.….lora_A.weight, `r`, `lora_alpha` and a list of
+    `target_modules`; no bias, no `modules_to_save`, no DoRA, no adapter on embeddings or head.
+    """
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["bias"] == "none" and not config["modules_to_save"] and not config["use_dora"]
+    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    config["base_model_name_or_path"] = _base_name(played)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
+    return "a LoRA adapter in PEFT's format, for PEFT and vLLM"
+
+
+def _base_name(played: Played) -> str:
+    """The base as others find it: a hub id or a path."""
+    model = played.config.model
+    return str(packaged("tiny/model")) if model == "tiny" else model
+
+
+def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> str:
+    """The model card: metadata for the hub, what was done, how to load it, how it did."""
+    config, manifest = played.config, played.manifest
+    hub = config.model != "tiny" and not Path(config.model).exists()
+    data = ModelCardData(
+        base_model=config.model if hub else None,  # the hub accepts ids only
+        library_name="transformers" if options.merge else "peft",
+        pipeline_tag="text-generation",
+        tags=["alphaspin", "self-play", config.method.replace("_", "-")],
+        # No license: it is the base's, which is not known here.
+    )
+    identity = manifest["identity"]
+    lineage = [
+        ("base", config.model, identity["base"]),
+        ("demonstrations", config.data, identity["data"]),
+        ("held-out prompts", config.heldout or "set aside from them", identity["heldout"]),
+        *((f"adapter {stage}", "", digest) for stage, digest in manifest["adapters"].items()),
+    ]
+    # Where results went, and who was asked at which address, is nobody else's concern.
+    private = {"output": True, "log": True, "hints": True, "judge": {"url", "key_variable"}}
+    settings = config.model_dump(mode="json", exclude=private)
+    versions = ", ".join(f"{name} {value}" for name, value in manifest["environment"].items())
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {config.name}, iteration {policy.name}",
+        describe(config),
+        f"These files are {form}.",
+        _usage(played, options),
+        "## Lineage",
+        _table(["what", "from", "SHA-256"], [[a, b, f"`{c}`"] for a, b, c in lineage]),
+        f"Made with {versions}.",
+        "The license is that of the base.",
+        "## Settings",
+        "The recipe, for `alphaspin-train`:",
+        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```",
+        *_evaluations(played),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usage(played: Played, options: ExportOptions) -> str:
+    """How to load the folder."""
+    name, base = Path(options.to).name, _base_name(played)
+    if options.merge:
+        lines = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
+        return "```python\n" + "\n".join(lines) + "\n```"
+    rank = min(rank for rank in VLLM_RANKS if rank >= played.config.lora.r)
+    command = (
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name} "
+        f"--tokenizer {name}"
+    )
+    return f"```sh\n{command}\n```"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _evaluations(played: Played) -> list[str]:
+    """The run's own table, then those of `alphaspin evaluate`."""
+    names = [policy.name for policy in played.policies()]
+    own = {policy.name: policy.folder / "evaluation" for policy in played.policies()}
+    sets = [("Held-out measures", own)]
+    for folder in sorted((played.path / "evaluation").glob("heldout-*")):
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        title = f"{about['prompts']} prompts ({about['heldout']}), judge {about['judge']}"
+        sets.append((title, {name: folder / name for name in names}))
+    parts: list[str] = []
+    for title, folders in sets:
+        rows = [
+            Evaluation.load(folder / "evaluation.json")
+            for folder in folders.values()
+            if verifies(folder)
+        ]
+        if rows:
+            judged = any(row.judge for row in rows)
+            tables = [_table(measures.header(judged), [measures.row(row) for row in rows])]
+            if judged:
+                tables.append(_table(measures.COMPARED, [measures.comparison(row) for row in rows]))
+            if tables[-1] not in parts:  # the run's own judge gives the run's own table
+                parts += [f"## {title}", *tables]
+    return [*parts, "± is one standard error, brackets are 95 % intervals."] if parts else []
