@@ -536,7 +536,7 @@ class _Decoding:
     ):
         self.stepper = Stepper(backbone, log_normalisers=record)
         self.requests, self.config, self.progress = requests, config, progress
-        self.record, self.stop_ids = record, stop_ids
+        self.record, self.stops = record, np.array(sorted(stop_ids), np.int32)
         self.device = backbone.device
         rank: dict[Components, int] = {}
         ranks = [rank.setdefault(components(r.policy), len(rank)) for r in requests]
@@ -607,7 +607,7 @@ class _Decoding:
         tokens = token_N.cpu().numpy()
         self.tokens[who, at] = tokens
         self.count[who] += 1
-        self.ended[who] = np.isin(tokens, list(self.stop_ids))
+        self.ended[who] = np.isin(tokens, self.stops)
         finished = self.ended[who] | (self.count[who] == self.cap[who])
         self.progress(int(finished.sum()), len(who))
         return token_N
