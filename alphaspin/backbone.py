@@ -35,6 +35,9 @@ from alphaspin.runs import file_hash, folder_hash
 
 POLICY = "policy"
 WEIGHTS = "adapter_model.safetensors"
+# Of the head at once, on a CPU: what its BLAS repacks in each call then stays in the cache. 32 rows
+# times 512 × 128,000 took 92 ms in one product and 80 ms in parts (fp32, one thread).
+HEAD_ROWS = 2048
 
 
 class Route:
@@ -218,8 +221,14 @@ class Backbone(nn.Module):
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Full logits [..., V] in fp32 (float64 of a float64 model): for sampling one position."""
-        logits = nn.functional.linear(hidden_NH, self.head.weight, self.head.bias)
+        weight_VH: Tensor = self.head.weight
+        rows = HEAD_ROWS if weight_VH.device.type == "cpu" else len(weight_VH)
+        parts = [nn.functional.linear(hidden_NH, part) for part in weight_VH.split(rows)]
+        logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        bias: Tensor | None = self.head.bias
+        if bias is not None:
+            logits += bias
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits

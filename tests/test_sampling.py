@@ -217,6 +217,15 @@ def test_capped_logits_are_mixed_not_hidden_states() -> None:
     assert capped and (capped * torch.tanh(uncapped / capped) - full).abs().max() > 0.01
 
 
+def test_the_head_in_parts_is_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_tiny()
+    head = backbone.head
+    head.bias = torch.nn.Parameter(torch.randn(300))
+    hidden = torch.randn(7, head.in_features)
+    monkeypatch.setattr("alphaspin.backbone.HEAD_ROWS", 64)
+    torch.testing.assert_close(backbone.logits(hidden), head(hidden))
+
+
 def test_a_mixture_is_refused_unless_its_weights_are_ones() -> None:
     for policy in ({POLICY: 0.5}, {POLICY: 1.5, None: -0.5}, {}):
         with pytest.raises(ValueError, match="sum to 1"):
