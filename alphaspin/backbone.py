@@ -226,7 +226,7 @@ class Backbone(nn.Module):
         parts = [nn.functional.linear(hidden_NH, part) for part in weight_VH.split(rows)]
         logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        bias: Tensor | None = self.head.bias
+        bias = cast(Tensor | None, self.head.bias)
         if bias is not None:
             logits += bias
         if self.softcap:

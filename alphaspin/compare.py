@@ -18,13 +18,12 @@ from alphaspin import evaluate as measures
 from alphaspin.backbone import Backbone
 from alphaspin.config import Config, EvaluateOptions, InputError
 from alphaspin.data import ChatFormat, Demonstration
-from alphaspin.distributed import Team
+from alphaspin.distributed import Team, TeamJudge
 from alphaspin.evaluate import Evaluation
 from alphaspin.job import check_lengths, load_judge, load_source
 from alphaspin.judges import CachedJudge
 from alphaspin.played import Played, Policy
 from alphaspin.runs import Run, SignalGuard, commit, make_folder, verifies, write_atomically
-from alphaspin.selfplay import TeamJudge
 
 LOADED = "evaluated"
 """Name under which the adapter in question is loaded."""

@@ -14,8 +14,9 @@ the others' passes with a single token until all are done.
 
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from alphaspin import console
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Segment
 from alphaspin.config import InputError
-from alphaspin.judges import JudgeError
+from alphaspin.judges import Comparison, Judge, JudgeError
 from alphaspin.openai_api import ServerError
 from alphaspin.runs import (
     EXIT_INPUT,
@@ -247,3 +249,43 @@ class Team:
 def exit_code(error: Exception) -> int:
     """The exit code of an error of `EXIT_CODES`."""
     return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+@dataclass(frozen=True)
+class TeamJudge:
+    """A judge that process 0 asks for all processes; a signal stops it after a group of verdicts.
+
+    With a label it has a progress bar.
+    """
+
+    team: Team
+    judge: Judge | None  # in process 0
+    identity: str
+    both_orders: bool
+    label: str | None = None
+
+    @classmethod
+    def of(cls, team: Team, judge: Judge | None) -> "TeamJudge":
+        """`judge` is there in process 0."""
+        identity, both_orders = team.gather(judge and [judge.identity, judge.both_orders])[0]
+        return cls(team, judge, identity, both_orders)
+
+    def compare(self, pairs: Sequence[Comparison]) -> Iterator[Mapping[int, float]]:
+        """All verdicts, each of them durable as soon as process 0 had it."""
+
+        def ask() -> list[list[float]]:
+            assert self.judge
+            found: list[list[float]] = []
+            with (
+                console.bar(self.label, len(pairs), "verdicts")
+                if self.label
+                else nullcontext(lambda items, tokens: None)
+            ) as advance:
+                for group in self.judge.compare(pairs):
+                    advance(len(group), 0)
+                    found += [[index, verdict] for index, verdict in group.items()]
+                    if self.team.interrupted:
+                        raise Interrupted
+            return found
+
+        yield {int(index): verdict for index, verdict in self.team.from_main(ask)}

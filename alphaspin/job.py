@@ -20,12 +20,13 @@ from alphaspin import evaluate as measures
 from alphaspin.backbone import POLICY, Backbone, choose_bf16, load_base
 from alphaspin.config import Config, InputError, contraction_note, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
-from alphaspin.distributed import Team
+from alphaspin.distributed import Team, TeamJudge
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
 from alphaspin.openai_api import key_of
 from alphaspin.runs import Metrics, Mirror, Run, SignalGuard, differences, write_atomically
 from alphaspin.scoring import ReferenceCache
-from alphaspin.selfplay import SelfPlay, TeamJudge
+from alphaspin.selfplay import play
+from alphaspin.session import Session
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
                 folder.record(environment=environment(team), config=settings)
         introduce(config, folder, chat, demonstrations, heldout, team)
         cached = CachedJudge(judge, folder.path / "verdicts") if judge else None
-        selfplay = SelfPlay(
+        session = Session(
             config,
             folder,
             backbone,
@@ -135,7 +136,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             ReferenceCache(),
             TeamJudge.of(team, cached) if config.method != "spin" else None,
         )
-        rows = selfplay.play()
+        rows = play(session)
 
         def write() -> dict[str, Any]:
             summary = summarise(config, folder, metrics, rows, heldout, chat)

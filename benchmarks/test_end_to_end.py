@@ -8,8 +8,7 @@ Peak memory is that of one step in a process of its own, above what was resident
 A pair is a prompt and two responses. Tokens are counted as TRL processes them, each pair's prompt
 twice: (prompt + winner) + (prompt + loser), no padding. The floor is the step's matrix products
 alone: two per frozen layer (output, input gradient), six per adapter, two with the head, each
-prompt once, no padding; attention is not in it. Seconds are of the processor, all threads
-together, beside those of the wall clock: on a machine with other work the former say more.
+prompt once, no padding; attention is not in it. Run it on a machine without other work.
 """
 
 import math
@@ -357,13 +356,12 @@ class Row:
     """What was measured of a variant."""
 
     wall: list[float] = field(default_factory=list)
-    processor: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     memory: int | None = None
 
     @property
     def seconds(self) -> float:
-        return statistics.median(self.wall if torch.cuda.is_available() else self.processor)
+        return statistics.median(self.wall)
 
 
 @dataclass(frozen=True)
@@ -519,12 +517,11 @@ def test_end_to_end(
         variant.prepare()
     for _ in range(STEPS):
         for label, variant in variants.items():
-            wall, processor = time.perf_counter(), time.process_time()
+            started = time.perf_counter()
             rows[label].losses.append(variant.step())
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            rows[label].processor.append(time.process_time() - processor)
-            rows[label].wall.append(time.perf_counter() - wall)
+            rows[label].wall.append(time.perf_counter() - started)
     for group in case.groups:
         first = rows[next(iter(group))].losses
         for label in group:  # the floor has no loss
@@ -539,13 +536,12 @@ def test_end_to_end(
 def finish(
     name: str, case: Case, trees: list[Tree], rows: dict[str, Row], record: Callable[..., Path]
 ) -> None:
-    header = ["variant", "s a step, processor", "wall", "pairs/s", "tokens/s", "MiB", "losses"]
+    header = ["variant", "s a step", "pairs/s", "tokens/s", "MiB", "losses"]
     tokens = sum(2 * len(tree.prompt) + sum(map(len, tree.responses)) for tree in trees)
     table = [
         [
             label,
             f"{row.seconds:.2f}",
-            f"{statistics.median(row.wall):.2f}",
             f"{len(trees) / row.seconds:.2f}",
             f"{tokens / row.seconds:.0f}",
             "" if row.memory is None else f"{row.memory / 2**20:.0f}",
@@ -557,8 +553,7 @@ def finish(
     lines = [["measure", "goal", "measured", ""], ["---"] * 4, *(goal.row() for goal in goals)]
     text = (
         f"{len(trees)} pairs a step, {tokens} tokens as TRL counts them; {case.size}. "
-        f"Medians of {STEPS} interleaved steps; rates are per second of the processor, all "
-        f"threads together. MiB: peak of one step above the loaded model. {measure._load()}\n\n"
+        f"Medians of {STEPS} interleaved steps. MiB: peak of one step above the loaded model. {measure._load()}\n\n"
         + "\n".join("| " + " | ".join(line) + " |" for line in lines)
     )
     raw = {label: vars(row) for label, row in rows.items()}
