@@ -55,6 +55,7 @@ usage: alphaspin COMMAND …
   export RUN --to FOLDER (--merge | --vllm)     write an iterate for use elsewhere
   gflownet --adapter FOLDER --output FOLDER …   train a sampler of the exact mixture with the base
   report RUN                                    write RUN/report.html afresh
+  report RUN RUN … --to PAGE.html               compare runs; seeds of one setting together
   doctor                                        what is installed and which kernels will be used
 
 `alphaspin COMMAND --help` explains every option of train, evaluate and export."""
@@ -209,11 +210,16 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    from alphaspin import report
+    from alphaspin import overview, report
 
-    if len(arguments) != 1:
-        raise InputError("usage: alphaspin report RUN")
-    console.note(f"report: {report.write(Path(arguments[0]))}")
+    match arguments:
+        case [run] if not run.startswith("-"):
+            page = report.write(Path(run))
+        case [*runs, "--to", page] if runs:
+            page = overview.write([Path(run) for run in runs], Path(page))
+        case _:
+            raise InputError("usage: alphaspin report RUN, or RUN RUN … --to PAGE.html")
+    console.note(f"report: {page}")
 
 
 def _doctor(arguments: Sequence[str]) -> None:

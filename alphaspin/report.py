@@ -29,7 +29,8 @@ from alphaspin.answers import checked_part
 from alphaspin.config import Config, InputError
 from alphaspin.runs import Metrics, verifies, write_atomically
 
-COLOURS = {"ink": "#010101", "grid": "#020202", "a": "#030303", "b": "#040404", "alarm": "#050505"}
+COLOURS = {name: f"#{number:02x}0101" for number, name in enumerate("abcdefgh", start=16)}
+COLOURS |= {"ink": "#010101", "grid": "#020202", "alarm": "#050505"}
 """Stand-ins that the plots are drawn with. In the SVG they become CSS variables, so that the page's
 light, dark and print colours apply."""
 
@@ -144,7 +145,7 @@ Steps = dict[int, dict[int, dict[str, float]]]
 """Iteration → step → metric → value."""
 
 Curves = Sequence[tuple[str, str, str]]
-"""Lines of a plot: name of a metric or measure, label, CSS classes (`a` or `b`, `dashed`)."""
+"""Lines of a plot: name of a metric or measure, label, CSS classes (`a` to `h`, `dashed`)."""
 
 
 def write(folder: Path) -> Path:
@@ -156,14 +157,6 @@ def write(folder: Path) -> Path:
     summary, records = read(folder)
     steps = training_steps(records)
     alarms, marks = find_alarms(summary, records)
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names, prompts and answers are anybody's text
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: value.translate(UNSEEN) if isinstance(value, str) else value,
-    )
     parts = {
         "s": summary,
         "deed": describe(summary.config),
@@ -182,8 +175,21 @@ def write(folder: Path) -> Path:
         ),
     }
     path = folder / "report.html"
-    write_atomically(path, page.get_template("report.html.jinja").render(parts))
+    write_atomically(path, render("report.html.jinja", parts))
     return path
+
+
+def render(template: str, parts: Mapping[str, Any]) -> str:
+    """A page of this package."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names, prompts and answers are anybody's text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value.translate(UNSEEN) if isinstance(value, str) else value,
+    )
+    return environment.get_template(template).render(parts)
 
 
 def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
@@ -405,11 +411,16 @@ def plot_iterates(rows: Sequence[Row], title: str, curves: Curves) -> Markup:
         if all(measure in SHARES for measure, _, _ in curves):
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -2), max(high, 5))  # no closer look than this at 0 %
-        axes.set_xlabel("iteration t")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.xaxis.set_major_formatter(lambda x, _: "base" if x == -1 else f"{x:.0f}")
+        by_iteration(axes)
 
     return draw(title, paint)
+
+
+def by_iteration(axes: Axes) -> None:
+    """Label an axis of iterations, with the base at -1."""
+    axes.set_xlabel("iteration t")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: "base" if x == -1 else f"{x:.0f}")
 
 
 def plot_steps(

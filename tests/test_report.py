@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alphaspin import report
+from alphaspin import overview, report
 from alphaspin.config import Config, InputError
 from alphaspin.runs import commit
 
@@ -368,3 +368,45 @@ def test_refuses_what_it_cannot_read(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             report.write(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def of_seed(seed: int, shift: float, **changes: Any) -> dict[str, Any]:
+    """A run whose NLLs are `shift` above the usual ones."""
+    content = summary(**changes)
+    content["config"]["seed"] = seed
+    for one in content["rows"]:
+        one["nll"] += shift
+    return content
+
+
+def test_several_runs_on_one_page(tmp_path: Path) -> None:
+    other = of_seed(3, 5.0)
+    other["config"]["reference"]["alpha"] = 0.5
+    contents = [of_seed(3, 0.0), of_seed(4, 0.3), other]
+    folders = [make_run(tmp_path / str(k), content) for k, content in enumerate(contents)]
+    path = overview.write(folders, tmp_path / "all.html")
+    text = path.read_text(encoding="utf-8")
+    elements, words = Elements(text), plain(text)
+    assert elements.open == [] or elements.open == ["html"]
+    assert "3 runs of 4 settings" in words
+    # Base of the first setting: the mean of 40.1234 and 40.4234, with s / sqrt(2) = 0.15.
+    assert "probe, reference.alpha = 0.95 2 40.273 ± 0.150 37.273 ± 0.150" in words
+    assert "probe, reference.alpha = 0.95, SFT control 2 40.273 ± 0.150 31.273 ± 0.150" in words
+    # One run: the error over prompts, where it was written down.
+    assert "probe, reference.alpha = 0.5 1 45.123 ± 0.457 42.123 39.123" in words
+    assert "probe, reference.alpha = 0.5 1 11.2 ± 2.1 22.3 ± 2.1 33.5 ± 2.1" in words
+    assert "Judge's win rate" not in words  # these runs had no judge
+    assert sum(name == "svg" for name, _ in elements.tags) == 3
+    assert set(re.findall(r"var\(--(\w+)\)", text)) <= set(re.findall(r"--(\w+):", text))
+    overview.write(folders, path)
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_several_runs_must_be_comparable(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one")
+    with pytest.raises(InputError, match="two runs with the same settings and seed 0"):
+        overview.write([one, make_run(tmp_path / "two")], tmp_path / "all.html")
+    empty = make_run(tmp_path / "empty", summary(rows=[], name="bare"))
+    with pytest.raises(InputError, match="bare: was not evaluated"):
+        overview.write([one, empty], tmp_path / "all.html")
+    assert not (tmp_path / "all.html").exists()
