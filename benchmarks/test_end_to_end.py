@@ -320,9 +320,10 @@ class Trl(Variant):
 
 
 class Floor(Variant):
-    """The matrix products of a step, and nothing else."""
+    """The matrix products of a step, and nothing else; with `shared`, each prompt once."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, shared: bool = True):
+        self.shared = shared
         backbone = base(folder)
         self.head = backbone.head.weight
         linears = [m for m in backbone.decoder.modules() if isinstance(m, torch.nn.Linear)]
@@ -333,6 +334,8 @@ class Floor(Variant):
 
     def use(self, trees: list[Tree]) -> None:
         self.tokens = sum(tree.size() for tree in trees)
+        if not self.shared:
+            self.tokens += sum(len(t.prompt) * (len(t.responses) - 1) for t in trees)
         self.targets = sum(len(y) for tree in trees for y in tree.responses)
 
     @torch.no_grad()
@@ -458,12 +461,20 @@ def sharing(vocabulary: int, pairs: int) -> Case:
         "prompt shared": partial(Ours, micro=pairs),
         "packed, not shared": partial(Unshared, micro=pairs),
     }
+    floors: dict[str, Callable[[Path], Variant]] = {
+        f"{FLOOR}, shared": Floor,
+        f"{FLOOR}, not shared": partial(Floor, shared=False),
+    }
 
     def goals(rows: dict[str, Row]) -> list[Goal]:
         gain = rows["packed, not shared"].seconds / rows["prompt shared"].seconds
-        return [Goal("throughput, shared / not shared", gain, 1.2, " ×", True)]
+        bound = rows[f"{FLOOR}, not shared"].seconds / rows[f"{FLOOR}, shared"].seconds
+        return [
+            Goal("throughput, shared / not shared", gain, 1.2, " ×", True),
+            Goal(f"the same of the {FLOOR}", bound, 1.2, " ×", True),
+        ]
 
-    return Case(size, [group], goals)
+    return Case(size, [group, floors], goals)
 
 
 CASES: dict[str, Callable[[], Case]] = {
