@@ -21,10 +21,11 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import worlds
+from test_self_play import settings
 
 from alphaspin import gflownet, mixture
 from alphaspin.backbone import POLICY, load_base
-from alphaspin.config import GFlowNetConfig, LoraConfig, load_config, packaged
+from alphaspin.config import GFlowNetConfig, LoraConfig, packaged
 from alphaspin.data import ChatFormat, load_demonstrations
 from alphaspin.distributed import Team
 from alphaspin.job import run
@@ -226,22 +227,14 @@ one thread of a shared machine.""",
 
 
 def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
-    """π_prev is SPIN's iterate 0, α = 0.5; prompts of the check are held out."""
-    recipe = load_config("tiny")
-    spin = recipe.model_copy(
-        update={
-            "output": str(tmp_path / "spin"),
-            "control": "none",
-            "selfplay": recipe.selfplay.model_copy(update={"iterations": 1}),
-            "evaluate": recipe.evaluate.model_copy(update={"prompts": 0}),
-        }
-    )
-    run(spin)
+    """π_prev is the last iterate of a run of `test_self_play`, far from the base."""
+    spin = settings("SPIN", beta=0.4, seed=0)
+    last = run(spin)["config"]["selfplay"]["iterations"] - 1
     backbone, tokenizer = load_base("tiny", dtype="fp32", device=torch.device("cpu"))
-    backbone.load_adapter("previous", tmp_path / "spin" / "iterations" / "0" / "adapter")
+    backbone.load_adapter("previous", spin.run_folder() / "iterations" / str(last) / "adapter")
     chat = ChatFormat.create(tokenizer, "auto", backbone.stop_ids)
     train, heldout = (
-        load_demonstrations(str(packaged(f"tiny/{name}.jsonl")), chat, recipe.text, "train")[0]
+        load_demonstrations(str(packaged(f"tiny/{name}.jsonl")), chat, spin.text, "train")[0]
         for name in ("train", "heldout")
     )
     steps = steps_from("ALPHASPIN_GFLOWNET_STEPS", 750)
@@ -306,13 +299,14 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
         for r in raw
     ]
     took = ", ".join(f"{r['seconds']:.0f}" for r in raw if r["seconds"])
-    last = {r["sampler"]: float(np.mean(r["ess"])) for r in raw if r["cap"] == 32}
-    verdict = "met" if last["gflownet"] >= max(0.8, last["token"]) else "**missed**"
-    text = f"""Embedded model, α = 0.5, π_prev SPIN's iterate 0; {DRAWS} draws for each of
-{len(prompts)} held-out prompts. ESS/n of SMC counts draws with a common ancestor as one; its last
-weights are even by construction, and its Var(log w) is theirs. GFlowNet: rank 16, {steps} steps of
+    ess = {r["sampler"]: float(np.mean(r["ess"])) for r in raw if r["cap"] == 32}
+    verdict = "met" if ess["gflownet"] >= max(0.8, ess["token"]) else "**missed**"
+    text = f"""Embedded model, α = 0.5, π_prev SPIN's iterate {last} (β = 0.4, seed 0, as in
+self-play.md); {DRAWS} draws for each of {len(prompts)} held-out prompts. ESS/n of SMC counts draws
+with a common ancestor as one; its last weights are even by construction, and its Var(log w) is
+theirs. GFlowNet: rank 16, {steps} steps of
 8 prompts x 16 answers, lr 1e-4; {took} s on a shared machine.
 
-Goal, length 32: ESS/n >= 0.8 with the GFlowNet and above token level: {last["gflownet"]:.3f}
-against {last["token"]:.3f}, {verdict}."""
+Goal, length 32: ESS/n >= 0.8 with the GFlowNet and above token level: {ess["gflownet"]:.3f}
+against {ess["token"]:.3f}, {verdict}."""
     record("mixture-embedded", header, rows, text, raw)
