@@ -429,6 +429,8 @@ class PlanHints(Section):
     """Transformer layers."""
     vocabulary: PositiveInt
     """Vocabulary size."""
+    tied: bool = False
+    """Whether the head and the embeddings are one matrix."""
     adapter_parameters_per_rank: PositiveInt
     """LoRA parameters at rank 1 with the recipe's targets."""
     demonstrations: PositiveInt

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Of a weight: blocks of 64 have a scale of 8 bits, blocks of 256 scales one of 32."""
+
 
 def in_4_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` for weights in 4 bits: QLoRA's NF4, its scales in 8 bits.
 
-    The head stays as it is, and so do the embeddings. About 4.13 bits a weight (blocks of 64 with
-    a scale of 8 bits, 256 of these with one of 32): Dettmers et al., arXiv 2305.14314.
+    The head stays as it is, and so do the embeddings. Source: Dettmers et al., arXiv 2305.14314.
 
     Args:
         dtype: of everything else, and of the weights when they are dequantised.

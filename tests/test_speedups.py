@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from alphaspin import backbone as backbones
-from alphaspin import job
+from alphaspin import job, plan
 from alphaspin.backbone import POLICY, Backbone, load_base
 from alphaspin.batching import collate
 from alphaspin.config import Config, InputError, LoraConfig, TrainConfig
@@ -158,6 +158,21 @@ def test_weights_and_their_scales_are_stored_rounded(bases: tuple[Path, Path]) -
         base = cast(Any, layer.base_layer)
         assert base.weight.untyped_storage().nbytes() == base.in_features * base.out_features // 2
         assert base.weight.quant_state.absmax.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_the_plan_knows_what_the_base_takes(family: str, tmp_path: Path) -> None:
+    """With a head of its own and with a tied one."""
+    helpers.save_model(tmp_path, family, hidden_size=256, intermediate_size=1024)
+    facts = plan.gather(Config.model_validate({"model": str(tmp_path)}))
+    backbone, _ = load_base(str(tmp_path), dtype="fp32", device=CPU, quantization="nf4")
+    found = sum(p.untyped_storage().nbytes() for p in backbone.parameters())
+    for layer in filter(is_quantised, backbone.modules()):
+        state = cast(Any, layer).weight.quant_state
+        found += state.absmax.nbytes + state.state2.absmax.nbytes
+    assert plan.base_bytes(facts, "nf4", 4) == pytest.approx(found, rel=0.01)
+    plain = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
+    assert plan.base_bytes(facts, "none", 4) == plain > 2 * found
 
 
 # The optimiser
