@@ -32,7 +32,7 @@ from alphaspin.attention import TREES
 from alphaspin.batching import Batch, Segment, Tree, collate
 from alphaspin.config import InputError, LoraConfig, check_installed, packaged
 from alphaspin.runs import file_hash, folder_hash
-from alphaspin.speedups import dequantise, in_4_bits, is_quantised, keep_format
+from alphaspin.speedups import dequantise, fuse, in_4_bits, is_quantised, keep_format
 
 POLICY = "policy"
 WEIGHTS = "adapter_model.safetensors"
@@ -465,6 +465,7 @@ def load_base(
     dtype: Literal["auto", "bf16", "fp32"],
     device: torch.device,
     quantization: Literal["none", "nf4"] = "none",
+    liger: Literal["auto", "off"] = "auto",
 ) -> tuple[Backbone, Any]:
     """The frozen base and its tokenizer, from a folder, a hub id, or the embedded `tiny`.
 
@@ -507,6 +508,8 @@ def load_base(
         if loaded["missing_keys"]:  # transformers goes on with random numbers in their place
             raise ValueError(f"it has no weights for {min(loaded['missing_keys'])}")
     keep_format(model)
+    if liger == "auto":
+        fuse(model, device)
     if folder.exists():
         identity = folder_hash(folder, ("*.safetensors", "config.json"))
     else:

@@ -314,6 +314,9 @@ class TrainConfig(Section):
     layout: Literal["packed", "padded"] = "packed"
     """`packed`: all trees (a prompt and its answers) of a micro-batch in one row, no padding.
     `padded`: one prompt and one answer per row."""
+    liger: Literal["auto", "off"] = "auto"
+    """`auto`: Liger's kernels compute norms, rotary positions and MLPs of a base on a GPU, if they
+    are installed and know its family and it is not sharded."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -620,6 +623,7 @@ class Config(Section):
                 "activation_checkpointing",
                 "checkpoint_every",
                 "layout",
+                "liger",
                 "sharding",
             },
             "sampling": {"batch_size", "url", "key_variable", "workers"},

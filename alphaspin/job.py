@@ -86,6 +86,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             # A base that is to be sharded may be too large for one device.
             device=torch.device("cpu") if sharded else team.device,
             quantization=config.train.quantization,
+            liger=config.train.liger,
         )
         chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
         demonstrations, heldout = load_data(config, chat)

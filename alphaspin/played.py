@@ -114,8 +114,14 @@ class Played:
         """
         identity, name = self.manifest["identity"], self.config.model
         dtype = "bf16" if identity["dtype"] == "torch.bfloat16" else "fp32"
-        quantization = "none" if whole else self.config.train.quantization
-        backbone, tokenizer = load_base(name, dtype=dtype, device=device, quantization=quantization)
+        train = self.config.train
+        backbone, tokenizer = load_base(
+            name,
+            dtype=dtype,
+            device=device,
+            quantization="none" if whole else train.quantization,
+            liger=train.liger,
+        )
         if backbone.identity != identity["base"]:
             raise InputError(
                 f"model = {name}: is not the base of this run ({backbone.identity[:12]} here, "

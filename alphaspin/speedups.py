@@ -1,8 +1,9 @@
-"""What kept libraries do for the frozen base: bitsandbytes' 4-bit weights.
+"""What kept libraries do for the frozen base: bitsandbytes' 4-bit weights, Liger's fused layers.
 
 Shapes: a linear layer's weight is [O, I].
 """
 
+import importlib.util
 from typing import Any, cast
 
 import torch
@@ -49,3 +50,26 @@ def dequantise(layer: nn.Linear) -> Tensor:
 
     weight: Any = layer.weight
     return dequantize_4bit(weight.data, weight.quant_state)
+
+
+def liger_problem(device: torch.device) -> str | None:
+    """None, or the reason why Liger's kernels are not used on `device`."""
+    if device.type != "cuda":
+        return "they need a CUDA device"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "not installed (pip install 'alphaspin[cuda]')"
+    return None
+
+
+def fuse(model: PreTrainedModel, device: torch.device) -> None:
+    """Put Liger's RMSNorm, RoPE and SwiGLU or GeGLU into a model on `device`, if that can be.
+
+    Liger does nothing to a family that it does not know. RoPE is replaced for all models of the
+    family in this process. Its losses stay out: log-probs are taken from hidden states here.
+    """
+    if liger_problem(device) is None:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(
+            model, cross_entropy=False, fused_linear_cross_entropy=False
+        )

@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +38,7 @@ from alphaspin.config import Config, InputError, LoraConfig, TrainConfig
 from alphaspin.played import Played
 from alphaspin.runs import EXIT_INPUT
 from alphaspin.scoring import sequence_logps
-from alphaspin.speedups import dequantise, is_quantised
+from alphaspin.speedups import dequantise, is_quantised, liger_problem
 from alphaspin.trainer import _optimizer, load_optimizer, optimizer_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -283,6 +285,25 @@ def test_a_quantised_run_is_evaluated_and_exported(world: Path, tmp_path: Path) 
         found = AutoModelForCausalLM.from_pretrained(out)(input_ids=ids).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert "4 bits" in Path(out, "README.md").read_text()
+
+
+# Liger
+
+
+def test_ligers_kernels_change_nothing_but_rounding() -> None:
+    """Packed trees, routed adapters, gradients, in Triton's interpreter."""
+    script = Path(__file__).with_name("interpreted_liger.py")
+    command = [sys.executable, str(script), "llama:joint", "gemma:joint"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("gradients differ by") == 2, done.stderr
+
+
+def test_liger_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert "CUDA" in str(liger_problem(cpu)) and liger_problem(gpu) is None
+    assert Config.model_validate({"train": {"liger": "off"}}).digest() == Config().digest()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'alphaspin[cuda]'" in str(liger_problem(gpu))
 
 
 # What is refused
