@@ -544,7 +544,7 @@ def loading(path: str) -> Generator[None]:
     """Turn what transformers raises about a model or tokenizer into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"model = {path}: cannot be loaded: {reason[0] if reason else repr(error)}"

@@ -309,8 +309,8 @@ class TrainConfig(Section):
     quantization: Literal["none", "nf4"] = "none"
     """Weights of the frozen base, all but embeddings and head: in `dtype`, or in 4 bits (`nf4`,
     QLoRA's, by bitsandbytes), about a quarter of the memory of bf16. A layer is dequantised once
-    for all policies of a pass, and again in the backward pass. The answers are those of the
-    rounded base, and the adapters are trained beside it."""
+    for all policies of a pass, and again in the backward pass; in sampling, for each token. A
+    server that samples has a base of its own."""
     layout: Literal["packed", "padded"] = "packed"
     """`packed`: all trees (a prompt and its answers) of a micro-batch in one row, no padding.
     `padded`: one prompt and one answer per row."""
