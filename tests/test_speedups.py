@@ -135,13 +135,9 @@ def test_each_weight_is_dequantised_once_in_each_direction(
     if checkpointing:
         backbone.enable_activation_checkpointing()
     trees = make_trees(4, 1)
-    policy = collate([(POLICY, trees)], layout="packed")
-    frozen = collate([(PREVIOUS, trees), (None, trees)], layout="packed")
-    if not joint:  # all three in one row
-        policy, frozen = (
-            collate([(n, trees) for n in (POLICY, PREVIOUS, None)], layout="packed"),
-            None,
-        )
+    groups = [(name, trees) for name in (POLICY, PREVIOUS, None)]
+    policy = collate(groups[: 1 if joint else 3], layout="packed")
+    frozen = collate(groups[1:], layout="packed") if joint else None
     made = Dequantised(monkeypatch)
     output = backbone(policy, frozen)
     hidden = output[0] if joint else cast(Tensor, output)
@@ -161,6 +157,23 @@ def test_weights_and_their_scales_are_stored_rounded(bases: tuple[Path, Path]) -
         base = cast(Any, layer.base_layer)
         assert base.weight.untyped_storage().nbytes() == base.in_features * base.out_features // 2
         assert base.weight.quant_state.absmax.dtype == torch.uint8
+
+
+def test_a_base_in_bf16_gets_its_weights_in_bf16(bases: tuple[Path, Path]) -> None:
+    backbone, _ = load_base(str(bases[0]), dtype="bf16", device=CPU, quantization="nf4")
+    backbone.load_adapter(POLICY, bases[0] / POLICY)
+    backbone.eval()
+    batch = collate([(POLICY, make_trees(4, 1)), (None, make_trees(2, 2))], layout="packed")
+    with torch.no_grad():
+        found = sequence_logps(backbone, batch)
+        for layer in routed_layers(backbone):
+            old = cast(Any, layer.base_layer)
+            layer.base_layer = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+            layer.base_layer.weight = torch.nn.Parameter(dequantise(old), requires_grad=False)
+            layer.base_layer.bias = old.bias
+            assert layer.base_layer.weight.dtype == torch.bfloat16
+        expected = sequence_logps(backbone, batch)
+    assert torch.equal(found, expected)
 
 
 def test_weights_keep_their_format_on_cpus_with_bf16_units(
