@@ -30,8 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from alphaspin import rng
 from alphaspin.attention import TREES
 from alphaspin.batching import Batch, Segment, Tree, collate
-from alphaspin.config import InputError, LoraConfig, packaged
+from alphaspin.config import InputError, LoraConfig, check_installed, packaged
 from alphaspin.runs import file_hash, folder_hash
+from alphaspin.speedups import dequantise, fuse, in_4_bits, is_quantised, keep_format
 
 POLICY = "policy"
 WEIGHTS = "adapter_model.safetensors"
@@ -45,13 +46,15 @@ class Route:
 
     It stays in force until the next forward pass, because activation checkpointing runs layers
     again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
-    batch of frozen policies that goes through each layer right after `batch`.
+    batch of frozen policies that goes through each layer right after `batch`. `dequantised` holds
+    the 4-bit weights, by the number of their layer, that `batch` has used and `beside` is to use.
     """
 
     segments: tuple[Segment, ...] = ()
     seed: int = 0
     batch: Batch | None = None
     beside: Batch | None = None
+    dequantised: dict[int, Tensor] | None = None
 
 
 class RoutedLinear(LoraLinear):
@@ -94,15 +97,25 @@ class RoutedLinear(LoraLinear):
         # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
         noise = self.lora_dropout[POLICY] if self.training and POLICY in self.lora_dropout else None
         base = cast(nn.Linear, self.base_layer)
+        weight, again = base.weight, None
+        if is_quantised(base):
+            again, shared = partial(dequantise, base), self.route.dequantised
+            if shared is None:
+                weight = again()
+            elif self.number in shared:
+                weight = shared.pop(self.number)
+            else:
+                weight = shared[self.number] = again()
         y_NO = segmented_lora(
             x_NI,
-            base.weight,
+            weight,
             adapters,
             counts,
             scaling,
             bias=base.bias,
             dropout=noise.p if isinstance(noise, nn.Dropout) else 0.0,
             seed=self.route.seed + self.number,
+            again=again,
         )
         return y_NO.view(*x.shape[:-1], -1)
 
@@ -417,6 +430,7 @@ class Backbone(nn.Module):
                 return tuple(cut(item, span) for item in cast(tuple[Any, ...], value))
             return value[:, span] if getattr(value, "shape", ())[:2] == whole else value
 
+        route.dequantised = {}
         for batch in (route.batch, route.beside):
             span = slice(start, start := start + batch.input_ids.numel())
             route.segments = batch.segments
@@ -426,6 +440,7 @@ class Backbone(nn.Module):
             part = hidden[:, span].clone()
             with torch.set_grad_enabled(torch.is_grad_enabled() and batch is route.batch):
                 results.append(run(layer, part, *cut(args, span), **mine))
+        route.dequantised = None
         return torch.cat(results, 1)
 
     def routed(self, segments: Sequence[Segment]) -> Any:
@@ -445,15 +460,23 @@ class Backbone(nn.Module):
 
 
 def load_base(
-    path: str, *, dtype: Literal["auto", "bf16", "fp32"], device: torch.device
+    path: str,
+    *,
+    dtype: Literal["auto", "bf16", "fp32"],
+    device: torch.device,
+    quantization: Literal["none", "nf4"] = "none",
+    liger: Literal["auto", "off"] = "auto",
 ) -> tuple[Backbone, Any]:
     """The frozen base and its tokenizer, from a folder, a hub id, or the embedded `tiny`.
 
-    Only safetensors are read and no code from the model's folder is run.
+    Only safetensors are read and no code from the model's folder is run. With `nf4` the linear
+    layers but the head are rounded to 4 bits as they are read.
 
     Raises:
         InputError: what is missing or cannot be served, by name.
     """
+    if quantization != "none":
+        check_installed("bitsandbytes", f"train.quantization = {quantization}", "quantization")
     transformers.utils.logging.disable_progress_bar()
     where = str(packaged("tiny/model")) if path == "tiny" else path
     folder = Path(where)
@@ -463,12 +486,20 @@ def load_base(
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         text_config: Any = config.get_text_config()
+        for part in (config, text_config):
+            if getattr(part, "quantization_config", None):
+                raise ValueError(
+                    "its weights are quantised already; give the model that they were made from, "
+                    "and train.quantization = nf4 where it is too large"
+                )
         capped = getattr(text_config, "attn_logit_softcapping", None)
         load = cast(Any, AutoModelForCausalLM.from_pretrained)
+        kind = torch.bfloat16 if choose_bf16(dtype, device) else torch.float32
         model, loaded = load(
             where,
             output_loading_info=True,
-            dtype=torch.bfloat16 if choose_bf16(dtype, device) else torch.float32,
+            dtype=kind,
+            **({} if quantization == "none" else in_4_bits(kind, device)),
             # SDPA has no soft-capping of attention scores (Gemma 2).
             attn_implementation="eager" if capped else "sdpa",
             use_safetensors=True,
@@ -476,6 +507,9 @@ def load_base(
         )
         if loaded["missing_keys"]:  # transformers goes on with random numbers in their place
             raise ValueError(f"it has no weights for {min(loaded['missing_keys'])}")
+    keep_format(model)
+    if liger == "auto":
+        fuse(model, device)
     if folder.exists():
         identity = folder_hash(folder, ("*.safetensors", "config.json"))
     else:
@@ -510,7 +544,7 @@ def loading(path: str) -> Generator[None]:
     """Turn what transformers raises about a model or tokenizer into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"model = {path}: cannot be loaded: {reason[0] if reason else repr(error)}"

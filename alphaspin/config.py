@@ -6,6 +6,7 @@ with one entry per iteration whose last entry repeats; a single number means the
 
 import difflib
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -21,6 +22,16 @@ T = TypeVar("T")
 
 class InputError(ValueError):
     """Something the user can put right: the message names key and value, or file and line."""
+
+
+def check_installed(package: str, setting: str, extra: str) -> None:
+    """Whether an optional package is there.
+
+    Raises:
+        InputError: it is not; names the setting that needs it and how to get it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{setting}: {package} is not installed: pip install 'alphaspin[{extra}]'")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -285,8 +296,9 @@ class TrainConfig(Section):
     """Shape of the learning rate after warm-up."""
     warmup: Fraction = 0.1
     """Share of an iteration's steps in which the rate rises from 0."""
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """Optimiser, as in torch.optim."""
+    optimizer: Literal["adamw", "adamw_8bit", "rmsprop"] = "adamw"
+    """Optimiser, as in torch.optim; `adamw_8bit` is bitsandbytes' AdamW, whose moments take 8 bits
+    instead of 32 in matrices of 4,096 numbers and more."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of AdamW (L2 for RMSProp)."""
     clip: PositiveFloat | None = 1.0
@@ -294,9 +306,17 @@ class TrainConfig(Section):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of the frozen base and the activations: `auto` is bf16 on a GPU that has it, else fp32.
     Adapters and optimiser are always fp32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Weights of the frozen base, all but embeddings and head: in `dtype`, or in 4 bits (`nf4`,
+    QLoRA's, by bitsandbytes), about a quarter of the memory of bf16. A layer is dequantised once
+    for all policies of a pass, and again in the backward pass; in sampling, for each token. A
+    server that samples has a base of its own."""
     layout: Literal["packed", "padded"] = "packed"
     """`packed`: all trees (a prompt and its answers) of a micro-batch in one row, no padding.
     `padded`: one prompt and one answer per row."""
+    liger: Literal["auto", "off"] = "auto"
+    """`auto`: Liger's kernels compute norms, rotary positions and MLPs of a base on a GPU, if they
+    are installed and know its family and it is not sharded."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -412,6 +432,8 @@ class PlanHints(Section):
     """Transformer layers."""
     vocabulary: PositiveInt
     """Vocabulary size."""
+    tied: bool = False
+    """Whether the head and the embeddings are one matrix."""
     adapter_parameters_per_rank: PositiveInt
     """LoRA parameters at rank 1 with the recipe's targets."""
     demonstrations: PositiveInt
@@ -475,6 +497,7 @@ OPPONENT_KEYS = {"gflownet": ("mixture-gflownet",), "sampling.particles": ("mixt
 """Settings that only some opponents look at."""
 
 ADDED = (
+    ("train", "quantization"),
     ("selfplay", "opponent"),
     ("sampling", "particles"),
     ("sampling", "engine"),
@@ -542,6 +565,11 @@ class Config(Section):
                 f"selfplay.opponent = {self.selfplay.opponent} is a geometric mixture, "
                 "reference.kind = arithmetic is not: choose geometric or ema"
             )
+        if self.train.quantization != "none" and self.train.sharding != "none":
+            raise ValueError(
+                f"train.quantization = {self.train.quantization} and train.sharding = "
+                f"{self.train.sharding} do not go together: leave one of them out"
+            )
         if self.reference.mode == "joint" and self.train.layout != "packed":
             raise ValueError("reference.mode = joint needs train.layout = packed")
         _refuse_unused(self, "method", self.method, METHOD_KEYS)
@@ -595,6 +623,7 @@ class Config(Section):
                 "activation_checkpointing",
                 "checkpoint_every",
                 "layout",
+                "liger",
                 "sharding",
             },
             "sampling": {"batch_size", "url", "key_variable", "workers"},

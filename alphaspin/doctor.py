@@ -9,9 +9,10 @@ from alphaspin_kernels import kernel_status
 
 from alphaspin import __version__, console
 from alphaspin.backbone import choose_bf16
+from alphaspin.speedups import liger_problem
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
-OPTIONAL = ("flash_attn", "liger_kernel", "lm_eval", "tensorboard", "wandb")
+OPTIONAL = ("bitsandbytes", "flash_attn", "liger_kernel", "lm_eval", "tensorboard", "wandb")
 
 
 def show() -> None:
@@ -31,6 +32,7 @@ def show() -> None:
             "PyTorch SDPA with a tree mask; eager for models with soft-capped scores (Gemma 2), "
             "which SDPA has not",
         ),
+        ("norms, RoPE, MLPs", _layers(device)),
         ("attention, sampling", "PyTorch SDPA with transformers' DynamicCache"),
     ]
     console.table("", ["what", "finding"], [list(line) for line in lines])
@@ -50,6 +52,13 @@ def _device(device: torch.device) -> str:
         return f"cuda: {torch.cuda.get_device_name()}, {torch.cuda.device_count()} visible"
     built = "this PyTorch has no CUDA" if torch.version.cuda is None else "no CUDA device found"
     return f"cpu: {torch.backends.cpu.get_cpu_capability()} ({built})"
+
+
+def _layers(device: torch.device) -> str:
+    problem = liger_problem(device)
+    if problem:
+        return f"transformers' own; Liger's kernels: {problem}"
+    return "Liger's kernels, for families that it knows (train.liger)"
 
 
 def _dtype(device: torch.device) -> str:

@@ -48,7 +48,7 @@ def run(played: Played, options: ExportOptions) -> None:
         raise InputError(
             f"lora.r = {played.config.lora.r}: vLLM serves ranks up to {max(VLLM_RANKS)}; --merge"
         )
-    backbone, chat = played.load(torch.device("cpu"))
+    backbone, chat = played.load(torch.device("cpu"), whole=True)
     base = backbone.path
     del backbone  # it was wanted for its checks; merging holds one copy of the weights
     with commit(target) as folder:
@@ -56,6 +56,8 @@ def run(played: Played, options: ExportOptions) -> None:
             form = _write_merged(base, adapter, chat, folder)
         else:
             form = _write_adapter(played, adapter, folder)
+        if played.config.train.quantization != "none":
+            form += "; it was trained beside that base rounded to 4 bits, so scores will differ"
         tokenizer = chat.tokenizer
         if chat.template is not None:  # what was trained with; not always the tokenizer's own
             tokenizer.chat_template = chat.template

@@ -18,7 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from alphaspin import __version__, console
 from alphaspin import evaluate as measures
 from alphaspin.backbone import POLICY, Backbone, choose_bf16, load_base
-from alphaspin.config import Config, InputError, contraction_note, packaged
+from alphaspin.config import Config, InputError, check_installed, contraction_note, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
 from alphaspin.distributed import Team, TeamJudge
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
@@ -41,6 +41,8 @@ def run(config: Config) -> dict[str, Any]:
     for tracker in config.log.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise InputError(f"log.trackers = {tracker}: not installed (pip install {tracker})")
+    if config.train.optimizer == "adamw_8bit":
+        check_installed("bitsandbytes", "train.optimizer = adamw_8bit", "quantization")
     guard = SignalGuard()
     try:
         return _run(config, guard)
@@ -83,6 +85,8 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             dtype="bf16" if choose_bf16(config.train.dtype, team.device) else "fp32",
             # A base that is to be sharded may be too large for one device.
             device=torch.device("cpu") if sharded else team.device,
+            quantization=config.train.quantization,
+            liger=config.train.liger,
         )
         chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
         demonstrations, heldout = load_data(config, chat)

@@ -19,6 +19,7 @@ from alphaspin.data import ChatFormat
 from alphaspin.job import load_data
 from alphaspin.losses import reward_scale
 from alphaspin.opponents import PLAYERS
+from alphaspin.speedups import NF4_BITS
 from alphaspin.trainer import total_steps
 
 MIB, GIB = 2**20, 2**30
@@ -85,6 +86,7 @@ def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
         "hidden": text.hidden_size,
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
+        "tied": bool(model_config.tie_word_embeddings),
         "adapter_parameters_per_rank": sum(m.in_features + m.out_features for m in targets),
     }
 
@@ -122,13 +124,23 @@ def answers_per_prompt(config: Config) -> int:
     return {"spin": 1, "nash_md": 2}.get(config.method, config.preference.responses)
 
 
+def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
+    """Bytes of the frozen base; `width` is that of a number that is not quantised."""
+    if quantization == "none":
+        return facts.parameters * width
+    whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
+    return whole * width + (facts.parameters - whole) * NF4_BITS / 8
+
+
 def estimates(config: Config, facts: PlanHints) -> list[str]:
     """Memory and disk, with the rule each number comes from."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width = 2 if choose_bf16(config.train.dtype, device) else 4
-    base = facts.parameters * width
+    base, bits = base_bytes(facts, config.train.quantization, width), f"{8 * width} bit"
+    if config.train.quantization != "none":
+        bits = f"4 bit, embeddings and head {bits}"
     adapter = facts.adapter_parameters_per_rank * config.lora.r * 4
-    states = {"adamw": 2, "rmsprop": 1}[config.train.optimizer]
+    states = {"adamw": 2, "adamw_8bit": 0.5, "rmsprop": 1}[config.train.optimizer]
     micro = max(1, config.train.batch_size // config.train.accumulation)
     tokens = micro * (facts.prompt_tokens + 2 * facts.response_tokens)
     # Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16
@@ -150,7 +162,7 @@ def estimates(config: Config, facts: PlanHints) -> list[str]:
     training = base + trained + activations
     return [
         f"memory, training: about {training / GIB:.2f} GiB on {device.type} = base "
-        f"{base / GIB:.2f} ({8 * width} bit) + adapter, gradient and {config.train.optimizer} "
+        f"{base / GIB:.2f} ({bits}) + adapter, gradient and {config.train.optimizer} "
         f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f}",
         f"  not needed: [tokens, vocabulary] logits of a micro-batch, {logits / GIB:.2f} GiB fp32",
         f"disk: about {(answers + cached + adapters + 2 * checkpoint) / MIB:,.1f} MiB = answers of "

@@ -102,15 +102,26 @@ class Played:
         wanted = [p for p in found if iterations is None or p.iteration in iterations]
         return [Policy("base", 0, self.path / "base", None), *wanted]
 
-    def load(self, device: torch.device) -> tuple[Backbone, ChatFormat]:
+    def load(self, device: torch.device, *, whole: bool = False) -> tuple[Backbone, ChatFormat]:
         """The base, in the precision of the run, and the tokenizer with its template.
+
+        Args:
+            device: where the base goes.
+            whole: the weights before they were rounded to 4 bits, where the run did that.
 
         Raises:
             InputError: it cannot be loaded, or is another than the run's.
         """
         identity, name = self.manifest["identity"], self.config.model
         dtype = "bf16" if identity["dtype"] == "torch.bfloat16" else "fp32"
-        backbone, tokenizer = load_base(name, dtype=dtype, device=device)
+        train = self.config.train
+        backbone, tokenizer = load_base(
+            name,
+            dtype=dtype,
+            device=device,
+            quantization="none" if whole else train.quantization,
+            liger=train.liger,
+        )
         if backbone.identity != identity["base"]:
             raise InputError(
                 f"model = {name}: is not the base of this run ({backbone.identity[:12]} here, "

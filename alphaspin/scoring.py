@@ -98,17 +98,19 @@ def choose_mode(config: Config, pairs: int, *, sharded: bool) -> tuple[str, str]
     In units of one pass of a pair through previous and base, per pair of the iteration: cached
     costs 1 whatever is trained on; online the number of times that a pair is trained on. At once
     they cost the same, and the cache is kept for later iterations; a sharded base is then better
-    gathered once for all three policies.
+    gathered once for all three policies. Where there is nothing to cache, so is one in 4 bits,
+    which is then dequantised once.
     """
     mode, train = config.reference.mode, config.train
     if mode != "auto":
         return mode, "as configured"
-    gathers = sharded and train.layout == "packed"
+    packed = train.layout == "packed"
     steps = math.ceil(pairs / train.batch_size) * train.epochs
     uses = min(steps, train.max_steps or steps) * train.batch_size / max(1, pairs)
     if uses < 1:
-        return "joint" if gathers else "online", f"only {uses:.0%} of the pairs are trained on"
-    if gathers and train.epochs == 1:
+        joint = packed and (sharded or train.quantization != "none")
+        return "joint" if joint else "online", f"only {uses:.0%} of the pairs are trained on"
+    if sharded and packed and train.epochs == 1:
         return "joint", "one epoch, and a sharded base is gathered once for three policies"
     return "cached", f"each pair is scored once, for {train.epochs} epochs of training"
 

@@ -338,25 +338,32 @@ class Watch:
 def _optimizer(
     parameters: dict[str, torch.nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
+    if config.optimizer == "adamw_8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit as kind
+    else:
+        kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
     return kind(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as named tensors on the CPU, for safetensors."""
+    # `state_dict` nests bitsandbytes' tensors, some of which its parameters share.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
-        f"{number}.{name}": value.detach().cpu().contiguous()
-        for number, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
+        f"{number}.{name}": torch.as_tensor(value).detach().cpu().clone().contiguous()
+        for number, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Take over what `optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | float]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        # bitsandbytes counts steps with a number, torch with a floating-point tensor.
+        entry = value.item() if value.dtype == torch.int64 else value
+        state.setdefault(int(number), {})[name] = entry
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

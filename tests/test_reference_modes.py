@@ -161,7 +161,10 @@ def test_auto_chooses_the_cheapest() -> None:
     assert choose(max_steps=10) == "cached"
     assert choose(max_steps=9) == "online"
     assert choose(max_steps=9, sharded=True) == choose(sharded=True) == "joint"
-    assert choose(max_steps=9, sharded=True, layout="padded") == "online"
+    assert choose(max_steps=9, quantization="nf4") == "joint"
+    assert choose(quantization="nf4") == choose(epochs=3, quantization="nf4") == "cached"
+    for base in ({"sharded": True}, {"quantization": "nf4"}):
+        assert choose(max_steps=9, layout="padded", **base) == "online"
     assert choose(sharded=True, layout="padded") == "cached"
 
 

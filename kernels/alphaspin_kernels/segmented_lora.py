@@ -20,7 +20,7 @@ T columns of one tile.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ def segmented_lora(
     bias: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
+    again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer to all rows, and to each segment's rows that segment's adapter.
 
@@ -67,6 +68,8 @@ def segmented_lora(
         dropout: probability in [0, 1) with which an entry of the policy's x is 0 in its update; the
             others are divided by 1 - dropout. No other segment has dropout.
         seed: 64-bit; which entries are dropped is a function of (seed, row, column).
+        again: makes `weight` once more, for the backward pass, which then does not keep it: for a
+            weight that is stored in another form, such as 4 bits.
 
     Returns:
         [N, O], dtype of x. Differentiable once, in x (0 for rows after the policy's) and in the
@@ -86,7 +89,7 @@ def segmented_lora(
     others = [pair for pair in adapters[1:] if pair is not None]
     slots = itertools.count()
     trained = policy is not None and any(matrix.requires_grad for matrix in policy)
-    y_NO, _ = _segmented_lora(
+    inputs = (
         x,
         weight,
         bias,
@@ -102,6 +105,7 @@ def segmented_lora(
         # Without other rows and noise, x itself can be kept.
         torch.is_grad_enabled() and trained and (len(segments) > 1 or dropout > 0),
     )
+    y_NO, _ = _segmented_lora(*inputs) if again is None else _Remade.apply(*inputs, again)
     return y_NO
 
 
@@ -324,6 +328,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 @once_differentiable
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     kept, weight, a, b = ctx.saved_tensors
+    if weight is None:
+        weight = ctx.again()
     needs = [bool(ctx.needs_input_grad[index]) for index in (0, 3, 4)]
     gradients = _segmented_lora_backward(
         grad, kept, weight, a, b, ctx.rows, ctx.scaling, ctx.dropout, ctx.seed, needs
@@ -340,3 +346,19 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 
 _segmented_lora.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Remade(torch.autograd.Function):
+    """The operator with a weight that is made again for the backward pass instead of kept."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, weight, *rest, ctx.again = inputs
+        output = _segmented_lora(x, weight, *rest)
+        _setup_context(ctx, (x, None, *rest), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx, da, db = _gradients(ctx, grads[0])
+        return dx, None, None, da, db, *[None] * 9

@@ -269,6 +269,25 @@ def test_policy_alone_is_kept_without_a_copy(implementation):
     assert set(found) == {t.untyped_storage().data_ptr() for t in tensors}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("segments", "ranks"), [((9,), (2,)), ((7, 5), (2, None))])
+def test_a_weight_that_can_be_made_again_is_not_kept(segments, ranks, dropout, implementation):
+    case = problem(segments, ranks)
+    calls = []
+
+    def again():
+        calls.append(1)
+        return case["weight"]
+
+    expected = differentiate(segmented_lora, case, dropout=dropout, seed=3)
+    with saved_storages() as kept:
+        found = differentiate(segmented_lora, case, dropout=dropout, seed=3, again=again)
+    assert len(calls) == 1 and kept and case["weight"].data_ptr() not in kept
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    segmented_lora(*(case[name] for name in list(case)[:5]), again=again)
+    assert len(calls) == 1, "without a gradient there is no backward pass"
+
+
 def python_mask(row: int, column: int, dropout: float, seed: int) -> bool:
     """The definition in integers of any size."""
 
