@@ -29,8 +29,9 @@ from alphaspin.answers import checked_part
 from alphaspin.config import Config, InputError
 from alphaspin.runs import Metrics, verifies, write_atomically
 
-COLOURS = {name: f"#{number:02x}0101" for number, name in enumerate("abcdefgh", start=16)}
-COLOURS |= {"ink": "#010101", "grid": "#020202", "alarm": "#050505"}
+COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {
+    name: f"#{number:02x}0101" for number, name in enumerate("abcdefgh", start=16)
+}
 """Stand-ins that the plots are drawn with. In the SVG they become CSS variables, so that the page's
 light, dark and print colours apply."""
 
