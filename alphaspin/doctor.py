@@ -12,7 +12,7 @@ from alphaspin.backbone import choose_bf16
 from alphaspin.speedups import liger_problem
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
-OPTIONAL = ("bitsandbytes", "flash_attn", "liger_kernel", "lm_eval", "tensorboard", "wandb")
+OPTIONAL = ("bitsandbytes", "liger_kernel", "lm_eval", "tensorboard", "wandb")
 
 
 def show() -> None:
@@ -29,11 +29,11 @@ def show() -> None:
         *((f"kernel {name}", reason) for name, reason in kernel_status().items()),
         (
             "attention, training",
-            "PyTorch SDPA with a tree mask; eager for models with soft-capped scores (Gemma 2), "
-            "which SDPA has not",
+            "PyTorch SDPA, causal and without a mask (FlashAttention on a GPU); plain products for "
+            "soft-capped scores (Gemma 2), which SDPA has not",
         ),
         ("norms, RoPE, MLPs", _layers(device)),
-        ("attention, sampling", "PyTorch SDPA with transformers' DynamicCache"),
+        ("attention, sampling", "PyTorch SDPA on a cache with a slot per sequence"),
     ]
     console.table("", ["what", "finding"], [list(line) for line in lines])
 
