@@ -5,10 +5,15 @@
 The runs lie in `runs/evidence` (or ALPHASPIN_RUNS), one process per core plays them with one
 thread, and what is finished is not played again: stop and start as you like.
 
-β = 1 is inside every bound of the tabular theory (`config.contraction_note`). At β = 0.4 and
-α = 0.5 SPIN (bound 0.5) and α-SPIN against the previous iterate (0.67) overshoot, trained to their
-optimum, and the consistent form (0.33) contracts. The learning rate is constant, so that later
-iterations move as far as early ones.
+With α = 0.5 the tabular theory (`config.contraction_note`) says what an iteration, trained to its
+optimum, multiplies the distance from its fixed point by:
+
+    β     SPIN, 1 - 1/β   α-SPIN, α - 1/β   consistent, α (1 - 1/β)
+    1           0              -0.5                0
+    0.4        -1.5            -2                 -0.75
+
+At β = 0.4 each iteration has three epochs, to come nearer to that optimum. The learning rate is
+constant, so that later iterations move as far as early ones.
 """
 
 import json
@@ -26,7 +31,8 @@ import torch
 from alphaspin.config import Config, packaged
 
 SEEDS = (0, 1, 2)
-BETAS = (1.0, 0.4)
+EPOCHS = {1.0: 1, 0.4: 3}  # by β
+ALPHA = 0.5
 RUNS = Path(os.environ.get("ALPHASPIN_RUNS", "runs/evidence"))
 COMMON: dict[str, Any] = {
     "model": "tiny",
@@ -36,7 +42,7 @@ COMMON: dict[str, Any] = {
     "train": {"batch_size": 32, "lr": 5e-4, "schedule": "constant"},
     "evaluate": {"prompts": 256},
 }
-MIXED = {"reference": {"alpha": 0.5}}
+MIXED = {"reference": {"alpha": ALPHA}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "SPIN": {},
     "α-SPIN, h = 1": MIXED,
@@ -65,16 +71,17 @@ REGIMES: dict[str, dict[str, Any]] = {
 
 
 def settings(label: str, beta: float, seed: int) -> Config:
-    """One run; the SFT control depends on neither opponent nor β and is trained once a seed."""
+    """One run; SFT depends on neither opponent nor β, so SPIN's control is that of all others."""
     changes = (VARIANTS | REGIMES)[label]
     fields = COMMON | changes | {"name": label, "seed": seed}
     fields["loss"] = {"beta": beta} | changes.get("loss", {})
+    fields["train"] = COMMON["train"] | {"epochs": EPOCHS[beta]}
     play = {"iterations": ITERATIONS, "prompts": PROMPTS}
     if label in REGIMES:
         fields["data"] = str(RUNS / "few.jsonl")
         play["prompts"] = FEW
         fields["train"] = COMMON["train"] | {"epochs": 5}
-    elif label == "SPIN" and beta == BETAS[0]:
+    elif label == "SPIN":
         fields["control"] = "sft"
     fields["selfplay"] = play | changes.get("selfplay", {})
     slug = "".join(c if c.isalnum() else "-" for c in label)
@@ -101,7 +108,7 @@ def test_self_play(record: Callable[..., Path]) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     rows = packaged("tiny/train.jsonl").read_text(encoding="utf-8").splitlines(True)[:FEW]
     (RUNS / "few.jsonl").write_text("".join(rows), encoding="utf-8")
-    jobs = [(label, beta, seed) for seed in SEEDS for beta in BETAS for label in VARIANTS]
+    jobs = [(label, beta, seed) for seed in SEEDS for beta in EPOCHS for label in VARIANTS]
     jobs += [(label, 1.0, seed) for seed in SEEDS for label in REGIMES]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -122,8 +129,8 @@ def test_self_play(record: Callable[..., Path]) -> None:
         f"`pytest benchmarks/test_self_play.py --benchmark`; {ITERATIONS} iterations of {PROMPTS} "
         f"prompts (`few`: {FEW}, 5 epochs), 256 held-out prompts, {len(SEEDS)} seeds: mean ± "
         "standard error over seeds, each seed with prompts, noise and adapters of its own but one "
-        "base. α = 0.5 but for SPIN. SFT is the control of equal cost; seconds are a run's, on one "
-        "thread, the control's included in its run."
+        f"base. α = {ALPHA:g} but for SPIN; at β = 0.4 three epochs. SFT is the control of equal "
+        "cost; seconds are a run's, on one thread, the control's included in its run."
     )
     path = record("self-play", header, table, text, found)
     draw(curves, path.with_suffix(".svg"))
@@ -165,7 +172,7 @@ def draw(curves: dict[tuple[str, float], dict[str, Any]], path: Path) -> None:
     few = [label for label, _ in curves if label.startswith("few")]
     groups = [
         (f"β = {beta:g}", [key for key in curves if key[0] not in few and key[1] == beta])
-        for beta in BETAS
+        for beta in EPOCHS
     ]
     groups.append((f"{FEW} demonstrations, β = 1", [key for key in curves if key[0] in few]))
     figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 10), layout="constrained")
