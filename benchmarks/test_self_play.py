@@ -12,8 +12,9 @@ optimum, multiplies the distance from its fixed point by:
     1           0              -0.5                0
     0.4        -1.5            -2                 -0.75
 
-At β = 0.4 each iteration has three epochs, to come nearer to that optimum. The learning rate is
-constant, so that later iterations move as far as early ones.
+At β = 0.4 each iteration has three times the prompts, to come nearer to that optimum (epochs in
+their place overfit). The learning rate is constant, so that later iterations move as far as early
+ones.
 """
 
 import json
@@ -31,7 +32,7 @@ import torch
 from alphaspin.config import Config, packaged
 
 SEEDS = (0, 1, 2)
-EPOCHS = {1.0: 1, 0.4: 3}  # by β
+PROMPTS = {1.0: 1024, 0.4: 3072}  # of an iteration, by β
 ALPHA = 0.5
 RUNS = Path(os.environ.get("ALPHASPIN_RUNS", "runs/evidence"))
 COMMON: dict[str, Any] = {
@@ -56,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gflownet": {"prompts": 256, "epochs": 1, "batch_size": 8, "answers": 16},
     },
 }
-ITERATIONS, PROMPTS = 6, 1024
+ITERATIONS = 6
 MEASURES = (("nll", "sampled"), ("NLL/answer", "sampled %"))
 
 # Does self-play beat further SFT at equal cost where demonstrations are few and seen often?
@@ -75,8 +76,7 @@ def settings(label: str, beta: float, seed: int) -> Config:
     changes = (VARIANTS | REGIMES)[label]
     fields = COMMON | changes | {"name": label, "seed": seed}
     fields["loss"] = {"beta": beta} | changes.get("loss", {})
-    fields["train"] = COMMON["train"] | {"epochs": EPOCHS[beta]}
-    play = {"iterations": ITERATIONS, "prompts": PROMPTS}
+    play = {"iterations": ITERATIONS, "prompts": PROMPTS[beta]}
     if label in REGIMES:
         fields["data"] = str(RUNS / "few.jsonl")
         play["prompts"] = FEW
@@ -108,7 +108,7 @@ def test_self_play(record: Callable[..., Path]) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     rows = packaged("tiny/train.jsonl").read_text(encoding="utf-8").splitlines(True)[:FEW]
     (RUNS / "few.jsonl").write_text("".join(rows), encoding="utf-8")
-    jobs = [(label, beta, seed) for seed in SEEDS for beta in EPOCHS for label in VARIANTS]
+    jobs = [(label, beta, seed) for seed in SEEDS for beta in PROMPTS for label in VARIANTS]
     jobs += [(label, 1.0, seed) for seed in SEEDS for label in REGIMES]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -126,11 +126,12 @@ def test_self_play(record: Callable[..., Path]) -> None:
             unit = "NLL/answer" if measure == "nll" else f"{measure} %"
             table.append([label, f"{beta:g}", unit, *cells, change, f"{curve['seconds']:.0f}"])
     text = (
-        f"`pytest benchmarks/test_self_play.py --benchmark`; {ITERATIONS} iterations of {PROMPTS} "
-        f"prompts (`few`: {FEW}, 5 epochs), 256 held-out prompts, {len(SEEDS)} seeds: mean ± "
-        "standard error over seeds, each seed with prompts, noise and adapters of its own but one "
-        f"base. α = {ALPHA:g} but for SPIN; at β = 0.4 three epochs. SFT is the control of equal "
-        "cost; seconds are a run's, on one thread, the control's included in its run."
+        f"`pytest benchmarks/test_self_play.py --benchmark`; {ITERATIONS} iterations of "
+        f"{PROMPTS[1.0]} prompts at β = 1, {PROMPTS[0.4]} at β = 0.4 (`few`: {FEW}, 5 epochs), 256 "
+        f"held-out prompts, {len(SEEDS)} seeds: mean ± standard error over seeds, each seed with "
+        f"prompts, noise and adapters of its own but one base. α = {ALPHA:g} but for SPIN. SFT is "
+        "the control of equal cost; seconds are a run's, on one thread, the control's included in "
+        "its run."
     )
     path = record("self-play", header, table, text, found)
     draw(curves, path.with_suffix(".svg"))
@@ -172,7 +173,7 @@ def draw(curves: dict[tuple[str, float], dict[str, Any]], path: Path) -> None:
     few = [label for label, _ in curves if label.startswith("few")]
     groups = [
         (f"β = {beta:g}", [key for key in curves if key[0] not in few and key[1] == beta])
-        for beta in EPOCHS
+        for beta in PROMPTS
     ]
     groups.append((f"{FEW} demonstrations, β = 1", [key for key in curves if key[0] in few]))
     figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 10), layout="constrained")
