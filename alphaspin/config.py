@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -801,6 +801,16 @@ def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 keys += all_keys(kind, f"{prefix}{name}.")
     return keys
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
 
 
 def nearest_key(key: str, keys: Sequence[str] | None = None) -> str | None:

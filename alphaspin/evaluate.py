@@ -231,8 +231,10 @@ def evaluate(
     gains = scored - anchor
     differ = np.array([not np.array_equal(tree.responses[0], tree.responses[1]) for tree in trees])
     margins = (gains[:, 0] - gains[:, 1])[differ]
-    own = [Tree(prompt, (y.tokens,)) for prompt, y in zip(prompts, sampled, strict=True)]
-    ours, theirs = (scores(policy, own)[:, 0] for policy in (adapter, None))
+    divergence = np.zeros(len(heldout))  # of the base from itself
+    if adapter is not None:
+        own = [Tree(prompt, (y.tokens,)) for prompt, y in zip(prompts, sampled, strict=True)]
+        divergence = (scores(adapter, own) - scores(None, own))[:, 0]
     evaluation = Evaluation(
         name=name,
         **_mean("nll", (-scored[:, 0]).tolist()),
@@ -241,7 +243,7 @@ def evaluate(
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
         margin=reward_scale(config, iteration) * float(margins.mean()) if len(margins) else 0.0,
-        **_mean("kl", (ours - theirs).tolist()),
+        **_mean("kl", divergence.tolist()),
         **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),

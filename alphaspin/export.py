@@ -190,13 +190,12 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _evaluations(played: Played) -> list[str]:
     """The run's own table, then those of `alphaspin evaluate`."""
-    names = [policy.name for policy in played.policies()]
     own = {policy.name: policy.folder / "evaluation" for policy in played.policies()}
     sets = [("Held-out measures", own)]
     for folder in sorted((played.path / "evaluation").glob("heldout-*")):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         title = f"{about['prompts']} prompts ({about['heldout']}), judge {about['judge']}"
-        sets.append((title, {name: folder / name for name in names}))
+        sets.append((title, {name: folder / name for name in own}))
     parts: list[str] = []
     for title, folders in sets:
         rows = [

@@ -18,7 +18,14 @@ from accelerate.utils import GradientAccumulationPlugin
 from alphaspin import __version__, console
 from alphaspin import evaluate as measures
 from alphaspin.backbone import POLICY, Backbone, choose_bf16, load_base
-from alphaspin.config import Config, InputError, check_installed, contraction_note, packaged
+from alphaspin.config import (
+    Config,
+    InputError,
+    check_installed,
+    contraction_note,
+    flat,
+    packaged,
+)
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
 from alphaspin.distributed import Team, TeamJudge
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
@@ -117,7 +124,8 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
     with contextlib.closing(open_run(team, config.run_folder(), identity)) as folder:
         mirror: Mirror | None = None
         if config.log.trackers:
-            accelerator.init_trackers(config.name, config=_flat(config.identity()))
+            settings = {key: str(value) for key, value in flat(config.identity()).items()}
+            accelerator.init_trackers(config.name, config=settings)
             mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
         metrics = Metrics(folder.path / "metrics.jsonl", mirror, writes=team.main)
         with team.together():
@@ -343,13 +351,3 @@ def summarise(
             for i in shown
         ],
     }
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = str(value)
-    return flat

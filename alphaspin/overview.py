@@ -6,7 +6,7 @@ The control of a run is a curve of its own. A function of the run folders alone,
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from alphaspin.config import InputError
+from alphaspin.config import InputError, flat
 from alphaspin.report import (
     SHARES,
     Curves,
@@ -82,7 +82,7 @@ def settings(summaries: Sequence[Summary]) -> list[Setting]:
     Raises:
         InputError: a run has no evaluations, or two runs are of one setting and one seed.
     """
-    described = [_flat(summary.config.identity() | {"seed": 0}) for summary in summaries]
+    described = [flat(summary.config.identity() | {"seed": 0}) for summary in summaries]
     found: dict[str, dict[bool, Setting]] = {}
     for summary, about in zip(summaries, described, strict=True):
         if not summary.rows:
@@ -163,15 +163,6 @@ def plot(found: Sequence[Setting], title: str, curves: Curves) -> Markup:
         by_iteration(axes)
 
     return draw(title, paint)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
 
 
 def _differences(about: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[str]:

@@ -155,6 +155,27 @@ def measure(case: Case, rounds: int, budget: float) -> dict[str, Row]:
     return rows
 
 
+def llama(vocabulary: int, hidden: int, layers: int, end: int | None) -> Any:
+    """A random Llama with a tied head, and this end token."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
 def _largest(x: Tensor) -> float:
     return float(x.abs().max())
 

@@ -33,7 +33,7 @@ from measure import ROOT, Goal
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from alphaspin.backbone import POLICY, Backbone, load_base
 from alphaspin.batching import Segment, Tree, collate
@@ -76,21 +76,7 @@ class Size:
 
     def folder(self, folder: Path) -> Path:
         """Base, tokenizer, and the previous iterate's adapter, from which the policy starts."""
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.hidden * 11 // 4 // 32 * 32,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // 64,
-            num_key_value_heads=self.hidden // 64,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        measure.llama(self.vocabulary, self.hidden, self.layers, end=1).save_pretrained(folder)
         words = {word: number for number, word in enumerate(("<pad>", "<eos>", "a", "b", "c"))}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -192,23 +178,22 @@ class Ours(Variant):
 class Unshared(Ours):
     """Packed, each response with a prompt of its own."""
 
-    def step(self) -> float:
-        return self._loss(self.logps)
-
     def logps(self, policy: str | None) -> Tensor:
         trees = [Tree(tree.prompt, (y,)) for tree in self.trees for y in tree.responses]
         batch = collate([(policy, trees)], layout="packed").to(self.backbone.device)
         return sequence_logps(self.backbone, batch)
 
-    def _loss(self, logps: Callable[[str | None], Tensor]) -> float:
+    def step(self) -> float:
         self.optimizer.zero_grad()
         self.backbone.train()
         if self.mode == "cached":
             reference_B2 = torch.tensor(self.references, device=self.backbone.device)
         else:
             with torch.no_grad():
-                reference_B2 = self.mix(*[logps(policy) for policy in self.policies]).view(-1, 2)
-        policy_B2 = logps(POLICY).view(-1, 2)
+                reference_B2 = self.mix(*[self.logps(policy) for policy in self.policies]).view(
+                    -1, 2
+                )
+        policy_B2 = self.logps(POLICY).view(-1, 2)
         lengths = torch.ones_like(policy_B2)
         loss = pairwise(LossConfig(beta=(BETA,)), 0, policy_B2, reference_B2, lengths).mean()
         loss.backward()

@@ -16,9 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
-    LlamaConfig,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -40,21 +38,7 @@ class Size:
     layers: int = 6
 
     def model(self) -> Any:
-        config = LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.hidden * 11 // 4 // 32 * 32,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.hidden // 64,
-            num_key_value_heads=self.hidden // 64,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+        return measure.llama(self.vocabulary, self.hidden, self.layers, end=None).eval()
 
     def backbone(self) -> Backbone:
         """With an adapter that has moved away from zero."""

@@ -1,6 +1,10 @@
 """Small models, tokenizers and data that the tests make for themselves."""
 
 import json
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +99,48 @@ def arithmetic(count: int, seed: int = 0) -> list[dict[str, str]]:
 def tokens(random: np.random.Generator, low: int, high: int) -> np.ndarray:
     """Random token ids of random length."""
     return random.integers(5, 300, random.integers(low, high + 1)).astype(np.int32)
+
+
+@contextmanager
+def http_servers() -> Generator[Callable[..., tuple[str, list[dict[str, Any]]]]]:
+    """`start(respond)` gives a server's address and the list of what it was asked.
+
+    respond(path, body, number of the request) gives status, content and further headers; with
+    `serial`, requests wait for one another.
+    """
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(
+        respond: Callable[[str, dict[str, Any], int], tuple[int, bytes, dict[str, str]]],
+        serial: bool = False,
+    ) -> tuple[str, list[dict[str, Any]]]:
+        requests: list[dict[str, Any]] = []
+        recording, turn = threading.Lock(), threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with turn if serial else nullcontext():
+                    with recording:
+                        requests.append({**body, "path": self.path, "headers": dict(self.headers)})
+                        number = len(requests)
+                    status, content, headers = respond(self.path, body, number)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}/v1", requests
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

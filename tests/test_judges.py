@@ -3,14 +3,13 @@
 import itertools
 import json
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import http_servers
 
 from alphaspin.config import InputError
 from alphaspin.judge_server import ServerJudge, parse_verdict
@@ -331,44 +330,21 @@ def test_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Start a server whose `reply(question, number)` gives a text, a status, or raw bytes."""
     monkeypatch.setenv("no_proxy", "*")
-    servers: list[ThreadingHTTPServer] = []
 
     def start(reply: Callable[[str, int], Any]) -> tuple[str, list[dict[str, Any]]]:
-        requests: list[dict[str, Any]] = []
-        lock = threading.Lock()
+        def respond(path: str, body: Any, number: int) -> tuple[int, bytes, dict[str, str]]:
+            answer = reply(body["messages"][-1]["content"], number)
+            if isinstance(answer, int):
+                return answer, b"no such model: gpt-9", {"Retry-After": "0"}
+            if isinstance(answer, str):
+                content = {"choices": [{"message": {"content": answer}}]}
+                answer = json.dumps(content).encode()
+            return 200, answer, {}
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    requests.append({**body, "path": self.path, "headers": dict(self.headers)})
-                    number = len(requests)
-                answer = reply(body["messages"][-1]["content"], number)
-                if isinstance(answer, int):
-                    self.send_response(answer)
-                    self.send_header("Retry-After", "0")
-                    answer = b"no such model: gpt-9"
-                else:
-                    self.send_response(200)
-                if isinstance(answer, str):
-                    content = {"choices": [{"message": {"content": answer}}]}
-                    answer = json.dumps(content).encode()
-                self.send_header("Content-Length", str(len(answer)))
-                self.end_headers()
-                self.wfile.write(answer)
+        return new(respond)
 
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}/v1", requests
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with http_servers() as new:
+        yield start
 
 
 def answers_of(question: str) -> tuple[str, str]:

@@ -5,11 +5,9 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import arithmetic, make_tokenizer, save_model, write_rows
+from helpers import arithmetic, http_servers, make_tokenizer, save_model, write_rows
 from pydantic import ValidationError
 
 from alphaspin.backbone import Backbone, load_base
@@ -41,42 +39,21 @@ Reply = dict[str, Any] | int | bytes | tuple[int, str]
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Start a server; `reply(path, body)` gives a choice, a status, (status, text), raw bytes."""
     monkeypatch.setenv("no_proxy", "*")
-    servers: list[ThreadingHTTPServer] = []
 
     def start(reply: Callable[[str, dict[str, Any]], Reply]) -> tuple[str, list[dict[str, Any]]]:
-        requests: list[dict[str, Any]] = []
-        lock = threading.Lock()
+        def respond(path: str, body: Any, number: int) -> tuple[int, bytes, dict[str, str]]:
+            answer = reply(path, body)
+            status, told = answer if isinstance(answer, tuple) else (answer, "trouble")
+            if isinstance(status, int):
+                return status, told.encode(), {}
+            if isinstance(status, dict):
+                status = json.dumps({"choices": [status]}).encode()
+            return 200, status, {}
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    requests.append({**body, "path": self.path, "headers": dict(self.headers)})
-                    answer = reply(self.path, body)
-                status, told = answer if isinstance(answer, tuple) else (answer, "trouble")
-                if isinstance(status, int):
-                    content = told.encode()
-                else:
-                    content, status = status, 200
-                if isinstance(content, dict):
-                    content = json.dumps({"choices": [content]}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+        return new(respond, serial=True)
 
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}/v1", requests
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with http_servers() as new:
+        yield start
 
 
 def sampled(body: dict[str, Any]) -> dict[str, Any]:
