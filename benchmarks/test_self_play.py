@@ -44,13 +44,15 @@ COMMON: dict[str, Any] = {
     "evaluate": {"prompts": 256},
 }
 MIXED = {"reference": {"alpha": ALPHA}}
+CONSISTENT = MIXED | {"selfplay": {"opponent": "mixture-token"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "SPIN": {},
     "α-SPIN, h = 1": MIXED,
     "α-SPIN, h = 2": MIXED | {"selfplay": {"history": 2}},
     "α-SPIN, h = ∞": MIXED | {"selfplay": {"opponent": "fictitious"}},
-    "consistent, token level": MIXED | {"selfplay": {"opponent": "mixture-token"}},
-    "consistent, SMC": MIXED | {"selfplay": {"opponent": "mixture-smc"}},
+    "consistent, token level": CONSISTENT,
+    "consistent, SMC": MIXED
+    | {"selfplay": {"opponent": "mixture-smc"}, "sampling": {"particles": 8}},
     "consistent, GFlowNet": MIXED
     | {
         "selfplay": {"opponent": "mixture-gflownet"},
@@ -60,29 +62,38 @@ VARIANTS: dict[str, dict[str, Any]] = {
 ITERATIONS = 6
 MEASURES = (("nll", "sampled"), ("NLL/answer", "sampled %"))
 
-# Does self-play beat further SFT at equal cost where demonstrations are few and seen often?
-FEW = 192
+# Does self-play beat further SFT at equal cost where demonstrations are few and seen often? From
+# the embedded base, and from what one iteration of SFT on the same few makes of it.
+FEW, EPOCHS = 192, 5
+NLL = {"loss": {"nll_weight": 1.0}}
 REGIMES: dict[str, dict[str, Any]] = {
     "few, SPIN": {"control": "sft"},
-    "few, SPIN + NLL": {"loss": {"nll_weight": 1.0}},
-    "few, consistent, token level": VARIANTS["consistent, token level"],
-    "few, consistent, token level + NLL": VARIANTS["consistent, token level"]
-    | {"loss": {"nll_weight": 1.0}},
+    "few, SPIN + NLL": NLL,
+    "few, SPIN + 10 NLL": {"loss": {"nll_weight": 10.0}},
+    "few, consistent, token level": CONSISTENT,
+    "few, consistent, token level + 10 NLL": CONSISTENT | {"loss": {"nll_weight": 10.0}},
+}
+AFTER: dict[str, dict[str, Any]] = {
+    "after SFT, SPIN": {"control": "sft"},
+    "after SFT, SPIN + NLL": NLL,
+    "after SFT, consistent, token level + NLL": CONSISTENT | NLL,
 }
 
 
 def settings(label: str, beta: float, seed: int) -> Config:
     """One run; SFT depends on neither opponent nor β, so SPIN's control is that of all others."""
-    changes = (VARIANTS | REGIMES)[label]
+    changes = (VARIANTS | REGIMES | AFTER)[label]
     fields = COMMON | changes | {"name": label, "seed": seed}
     fields["loss"] = {"beta": beta} | changes.get("loss", {})
     play = {"iterations": ITERATIONS, "prompts": PROMPTS[beta]}
-    if label in REGIMES:
+    if label not in VARIANTS:
         fields["data"] = str(RUNS / "few.jsonl")
         play["prompts"] = FEW
-        fields["train"] = COMMON["train"] | {"epochs": 5}
+        fields["train"] = COMMON["train"] | {"epochs": EPOCHS}
     elif label == "SPIN":
         fields["control"] = "sft"
+    if label in AFTER:
+        fields["model"] = str(RUNS / f"sft-seed{seed}")
     fields["selfplay"] = play | changes.get("selfplay", {})
     slug = "".join(c if c.isalnum() else "-" for c in label)
     fields["name"] = slug
@@ -104,15 +115,37 @@ def play(label: str, beta: float, seed: int) -> dict[str, Any]:
     return {"label": label, "beta": beta, "seed": seed, "rows": rows, "seconds": seconds}
 
 
+def tuned(seed: int) -> None:
+    """The base of the regimes `AFTER`: iteration 0 of the control of "few, SPIN", merged."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = RUNS / f"sft-seed{seed}"
+    if folder.exists():
+        return
+    run = Path(str(settings("few, SPIN", 1.0, seed).output))
+    base = packaged("tiny/model")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(run / "control" / "sft" / "0" / "adapter"))
+    unfinished = folder.with_suffix(".unfinished")
+    model.merge_and_unload().save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(base).save_pretrained(unfinished)
+    unfinished.rename(folder)
+
+
 def test_self_play(record: Callable[..., Path]) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     rows = packaged("tiny/train.jsonl").read_text(encoding="utf-8").splitlines(True)[:FEW]
     (RUNS / "few.jsonl").write_text("".join(rows), encoding="utf-8")
     jobs = [(label, beta, seed) for seed in SEEDS for beta in PROMPTS for label in VARIANTS]
     jobs += [(label, 1.0, seed) for seed in SEEDS for label in REGIMES]
+    after = [(label, 1.0, seed) for seed in SEEDS for label in AFTER]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         found = list(pool.map(play, *zip(*jobs, strict=True)))
+        for seed in SEEDS:
+            tuned(seed)
+        found += pool.map(play, *zip(*after, strict=True))
     curves = collect(found)
     header = ["setting", "β", "measure", *("base", *(f"t = {t}" for t in range(ITERATIONS)))]
     header += ["change from t = 1", "seconds"]
@@ -127,7 +160,8 @@ def test_self_play(record: Callable[..., Path]) -> None:
             table.append([label, f"{beta:g}", unit, *cells, change, f"{curve['seconds']:.0f}"])
     text = (
         f"`pytest benchmarks/test_self_play.py --benchmark`; {ITERATIONS} iterations of "
-        f"{PROMPTS[1.0]} prompts at β = 1, {PROMPTS[0.4]} at β = 0.4 (`few`: {FEW}, 5 epochs), 256 "
+        f"{PROMPTS[1.0]} prompts at β = 1, {PROMPTS[0.4]} at β = 0.4 (`few` "
+        f"and `after SFT`, from a base tuned on these {FEW}: {FEW}, {EPOCHS} epochs), 256 "
         f"held-out prompts, {len(SEEDS)} seeds: mean ± standard error over seeds, each seed with "
         f"prompts, noise and adapters of its own but one base. α = {ALPHA:g} but for SPIN. SFT is "
         "the control of equal cost; seconds are a run's, on one thread, the control's included in "
@@ -144,7 +178,7 @@ def collect(found: list[dict[str, Any]]) -> dict[tuple[str, float], dict[str, An
         names = [row["name"] for row in entry["rows"]]
         kinds = {"": entry["label"]}
         if any(name.startswith("sft ") for name in names):
-            kinds["sft "] = "few, SFT" if entry["label"] in REGIMES else "SFT"
+            kinds["sft "] = entry["label"].replace("SPIN", "SFT")
         for prefix, label in kinds.items():
             wanted = ["base", *(f"{prefix}{t}" for t in range(ITERATIONS))]
             rows = [entry["rows"][names.index(name)] for name in wanted]
@@ -170,19 +204,22 @@ def draw(curves: dict[tuple[str, float], dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "alphaspin"  # the same bytes for the same numbers
     from matplotlib import pyplot
 
-    few = [label for label, _ in curves if label.startswith("few")]
-    groups = [
-        (f"β = {beta:g}", [key for key in curves if key[0] not in few and key[1] == beta])
-        for beta in PROMPTS
-    ]
-    groups.append((f"{FEW} demonstrations, β = 1", [key for key in curves if key[0] in few]))
-    figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 10), layout="constrained")
-    for (title, keys), line in zip(groups, panels, strict=True):
+    groups = [(f"β = {beta:g}", "", beta) for beta in PROMPTS]
+    groups.append((f"{FEW} demonstrations, {EPOCHS} epochs", "few, ", 1.0))
+    groups.append((f"the same {FEW} after SFT on them", "after SFT, ", 1.0))
+    figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 13), layout="constrained")
+    for (title, prefix, beta), line in zip(groups, panels, strict=True):
+        chosen = [
+            (label.removeprefix(prefix), curve)
+            for (label, its_beta), curve in curves.items()
+            if its_beta == beta
+            and (label.startswith(prefix) if prefix else not label.startswith(("few, ", "after ")))
+        ]
         for axes, measure, name in zip(line, *MEASURES, strict=True):
-            for key in keys:
-                values = curves[key][measure] * (1 if measure == "nll" else 100)
+            for label, curve in chosen:
+                values = curve[measure] * (1 if measure == "nll" else 100)
                 error = values.std(0, ddof=1) / math.sqrt(len(values))
-                axes.errorbar(range(-1, ITERATIONS), values.mean(0), error, label=key[0], capsize=2)
+                axes.errorbar(range(-1, ITERATIONS), values.mean(0), error, label=label, capsize=2)
             axes.set_title(f"{title}: {name}")
             axes.set_xlabel("iteration (-1: the base)")
         line[0].legend(fontsize=7)
