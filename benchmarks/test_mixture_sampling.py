@@ -228,7 +228,7 @@ one thread of a shared machine.""",
 
 def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
     """π_prev is the last iterate of a run of `test_self_play`, far from the base."""
-    spin = settings("SPIN", beta=1.0, seed=0)
+    spin = settings("SPIN", beta=0.4, seed=0)
     last = run(spin)["config"]["selfplay"]["iterations"] - 1
     backbone, tokenizer = load_base("tiny", dtype="fp32", device=torch.device("cpu"))
     backbone.load_adapter("previous", spin.run_folder() / "iterations" / str(last) / "adapter")
@@ -301,8 +301,8 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
     took = ", ".join(f"{r['seconds']:.0f}" for r in raw if r["seconds"])
     ess = {r["sampler"]: float(np.mean(r["ess"])) for r in raw if r["cap"] == 32}
     verdict = "met" if ess["gflownet"] >= max(0.8, ess["token"]) else "**missed**"
-    text = f"""Embedded model, α = 0.5, π_prev SPIN's iterate {last} (β = 1, seed 0, as in
-self-play.md); {DRAWS} draws for each of {len(prompts)} held-out prompts. ESS/n of SMC counts draws
+    text = f"""Embedded model, α = 0.5, π_prev SPIN's iterate {last} (β = 0.4, seed 0,
+as in self-play.md); {DRAWS} draws for each of {len(prompts)} held-out prompts. ESS/n of SMC counts draws
 with a common ancestor as one; its last weights are even by construction, and its Var(log w) is
 theirs. GFlowNet: rank 16, {steps} steps of
 8 prompts x 16 answers, lr 1e-4; {took} s on a shared machine.
