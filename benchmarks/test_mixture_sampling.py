@@ -302,10 +302,10 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
     ess = {r["sampler"]: float(np.mean(r["ess"])) for r in raw if r["cap"] == 32}
     verdict = "met" if ess["gflownet"] >= max(0.8, ess["token"]) else "**missed**"
     text = f"""Embedded model, α = 0.5, π_prev SPIN's iterate {last} (β = 0.4, seed 0,
-as in self-play.md); {DRAWS} draws for each of {len(prompts)} held-out prompts. ESS/n of SMC counts draws
-with a common ancestor as one; its last weights are even by construction, and its Var(log w) is
-theirs. GFlowNet: rank 16, {steps} steps of
-8 prompts x 16 answers, lr 1e-4; {took} s on a shared machine.
+as in self-play.md); {DRAWS} draws for each of {len(prompts)} held-out prompts. ESS/n of SMC counts
+draws with a common ancestor as one; its last weights are even by construction, and its Var(log w)
+is theirs. GFlowNet: rank 16, {steps} steps of 8 prompts x 16 answers, lr 1e-4; {took} s on a
+shared machine.
 
 Goal, length 32: ESS/n >= 0.8 with the GFlowNet and above token level: {ess["gflownet"]:.3f}
 against {ess["token"]:.3f}, {verdict}."""

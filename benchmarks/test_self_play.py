@@ -17,10 +17,12 @@ their place overfit). The learning rate is constant, so that later iterations mo
 ones.
 """
 
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alphaspin import overview
 from alphaspin.config import Config, packaged
 
 SEEDS = (0, 1, 2)
@@ -78,12 +81,18 @@ AFTER: dict[str, dict[str, Any]] = {
     "after SFT, SPIN + NLL": NLL,
     "after SFT, consistent, token level + NLL": CONSISTENT | NLL,
 }
+GROUPS: dict[str, tuple[float, dict[str, dict[str, Any]]]] = {
+    **{f"β = {beta:g}": (beta, VARIANTS) for beta in PROMPTS},
+    f"{FEW} demonstrations, {EPOCHS} epochs, β = 1": (1.0, REGIMES),
+    f"the same {FEW} after SFT on them, β = 1": (1.0, AFTER),
+}
 
 
 def settings(label: str, beta: float, seed: int) -> Config:
     """One run; SFT depends on neither opponent nor β, so SPIN's control is that of all others."""
     changes = (VARIANTS | REGIMES | AFTER)[label]
-    fields = COMMON | changes | {"name": label, "seed": seed}
+    name = re.sub(r"\W+", "-", label.replace("∞", "all"))
+    fields = COMMON | changes | {"name": name, "seed": seed}
     fields["loss"] = {"beta": beta} | changes.get("loss", {})
     play = {"iterations": ITERATIONS, "prompts": PROMPTS[beta]}
     if label not in VARIANTS:
@@ -95,9 +104,7 @@ def settings(label: str, beta: float, seed: int) -> Config:
     if label in AFTER:
         fields["model"] = str(RUNS / f"sft-seed{seed}")
     fields["selfplay"] = play | changes.get("selfplay", {})
-    slug = "".join(c if c.isalnum() else "-" for c in label)
-    fields["name"] = slug
-    fields["output"] = str(RUNS / f"{slug}-beta{beta:g}-seed{seed}")
+    fields["output"] = str(RUNS / f"{name}-beta{beta:g}-seed{seed}")
     return Config.model_validate(fields)
 
 
@@ -137,12 +144,13 @@ def test_self_play(record: Callable[..., Path]) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     rows = packaged("tiny/train.jsonl").read_text(encoding="utf-8").splitlines(True)[:FEW]
     (RUNS / "few.jsonl").write_text("".join(rows), encoding="utf-8")
-    jobs = [(label, beta, seed) for seed in SEEDS for beta in PROMPTS for label in VARIANTS]
-    jobs += [(label, 1.0, seed) for seed in SEEDS for label in REGIMES]
-    after = [(label, 1.0, seed) for seed in SEEDS for label in AFTER]
+    *first, after = (
+        [(label, beta, seed) for seed in SEEDS for label in labels]
+        for beta, labels in GROUPS.values()
+    )
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        found = list(pool.map(play, *zip(*jobs, strict=True)))
+        found = list(pool.map(play, *zip(*itertools.chain(*first), strict=True)))
         for seed in SEEDS:
             tuned(seed)
         found += pool.map(play, *zip(*after, strict=True))
@@ -169,6 +177,15 @@ def test_self_play(record: Callable[..., Path]) -> None:
     )
     path = record("self-play", header, table, text, found)
     draw(curves, path.with_suffix(".svg"))
+    for beta, labels in GROUPS.values():
+        runs = [settings(label, beta, seed).run_folder() for label in labels for seed in SEEDS]
+        page = f"self-play-{next(iter(labels))}-{beta:g}.html".replace(", ", "-").replace(" ", "-")
+        overview.write(runs, path.with_name(page.lower()))
+
+
+def control(label: str) -> str:
+    """What the table calls a run's SFT control."""
+    return label.replace("SPIN", "SFT")
 
 
 def collect(found: list[dict[str, Any]]) -> dict[tuple[str, float], dict[str, Any]]:
@@ -178,7 +195,7 @@ def collect(found: list[dict[str, Any]]) -> dict[tuple[str, float], dict[str, An
         names = [row["name"] for row in entry["rows"]]
         kinds = {"": entry["label"]}
         if any(name.startswith("sft ") for name in names):
-            kinds["sft "] = entry["label"].replace("SPIN", "SFT")
+            kinds["sft "] = control(entry["label"])
         for prefix, label in kinds.items():
             wanted = ["base", *(f"{prefix}{t}" for t in range(ITERATIONS))]
             rows = [entry["rows"][names.index(name)] for name in wanted]
@@ -204,16 +221,12 @@ def draw(curves: dict[tuple[str, float], dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "alphaspin"  # the same bytes for the same numbers
     from matplotlib import pyplot
 
-    groups = [(f"β = {beta:g}", "", beta) for beta in PROMPTS]
-    groups.append((f"{FEW} demonstrations, {EPOCHS} epochs", "few, ", 1.0))
-    groups.append((f"the same {FEW} after SFT on them", "after SFT, ", 1.0))
-    figure, panels = pyplot.subplots(len(groups), 2, figsize=(11, 13), layout="constrained")
-    for (title, prefix, beta), line in zip(groups, panels, strict=True):
+    figure, panels = pyplot.subplots(len(GROUPS), 2, figsize=(11, 13), layout="constrained")
+    for (title, (beta, labels)), line in zip(GROUPS.items(), panels, strict=True):
         chosen = [
-            (label.removeprefix(prefix), curve)
+            (label, curve)
             for (label, its_beta), curve in curves.items()
-            if its_beta == beta
-            and (label.startswith(prefix) if prefix else not label.startswith(("few, ", "after ")))
+            if its_beta == beta and label in {*labels, *map(control, labels)}
         ]
         for axes, measure, name in zip(line, *MEASURES, strict=True):
             for label, curve in chosen:
