@@ -4,6 +4,7 @@ Enumerable worlds (all answers listed, laws computed) and the embedded model (ef
 and spread of the weights). `pytest benchmarks/test_mixture_sampling.py --benchmark`.
 """
 
+import json
 import math
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import worlds
-from test_self_play import settings
+from test_self_play import RUNS, settings
 
 from alphaspin import gflownet, mixture
 from alphaspin.backbone import POLICY, load_base
@@ -88,11 +89,13 @@ def smc_error(
 def enumerable(
     place: tuple[int, int, int, float], alpha: float, steps: int, runs: int, folder: Path
 ) -> dict[str, Any]:
-    """All samplers in one world at one α, on one thread."""
+    """All samplers in one world at one α, on one thread; what `folder` holds is not done again."""
     torch.set_num_threads(1)
-    folder = folder / f"{place[0]}-{alpha}"
-    folder.mkdir()
     seed, vocabulary, cap, bias = place
+    folder = folder / f"{seed}-{vocabulary}-{cap}-{bias:g}-{alpha}-{steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "found.json").exists():
+        return json.loads((folder / "found.json").read_text())
     world = worlds.World(tuple(i for i in range(vocabulary) if i != 1), (1,), cap)
     size = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     backbone = worlds.transformer(seed, vocabulary, spread=0.2, stop_bias=bias, **size)
@@ -123,7 +126,7 @@ def enumerable(
     setting = mixture.Setting(target, DRAWS, cap, stops)
     draws = [Draw(seed, 0, "check", 0)]
     weighed = mixture.independent(backbone, setting, [PROMPT], draws, proposal=POLICY).diagnose()
-    return {
+    found = {
         "seed": seed,
         "vocabulary": vocabulary,
         "cap": cap,
@@ -152,6 +155,8 @@ def enumerable(
         "steps": steps,
         "seconds": seconds,
     }
+    (folder / "found.json").write_text(json.dumps(found))
+    return found
 
 
 def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[..., Path]) -> None:
@@ -163,7 +168,8 @@ def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[...
     count = os.cpu_count() if measuring else 1
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
-        play = partial(enumerable, steps=steps, runs=runs, folder=tmp_path)
+        folder = RUNS / "worlds" if measuring else tmp_path
+        play = partial(enumerable, steps=steps, runs=runs, folder=folder)
         raw: list[dict[str, Any]] = []
         for found in (pool.map if measuring else map)(play, *zip(*jobs, strict=True)):
             raw.append(found)
