@@ -114,7 +114,7 @@ def play(label: str, beta: float, seed: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     config = settings(label, beta, seed)
-    done = Path(str(config.output)) / "summary.json"
+    done = config.run_folder() / "summary.json"
     summary = json.loads(done.read_text()) if done.exists() else run(config)
     keys = ("name", "nll", "sampled", "greedy")
     rows = [{key: row[key] for key in keys} for row in summary["rows"]]
@@ -130,7 +130,7 @@ def tuned(seed: int) -> None:
     folder = RUNS / f"sft-seed{seed}"
     if folder.exists():
         return
-    run = Path(str(settings("few, SPIN", 1.0, seed).output))
+    run = settings("few, SPIN", 1.0, seed).run_folder()
     base = packaged("tiny/model")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, str(run / "control" / "sft" / "0" / "adapter"))
@@ -160,10 +160,10 @@ def test_self_play(record: Callable[..., Path]) -> None:
     table: list[list[str]] = []
     for (label, beta), curve in curves.items():
         for measure in ("nll", "sampled", "greedy"):
-            scale = 1 if measure == "nll" else 100
-            values = scale * curve[measure]  # [seeds, 1 + iterations]
-            cells = [spread(column, 3 if measure == "nll" else 1) for column in values.T]
-            change = spread(values[:, -1] - values[:, 2], 3 if measure == "nll" else 1, sign="+")
+            values = curve[measure]
+            digits = 3 if measure == "nll" else 1
+            cells = [spread(column, digits) for column in values.T]
+            change = spread(values[:, -1] - values[:, 2], digits, sign="+")
             unit = "NLL/answer" if measure == "nll" else f"{measure} %"
             table.append([label, f"{beta:g}", unit, *cells, change, f"{curve['seconds']:.0f}"])
     text = (
@@ -191,7 +191,7 @@ def control(label: str) -> str:
 
 
 def collect(found: list[dict[str, Any]]) -> dict[tuple[str, float], dict[str, Any]]:
-    """Curves [seeds, 1 + iterations] by (label, β), the SFT controls among them."""
+    """Curves [seeds, 1 + iterations] by (label, β), SFT controls among them; shares in per cent."""
     curves: dict[tuple[str, float], dict[str, Any]] = {}
     for entry in found:
         names = [row["name"] for row in entry["rows"]]
@@ -204,7 +204,8 @@ def collect(found: list[dict[str, Any]]) -> dict[tuple[str, float], dict[str, An
             curve = curves.setdefault((label, entry["beta"]), {"seconds": 0.0})
             curve["seconds"] += entry["seconds"] / len(SEEDS)
             for measure in ("nll", "sampled", "greedy"):
-                values = np.array([[row[measure] for row in rows]])
+                scale = 1 if measure == "nll" else 100
+                values = scale * np.array([[row[measure] for row in rows]])
                 curve[measure] = np.concatenate([curve.get(measure, values[:0]), values])
     return curves
 
@@ -232,7 +233,7 @@ def draw(curves: dict[tuple[str, float], dict[str, Any]], path: Path) -> None:
         ]
         for axes, measure, name in zip(line, *MEASURES, strict=True):
             for label, curve in chosen:
-                values = curve[measure] * (1 if measure == "nll" else 100)
+                values = curve[measure]
                 error = values.std(0, ddof=1) / math.sqrt(len(values))
                 axes.errorbar(range(-1, ITERATIONS), values.mean(0), error, label=label, capsize=2)
             axes.set_title(f"{title}: {name}")
