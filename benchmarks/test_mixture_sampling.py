@@ -34,16 +34,18 @@ from alphaspin.runs import Metrics
 from alphaspin.sampling import Draw, Policy, Stepper
 
 ALPHAS = (0.25, 0.5, 0.75, 0.95)
-# (seed, vocabulary, cap, bias on the end token's logit); the last: most answers reach the cap.
-WORLDS = ((0, 5, 4, 0.0), (1, 6, 4, 0.0), (2, 5, 5, 0.0), (3, 7, 4, 0.0), (4, 8, 4, 0.0))
-BOUNDARY = ((5, 5, 4, -4.0),)
+Place = tuple[int, int, int, float, int]
+"""Seed, vocabulary, cap, bias on the end token's logit, steps of the GFlowNet."""
+WORLDS: tuple[Place, ...] = (
+    (0, 5, 4, 0.0, 1500),
+    (1, 6, 4, 0.0, 1500),
+    (2, 5, 5, 0.0, 1500),
+    (3, 7, 4, 0.0, 1500),
+    (4, 8, 4, 0.0, 4000),
+)
+BOUNDARY: tuple[Place, ...] = ((5, 5, 4, -4.0, 1500),)  # most answers reach the cap
 PROMPT = np.array([2, 3], np.int32)
 DRAWS = 64
-
-
-def steps_from(name: str, default: int) -> int:
-    """Training steps, from the environment: the figures in the repository have the default."""
-    return int(os.environ.get(name, default))
 
 
 def metropolis_law(log_q: Tensor, log_w: Tensor, draws: int) -> Tensor:
@@ -86,12 +88,10 @@ def smc_error(
     return 0.5 * float(mean.abs().sum()), noise, math.sqrt(squares / runs)
 
 
-def enumerable(
-    place: tuple[int, int, int, float], alpha: float, steps: int, runs: int, folder: Path
-) -> dict[str, Any]:
+def enumerable(place: Place, alpha: float, runs: int, folder: Path) -> dict[str, Any]:
     """All samplers in one world at one α, on one thread; what `folder` holds is not done again."""
     torch.set_num_threads(1)
-    seed, vocabulary, cap, bias = place
+    seed, vocabulary, cap, bias, steps = place
     folder = folder / f"{seed}-{vocabulary}-{cap}-{bias:g}-{alpha}-{steps}"
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "found.json").exists():
@@ -160,29 +160,30 @@ def enumerable(
 
 
 def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[..., Path]) -> None:
-    places = (*WORLDS, *BOUNDARY) if measuring else ((0, 5, 2, 0.0),)
+    places = (*WORLDS, *BOUNDARY) if measuring else ((0, 5, 2, 0.0, 10),)
     alphas = ALPHAS if measuring else (0.5,)
-    steps = steps_from("ALPHASPIN_WORLD_STEPS", 1500) if measuring else 10
     runs = 2000 if measuring else 250
     jobs = [(p, alpha) for p in places for alpha in (alphas if p in WORLDS else (0.5,))]
     count = os.cpu_count() if measuring else 1
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         folder = RUNS / "worlds" if measuring else tmp_path
-        play = partial(enumerable, steps=steps, runs=runs, folder=folder)
+        play = partial(enumerable, runs=runs, folder=folder)
         raw: list[dict[str, Any]] = []
         for found in (pool.map if measuring else map)(play, *zip(*jobs, strict=True)):
             raw.append(found)
             print(found, flush=True)
     torch.set_num_threads(threads)
     header = [
-        "seed", "V, cap", "answers", "cut %", "α", "log Z", "TV token", "TV IMH", "TV SMC (noise)",
-        "TV GFlowNet", "/ token", "KL token", "KL IMH", "KL GFlowNet", "log Ẑ SMC", "r₀", "weights",
+        "seed", "V, cap", "steps", "answers", "cut %", "α", "log Z", "TV token", "TV IMH",
+        "TV SMC (noise)", "TV GFlowNet", "/ token", "KL token", "KL IMH", "KL GFlowNet",
+        "log Ẑ SMC", "r₀", "weights",
     ]  # fmt: skip
     rows = [
         [
             str(r["seed"]),
             f"{r['vocabulary']}, {r['cap']}",
+            str(r["steps"]),
             str(r["answers"]),
             f"{100 * r['cut']:.0f}",
             f"{r['alpha']:g}",
@@ -217,7 +218,7 @@ are {min(r["apart"] for r in raw):.2f} to {max(r["apart"] for r in raw):.2f} apa
 variation. Laws of token-level decoding, IMH (64 proposals) and the GFlowNet are computed over all
 answers; SMC's (64 particles) is the mean of {runs:,} runs, and in brackets is the total
 variation that its Monte Carlo error alone would show. Errors of log Z: SMC root mean square;
-GFlowNet by r₀, and by the weights of 64 draws. GFlowNet: rank 32, {steps} steps of 64 answers, lr
+GFlowNet by r₀, and by the weights of 64 draws. GFlowNet: rank 32, so many steps of 64 answers, lr
 1e-3, {min(r["seconds"] for r in raw):.0f} to {max(r["seconds"] for r in raw):.0f} s each, on
 one thread of a shared machine.""",
             "",
@@ -243,7 +244,7 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
         load_demonstrations(str(packaged(f"tiny/{name}.jsonl")), chat, spin.text, "train")[0]
         for name in ("train", "heldout")
     )
-    steps = steps_from("ALPHASPIN_GFLOWNET_STEPS", 750)
+    steps = 750
     learning = GFlowNetConfig(prompts=1000, epochs=math.ceil(steps / 125), lr=1e-4)
     target: Policy = {"previous": 0.5, None: 0.5}
     prompts = [demo.prompt for demo in heldout[:128]]
