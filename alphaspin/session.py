@@ -142,7 +142,7 @@ class Session:
 
             self.team.each(shards, make, present)
         for shard in shards:
-            yield from _load_answers(shard.folder)
+            yield from load_answers(shard.folder)
 
     def drawn(
         self,
@@ -289,7 +289,8 @@ def _save_answers(folder: Path, examples: Sequence[int], answers: Sequence[Answe
     )
 
 
-def _load_answers(folder: Path) -> Iterator[tuple[int, Answer]]:
+def load_answers(folder: Path) -> Iterator[tuple[int, Answer]]:
+    """A durable shard of opponents' answers: (number of the demonstration, answer)."""
     data = load_file(folder / "answers.safetensors")
     ends = data["length"].cumsum()
     parts = np.split(data["tokens"], ends[:-1])

@@ -17,82 +17,93 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from test_self_play import ALPHA, ITERATIONS, RUNS, SEEDS, settings
 
 from alphaspin import mixture
-from alphaspin.backbone import load_base
 from alphaspin.batching import Tree
-from alphaspin.config import Config, TrainConfig, packaged
-from alphaspin.data import ChatFormat, load_demonstrations
-from alphaspin.job import run
+from alphaspin.config import Config, TrainConfig
+from alphaspin.job import load_data, run
+from alphaspin.played import Played
 from alphaspin.runs import TEMPORARY
 from alphaspin.sampling import Draw
 from alphaspin.scoring import logps
+from alphaspin.session import load_answers
 
 BETA, LAST = 0.4, ITERATIONS - 1
-GFLOWNET, TOKEN = "consistent, GFlowNet", "consistent, token level"
-Change = dict[str, dict[str, Any]]
+GFLOWNET, SMC, TOKEN = (f"consistent, {sampler}" for sampler in ("GFlowNet", "SMC", "token level"))
 
 
-def gflownet(prompts: int) -> Change:
-    """A sampler trained on so many prompts, eight at a step."""
-    return {
-        "selfplay": {"opponent": "mixture-gflownet"},
-        "gflownet": {"prompts": prompts, "epochs": 1},
-    }
+class Row(NamedTuple):
+    """Who played up to iterate 4, and who draws the losers of iteration 5.
+
+    copies: name of the copied runs; none is copied for the run as it was played. prompts: those a
+    GFlowNet is trained on, eight at a step, where they are not those of its own runs.
+    """
+
+    source: str
+    losers: str
+    title: str
+    copies: str | None = None
+    prompts: int | None = None
+
+    def config(self, seed: int) -> Config:
+        """The settings of iteration 5, with the folder of the copy."""
+        config = settings(self.losers, BETA, seed)
+        if self.copies is None:
+            return config
+        fields = config.model_dump(mode="json", exclude_unset=True)
+        fields["output"] = str(RUNS / "again" / f"{self.copies}-{seed}")
+        if self.prompts is not None:
+            fields["gflownet"]["prompts"] = self.prompts
+        return Config.model_validate(fields)
 
 
-# (whose iterate 4, losers of iteration 5, name of the copies, settings changed; None: as played).
-ROWS: tuple[tuple[str, str, str, Change | None], ...] = (
-    (GFLOWNET, "GFlowNet, 32 steps (as played)", "", None),
-    (GFLOWNET, "GFlowNet, 32 steps on other prompts", "gfn-gfn32b", gflownet(255)),
-    (GFLOWNET, "GFlowNet, 125 steps", "gfn-gfn125", gflownet(1000)),
-    (GFLOWNET, "token level", "gfn-token", {"selfplay": {"opponent": "mixture-token"}}),
-    (
-        GFLOWNET,
-        "SMC",
-        "gfn-smc8",
-        {"selfplay": {"opponent": "mixture-smc"}, "sampling": {"particles": 8}},
-    ),
-    (TOKEN, "token level (as played)", "", None),
-    (TOKEN, "GFlowNet, 32 steps", "token-gfn32", gflownet(256)),
+LONGER = Row(GFLOWNET, GFLOWNET, "GFlowNet, 125 steps", "gfn-gfn125", 1000)
+PARTICLES = Row(GFLOWNET, SMC, "SMC", "gfn-smc8")
+ROWS = (
+    Row(GFLOWNET, GFLOWNET, "GFlowNet, 32 steps (as played)"),
+    Row(GFLOWNET, GFLOWNET, "GFlowNet, 32 steps on other prompts", "gfn-gfn32b", 255),
+    LONGER,
+    Row(GFLOWNET, TOKEN, "token level", "gfn-token"),
+    PARTICLES,
+    Row(TOKEN, TOKEN, "token level (as played)"),
+    Row(TOKEN, GFLOWNET, "GFlowNet, 32 steps", "token-gfn32"),
 )
 
 
-def again(source: str, name: str, change: Change | None, seed: int) -> dict[str, Any]:
+def again(row: Row, seed: int) -> dict[str, Any]:
     """Iterations 4 and 5 of one row and seed, from a run that `test_self_play` has finished."""
     torch.set_num_threads(1)
-    config = settings(source, BETA, seed)
-    played = config.run_folder()
-    if change is not None:
-        fields = config.model_dump(mode="json", exclude_unset=True, exclude={"gflownet"})
-        fields |= {key: fields.get(key, {}) | value for key, value in change.items()}
-        fields["output"] = str(RUNS / "again" / f"{name}-{seed}")
-        config = Config.model_validate(fields)
-        if not config.run_folder().exists():
-            graft(played, config)
-        played = config.run_folder()
+    config = row.config(seed)
+    folder = config.run_folder()
+    if row.copies is not None and not folder.exists():
+        graft(settings(row.source, BETA, seed).run_folder(), config)
     summary = run(config)
-    evaluated = played / "iterations" / str(LAST) / "evaluation" / "evaluation.json"
+    evaluated = last(folder) / "evaluation" / "evaluation.json"
     cut = float(np.mean(json.loads(evaluated.read_text())["truncated"]))
     before, after = summary["rows"][-2:]
     return {"before": before, "after": after, "cut": cut, "seed": seed}
 
 
-def graft(played: os.PathLike[str], config: Config) -> None:
+def last(folder: Path) -> Path:
+    """A run's last iteration."""
+    return folder / "iterations" / str(LAST)
+
+
+def graft(played: Path, config: Config) -> None:
     """Copy a run without its last iteration; the copy goes on with `config`."""
     target = config.run_folder()
     copy = target.with_name(TEMPORARY + target.name)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(played, copy, ignore=shutil.ignore_patterns("summary.json", "lock"))
-    shutil.rmtree(copy / "iterations" / str(LAST))
+    shutil.rmtree(last(copy))
     manifest = json.loads((copy / "manifest.json").read_text())
     for stage in ("train", "sampler"):
         manifest["adapters"].pop(f"{stage}/{LAST}", None)
@@ -103,35 +114,29 @@ def graft(played: os.PathLike[str], config: Config) -> None:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[tuple[str, str], list[dict[str, Any]]]:
+def found() -> dict[Row, list[dict[str, Any]]]:
     """Each row's seeds; the runs as played come first, since the others are copies of them."""
-    result: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    result: dict[Row, list[dict[str, Any]]] = {}
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for copies in (False, True):
-            rows = [row for row in ROWS if (row[3] is not None) == copies]
-            jobs = [
-                (source, name, change, seed) for source, _, name, change in rows for seed in SEEDS
-            ]
+        for copied in (False, True):
+            rows = [row for row in ROWS if (row.copies is not None) == copied]
+            jobs = [(row, seed) for row in rows for seed in SEEDS]
             played = pool.map(again, *zip(*jobs, strict=True))
-            for source, losers, _, _ in rows:
-                result[source, losers] = [next(played) for _ in SEEDS]
+            result |= {row: [next(played) for _ in SEEDS] for row in rows}
     return result
 
 
-def test_last_iteration(
-    found: dict[tuple[str, str], list[dict[str, Any]]], record: Callable[..., Any]
-) -> None:
+def test_last_iteration(found: dict[Row, list[dict[str, Any]]], record: Callable[..., Any]) -> None:
     table: list[list[str]] = []
-    for source, losers, _, _ in ROWS:
-        seeds = found[source, losers]
+    for row in ROWS:
 
-        def each(value: Callable[[dict[str, Any]], str], seeds: list[Any] = seeds) -> str:
-            return ", ".join(map(value, seeds))
+        def each(value: Callable[[dict[str, Any]], str], row: Row = row) -> str:
+            return ", ".join(map(value, found[row]))
 
         table.append(
             [
-                source,
-                losers,
+                row.source,
+                row.title,
                 each(lambda f: f"{f['before']['kl']:.2f}"),
                 each(lambda f: f"{f['after']['kl']:.2f}"),
                 each(lambda f: f"{f['before']['nll']:.3f}"),
@@ -147,7 +152,7 @@ def test_last_iteration(
         "base, nats per answer; cut: sampled answers that reach the cap of 32 tokens. The standard "
         "error of a KL over the 256 held-out prompts is .05 to .25."
     )
-    record("last-iteration", header, table, text, list(found.values()))
+    record("last-iteration", header, table, text, [found[row] for row in ROWS])
 
 
 BINS = (-np.inf, -8.0, -5.0, -3.0, -1.0, 0.5)  # of log π
@@ -162,17 +167,14 @@ def rare(seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """
     torch.set_num_threads(1)
     config = settings(GFLOWNET, BETA, seed)
-    played, copies = config.run_folder(), RUNS / "again"
-    backbone, tokenizer = load_base("tiny", dtype="fp32", device=torch.device("cpu"))
-    chat = ChatFormat.create(tokenizer, "auto", backbone.stop_ids)
-    data = load_demonstrations(str(packaged("tiny/train.jsonl")), chat, config.text, "train")[0]
-    backbone.load_adapter("previous", played / "iterations" / str(LAST - 1) / "adapter")
-    for name, folder in (("few", played), ("more", copies / f"gfn-gfn125-{seed}")):
-        backbone.load_adapter(name, folder / "iterations" / str(LAST) / "sampler" / "adapter")
-    losers = copies / f"gfn-smc8-{seed}" / "iterations" / str(LAST) / "opponents"
-    shard = load_file(min(losers.iterdir()) / "answers.safetensors")
-    examples = shard["example"].tolist()[:PROMPTS]
-    answers = [a.numpy() for a in shard["tokens"].split(shard["length"].tolist())]
+    folder, longer = config.run_folder(), LONGER.config(seed).run_folder()
+    backbone, chat = Played.open(folder).load(torch.device("cpu"))
+    data = load_data(config, chat)[0]
+    backbone.load_adapter("previous", folder / "iterations" / str(LAST - 1) / "adapter")
+    backbone.load_adapter("few", last(folder) / "sampler" / "adapter")
+    backbone.load_adapter("more", last(longer) / "sampler" / "adapter")
+    shard = min((last(PARTICLES.config(seed).run_folder()) / "opponents").iterdir())
+    examples, answers = zip(*itertools.islice(load_answers(shard), PROMPTS), strict=True)
     prompts = [data[example].prompt for example in examples]
     target = {"previous": ALPHA, None: 1 - ALPHA}
     cap = config.text.max_response_tokens
@@ -180,7 +182,7 @@ def rare(seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     draws = [Draw(seed, LAST, "log Z", example) for example in examples]
     found = mixture.independent(backbone, setting, prompts, draws)
     log_z_B = mixture.log_mean(found.log_w_BN).numpy()
-    trees = [Tree(prompt, (answer,)) for prompt, answer in zip(prompts, answers, strict=False)]
+    trees = [Tree(p, (answer.tokens,)) for p, answer in zip(prompts, answers, strict=True)]
 
     def logp(name: str | None) -> NDArray[np.float64]:
         return np.array(logps(backbone, name, trees, TrainConfig()))[:, 0]

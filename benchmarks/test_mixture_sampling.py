@@ -244,8 +244,8 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
         load_demonstrations(str(packaged(f"tiny/{name}.jsonl")), chat, spin.text, "train")[0]
         for name in ("train", "heldout")
     )
-    steps = 750
-    learning = GFlowNetConfig(prompts=1000, epochs=math.ceil(steps / 125), lr=1e-4)
+    learning = GFlowNetConfig(prompts=1000, epochs=6, lr=1e-4)
+    steps = learning.epochs * learning.prompts // learning.batch_size
     target: Policy = {"previous": 0.5, None: 0.5}
     prompts = [demo.prompt for demo in heldout[:128]]
     raw: list[dict[str, Any]] = []
