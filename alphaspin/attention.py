@@ -26,7 +26,13 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from alphaspin.config import InputError
+
 TREES = "alphaspin_trees"
+WITHOUT_EFFECT = frozenset(
+    "is_causal position_ids cache_position deterministic output_attentions use_cache".split()
+)
+"""Arguments that other attention functions look at and that change nothing here."""
 WASTE = 1 / 8  # largest share of a bucket's places that one more sequence may leave empty
 
 
@@ -128,10 +134,11 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    places: Places,
+    places: Places | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence, for transformers' `AttentionInterface`.
@@ -146,12 +153,25 @@ def attend(
         scaling: of the scores; 1/√D where not given.
         sliding_window: tokens see those less than it before them.
         softcap: bound c of the scores, c·tanh(score / c).
-        kwargs: what other attention functions take.
+        s_aux: [A] attention sinks, a learned score of each head that takes its share of the softmax
+            and has no value (gpt-oss, arXiv 2508.10925, section 2.2; 2309.17453).
+        kwargs: what other attention functions take; only what leaves the result as it is.
 
     Returns:
         [R, S, A, D] and None.
+
+    Raises:
+        InputError: no places, or an argument that may change the result and is not known here.
     """
-    del module, attention_mask, kwargs
+    del module, attention_mask
+    if places is None:
+        raise InputError("its attention layers do not hand on the arguments of the model")
+    for name, argument in kwargs.items():
+        if name == "is_causal" and argument is False:
+            raise InputError("its attention is not causal")
+        if name not in WITHOUT_EFFECT and argument is not None and argument is not False:
+            if name != "dropout" or argument:
+                raise InputError(f"its attention has an argument of its own, {name}")
     rows, heads, width = query.shape[:3]
     spread: list[tuple[Tensor, ...]] = []
     sizes = [count * length for count, length in places.buckets]
@@ -162,7 +182,7 @@ def attend(
     outputs: list[Tensor] = []
     for (count, length), *parts in zip(places.buckets, *spread, strict=True):
         q, k, v = (x.view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
-        y_QASD = _causal(q, k, v, scaling, sliding_window, softcap)
+        y_QASD = _causal(q, k, v, scaling, sliding_window, softcap, s_aux)
         outputs.append(y_QASD.transpose(1, 2).flatten(0, 1))
     y_TAD = _Collect.apply(torch.cat(outputs), places.home)
     return y_TAD.view(rows, width, heads, -1), None
@@ -175,24 +195,32 @@ def _causal(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    sink_A: Tensor | None,
 ) -> Tensor:
     """Causal attention, [Q, A, S, D] of q and v's D."""
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    plain = not softcap and sink_A is None
     seen = None
-    if softcap or (window is not None and window < length):
+    if not plain or (window is not None and window < length):
         seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
         if window is not None:
             seen = seen.triu(1 - window)
-    if not softcap:
+    if plain:
         return scaled_dot_product_attention(
             q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=grouped
         )
-    assert seen is not None and scaling is not None
+    assert seen is not None
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32)
-    return weights.to(v.dtype) @ v
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sink_A is not None:
+        sink = sink_A.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return weights[..., :length] @ v
 
 
 AttentionInterface.register(TREES, attend)

@@ -6,6 +6,7 @@ only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; on
 forward pass is ours.
 """
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphaspin import rng
-from alphaspin.attention import TREES
+from alphaspin.attention import TREES, Places
 from alphaspin.batching import Batch, Segment, Tree, collate
 from alphaspin.config import InputError, LoraConfig, check_installed, packaged
 from alphaspin.runs import file_hash, folder_hash
@@ -41,19 +42,26 @@ WEIGHTS = "adapter_model.safetensors"
 HEAD_ROWS = 2048
 
 
+NOT_JOINT = "reference.mode = joint is not for this model family (use cached or online)"
+
+
 class Route:
     """Which tokens of the batch in flight run under which adapter; one object for all layers.
 
     It stays in force until the next forward pass, because activation checkpointing runs layers
     again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
-    batch of frozen policies that goes through each layer right after `batch`. `dequantised` holds
-    the 4-bit weights, by the number of their layer, that `batch` has used and `beside` is to use.
+    batch of frozen policies that goes through each layer right after `batch`, `inside` whether a
+    layer is at work on one of the two. `dequantised` holds the 4-bit weights, by the number of
+    their layer, that `batch` has used and `beside` is to use. `plain` leaves all to PEFT, whose
+    active adapter then serves all tokens.
     """
 
     segments: tuple[Segment, ...] = ()
     seed: int = 0
     batch: Batch | None = None
     beside: Batch | None = None
+    inside: bool = False
+    plain: bool = False
     dequantised: dict[int, Tensor] | None = None
 
 
@@ -74,7 +82,13 @@ class RoutedLinear(LoraLinear):
         Returns:
             [..., out], dtype of `x`.
         """
-        del args, kwargs
+        if self.route.plain:
+            return super().forward(x, *args, **kwargs)
+        if self.route.beside is not None and not self.route.inside:
+            raise InputError(
+                f"{NOT_JOINT}: an adapter lies outside of its layers, where the tokens of all "
+                "policies pass together"
+            )
         x_NI = x.reshape(-1, x.shape[-1])
         unit, rest = divmod(len(x_NI), self.route.segments[-1].stop)
         assert not rest, "segments of whole rows or tokens"
@@ -123,16 +137,30 @@ class RoutedLinear(LoraLinear):
 class Backbone(nn.Module):
     """The frozen base with its adapters; a forward pass gives the hidden states that predict."""
 
-    def __init__(self, model: PreTrainedModel, path: str, identity: str):
-        """Freeze `model` and check that this project can serve it.
+    layout: Literal["packed", "padded"]
+    """How its tokens are laid out: what `collate` takes."""
+    layout_reason: str
+    """Why it is not `packed`, where it is not."""
+    slots: bool
+    """Whether the sampler may keep keys and values in a cache of ours, a slot for each sequence;
+    otherwise in the family's own."""
+    scale: float
+    """The logits are scale · (W h + b), and soft-capped after that."""
+
+    def __init__(
+        self, model: PreTrainedModel, path: str, identity: str, *, longest: int | None = None
+    ):
+        """Freeze `model` and find out how this project can serve it.
 
         Args:
             model: a causal language model as transformers loads it.
             path: folder or hub id it came from, recorded in the adapters.
             identity: hash of its weights.
+            longest: tokens of the longest sequence; decides the frequencies of position embeddings
+                that depend on it. By default as long as the model can.
 
         Raises:
-            InputError: the model's attention or head is of a kind that is not supported.
+            InputError: the model's head is of a kind that is not supported.
         """
         super().__init__()
         self.path = path
@@ -142,12 +170,10 @@ class Backbone(nn.Module):
         self.adapter_folders: dict[str, Path] = {}  # of those that are as on disk
         config: Any = model.config.get_text_config()
         self.layer_types: set[str] = set(getattr(config, "layer_types", None) or ())
-        unknown = self.layer_types - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise InputError(f"{path}: layers of type {', '.join(sorted(unknown))} not supported")
         self.window: int | None = getattr(config, "sliding_window", None)
         self.eager: bool = config._attn_implementation == "eager"
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.pinned = self._pin_positions(model, longest)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         stops = getattr(model.generation_config, "eos_token_id", None)
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
@@ -164,12 +190,16 @@ class Backbone(nn.Module):
         model.requires_grad_(False)
         self.model: PreTrainedModel | PeftModel = model
         self._causal_lm = model
+        self._joint: str | None = None  # '' where it can be
         self.eval()
         self._layers: list[nn.Module] = list(getattr(self.decoder, "layers", ()))
         for layer in self._layers:
             layer.forward = partial(self._both, layer)
-        self._check_head()
-        self._check_layout()
+        self._takes = set(inspect.signature(self.decoder.forward).parameters)
+        self.scale = self._find_scale()
+        self.layout_reason = self._why_not_packed()
+        self.layout = "padded" if self.layout_reason else "packed"
+        self.slots = self.layout == "packed"
 
     @property
     def device(self) -> torch.device:
@@ -186,51 +216,111 @@ class Backbone(nn.Module):
         """The transformer below the head."""
         return cast(nn.Module, self._causal_lm.get_decoder())
 
+    def _pin_positions(self, model: nn.Module, longest: int | None) -> int | None:
+        """Let no position embedding depend on what else is in the batch.
+
+        transformers takes the frequencies of `longrope` and `dynamic` ones from the largest
+        position of a call, so that a sequence would have those of its longest neighbour. Here each
+        call is told of the longest sequence as well, and one policy has one set of frequencies: as
+        vLLM has it, where the limit is `--max-model-len`.
+
+        Returns:
+            The number of tokens, where there is such an embedding.
+        """
+        for module in model.modules():
+            kinds = getattr(module, "rope_type", None)
+            kinds = [kinds] if isinstance(kinds, str) else list(kinds or {})
+            if isinstance(getattr(module, "rope_type", None), dict):
+                kinds = list(cast(dict[str, str], module.rope_type).values())
+            if not any("dynamic" in kind or kind == "longrope" for kind in kinds):
+                continue
+            if any("dynamic" in kind for kind in kinds) and self.max_positions is not None:
+                config: Any = getattr(module, "config", None)
+                ropes = getattr(config, "rope_parameters", None) or {}
+                factor = ropes.get("factor") or 1.0
+                self.max_positions = max(self.max_positions, _extended(ropes, factor))
+            longest = longest or self.max_positions
+            if longest is None:
+                raise InputError(
+                    f"{self.path}: its position embeddings depend on the longest sequence, and its "
+                    "configuration has no max_position_embeddings"
+                )
+            module.forward = partial(_pinned, module.forward, longest)
+            self.pinned = longest
+        return getattr(self, "pinned", None)
+
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare softcap(W h + b) with the model's own logits: some families scale them."""
-        ids = torch.arange(1, 5, device=self.device)[None]
+    def _find_scale(self) -> float:
+        """c in softcap(c (W h + b)), compared with the model's own logits.
+
+        Granite divides its logits by `logits_scaling`, Cohere multiplies them by `logit_scale`, and
+        others have other names: the configuration's value that fits is taken, as it stands there.
+
+        Raises:
+            InputError: the logits are not of that form.
+        """
+        ids = torch.arange(1, 9, device=self.device)[None] % self.head.weight.shape[0]
         expected = cast(Any, self._causal_lm)(input_ids=ids, use_cache=False).logits.float()
-        hidden = cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
-        found = self.logits(hidden)
-        error = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
+        hidden = self._plain_hidden(ids)
+        self.scale, cap, self.softcap = 1.0, self.softcap, None
+        found = self.logits(hidden).float()
+        self.softcap = cap
+        if cap:
+            inner = expected / cap
+            bent = inner.abs() < 0.9  # where tanh can be undone
+            ratio = _ratio(found[bent], cap * torch.atanh(inner[bent]))
+        else:
+            ratio = _ratio(found, expected)
+        rounding = torch.finfo(self.head.weight.dtype).eps
+        if abs(ratio - 1) > 8 * rounding:
+            ratio = _configured(self._causal_lm.config, ratio, 32 * rounding)
+        self.scale = ratio
+        error = (self.logits(hidden) - expected).abs().max() / expected.abs().max().clamp(min=1)
         # bf16 rounds logits to 1/256 of their size.
         if not error < (0.02 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
             raise InputError(
-                f"{self.path}: its logits are not softcap(W h + b) (relative difference "
-                f"{error:.2g}); this model family post-processes them in a way not supported here"
+                f"{self.path}: its logits are not softcap(c (W h + b)) (relative difference "
+                f"{error:.2g}): log-probs are taken from the head's weight here, and this model "
+                "family does more than that"
             )
+        return ratio
+
+    def _plain_hidden(self, ids: Tensor) -> Tensor:
+        """Hidden states [R, S, H] by the family's own code."""
+        return cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
-    def _check_layout(self) -> None:
-        """Compare two trees packed into one row with the same sequences one at a time.
+    def _why_not_packed(self) -> str:
+        """Why trees cannot be packed into one row, or nothing; found by trying it.
 
-        A family that derives positions or masks in a way of its own would be computed wrongly and
-        silently: this finds it before anything is trained.
+        A family that derives positions or masks in a way of its own, or whose layers mix tokens
+        otherwise than by attention, would be computed wrongly and silently. (What depends on
+        adapters, or shows in longer sequences only, is `verify`'s to find.)
         """
-        prompts = [np.array([1, 2, 3], np.int32), np.array([4, 3], np.int32)]
-        answers = [np.array([2, 1, 4, 3], np.int32), np.array([3, 4], np.int32)]
-        trees = [Tree(prompt, tuple(answers)) for prompt in prompts]
+        unknown = self.layer_types - {"full_attention", "sliding_attention"}
+        if unknown:
+            return f"it has layers of type {', '.join(sorted(unknown))}"
+        random, high = np.random.default_rng(0), min(64, self.head.weight.shape[0])
+        draw = lambda n: random.integers(1, high, n).astype(np.int32)  # noqa: E731
+        trees = [Tree(draw(p), (draw(a), draw(b))) for p, a, b in ((3, 4, 2), (7, 12, 5))]
         batch = collate([(None, trees)], layout="packed").to(self.device)
         try:
             found = self(batch).float()
+        except InputError as error:
+            return str(error)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{self.path}: this model family cannot attend to packed trees ({error})"
-            ) from None
+            return f"it cannot attend to packed trees ({str(error).splitlines()[0][:100]})"
         expected: list[Tensor] = []
         for tree in trees:
             for answer in tree.responses:
                 ids = torch.from_numpy(np.concatenate([tree.prompt, answer])).long()[None]
-                plain = cast(Any, self.decoder)(input_ids=ids.to(self.device), use_cache=False)
                 start = len(tree.prompt) - 1
-                expected.append(plain.last_hidden_state[0, start : start + len(answer)].float())
+                plain = self._plain_hidden(ids.to(self.device))
+                expected.append(plain[0, start : start + len(answer)].float())
         error = (found - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
         if not error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
-            raise InputError(
-                f"{self.path}: this model family does not follow position_ids and our "
-                f"attention (relative difference {error:.2g} between packed and single sequences)"
-            )
+            return f"packed and single sequences differ by {error:.2g} of its hidden states"
+        return ""
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Full logits [..., V] in fp32 (float64 of a float64 model): for sampling one position."""
@@ -242,6 +332,8 @@ class Backbone(nn.Module):
         bias = cast(Tensor | None, self.head.bias)
         if bias is not None:
             logits += bias
+        if self.scale != 1:
+            logits *= self.scale
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
@@ -383,19 +475,43 @@ class Backbone(nn.Module):
         if any(segment.adapter == POLICY for segment in batch.segments):
             route.seed = int(torch.randint(2**62, ()))  # no draw for policies without noise
         ids, depth = batch.input_ids, batch.depth
-        if beside is not None:
-            assert self._layers and len(ids) == len(beside.input_ids) == 1, "layers, packed"
-            ids, depth = torch.cat([ids, beside.input_ids], 1), torch.cat([depth, beside.depth], 1)
-        with self._attending_trees():
-            output = cast(Any, self.decoder)(
-                input_ids=ids, position_ids=depth, use_cache=False, places=batch.places
+        if batch.places is None:
+            return self._padded(batch, beside)
+        if getattr(self, "layout_reason", ""):
+            raise InputError(
+                f"{self.path}: train.layout = packed is not for this model family, whose layers "
+                f"take one sequence a row (train.layout = padded): {self.layout_reason}"
             )
-        route.segments, route.batch, route.beside = batch.segments, None, None
+        if beside is not None:
+            if not self._layers:
+                raise InputError(f"{NOT_JOINT}: its layers are not a list")
+            assert beside.places is not None, "packed"
+            ids, depth = torch.cat([ids, beside.input_ids], 1), torch.cat([depth, beside.depth], 1)
+        try:
+            with self._attending_trees():
+                output = cast(Any, self.decoder)(
+                    input_ids=ids, position_ids=depth, use_cache=False, places=batch.places
+                )
+        finally:
+            route.segments, route.batch, route.beside = batch.segments, None, None
+            route.dequantised, route.inside = None, False
         hidden_TH = cast(Tensor, output.last_hidden_state).flatten(0, 1)
         if beside is None:
             return hidden_TH[batch.source]
         tokens = batch.input_ids.numel()
         return hidden_TH[batch.source], hidden_TH.detach()[tokens + beside.source]
+
+    def _padded(self, batch: Batch, beside: Batch | None) -> Tensor:
+        """The same of rows that are one sequence each, by the family's own code.
+
+        What follows a sequence in its row is never seen by it, so that no mask is needed, whatever
+        mixes the tokens: attention, a convolution, a state.
+        """
+        if beside is not None:
+            raise InputError(f"{NOT_JOINT}: it takes one sequence a row")
+        positions = {"position_ids": batch.depth} if "position_ids" in self._takes else {}
+        output = cast(Any, self.decoder)(input_ids=batch.input_ids, use_cache=False, **positions)
+        return cast(Tensor, output.last_hidden_state).flatten(0, 1)[batch.source]
 
     def masks(self, seen: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
         """An attention mask in the form this family takes: one, or one per type of layer.
@@ -424,13 +540,24 @@ class Backbone(nn.Module):
             return run(layer, hidden, *args, **kwargs)
         assert route.batch is not None
         whole, results, start = hidden.shape[:2], list[Tensor](), 0
+        if hidden.ndim != 3 or whole[0] != 1:
+            raise InputError(f"{NOT_JOINT}: its layers pass on hidden states {hidden.ndim}-fold")
 
         def cut(value: Any, span: slice) -> Any:
             if isinstance(value, tuple):
                 return tuple(cut(item, span) for item in cast(tuple[Any, ...], value))
-            return value[:, span] if getattr(value, "shape", ())[:2] == whole else value
+            if isinstance(value, Tensor) and whole[1] in value.shape:
+                if value.shape[:2] != whole:
+                    raise InputError(f"{NOT_JOINT}: its layers take a tensor {[*value.shape]}")
+                return value[:, span]
+            if value is None or isinstance(value, (Tensor, bool, int, float, str, Places)):
+                return value
+            raise InputError(
+                f"{NOT_JOINT}: its layers share a {type(value).__name__}, which the references "
+                "would overwrite"
+            )
 
-        route.dequantised = {}
+        route.dequantised, route.inside = {}, True
         for batch in (route.batch, route.beside):
             span = slice(start, start := start + batch.input_ids.numel())
             route.segments = batch.segments
@@ -439,9 +566,71 @@ class Backbone(nn.Module):
             # A clone: the graph would keep a view, and with it the tokens beside.
             part = hidden[:, span].clone()
             with torch.set_grad_enabled(torch.is_grad_enabled() and batch is route.batch):
-                results.append(run(layer, part, *cut(args, span), **mine))
-        route.dequantised = None
+                output = run(layer, part, *cut(args, span), **mine)
+            if not isinstance(output, Tensor):
+                raise InputError(f"{NOT_JOINT}: its layers return more than hidden states")
+            results.append(output)
+        route.dequantised, route.inside = None, False
         return torch.cat(results, 1)
+
+    def notes(self) -> list[str]:
+        """What a user should know of how this model is served, a sentence each."""
+        found: list[str] = []
+        if self.layout_reason:
+            found.append(f"padded rows, one sequence each, slower than packed: {self.layout_reason}")
+        if self.pinned:
+            found.append(
+                f"position embeddings with the frequencies for {self.pinned} tokens (text.max_*), "
+                "as vLLM's --max-model-len has them"
+            )
+        return found
+
+    def use_layout(self, wanted: Literal["auto", "packed", "padded"]) -> None:
+        """Follow `train.layout`.
+
+        Raises:
+            InputError: packed, and the family cannot.
+        """
+        if wanted == "packed" and self.layout_reason:
+            raise InputError(
+                "train.layout = packed: not for this model, take auto or padded: "
+                f"{self.layout_reason}"
+            )
+        if wanted != "auto":
+            self.layout = wanted
+
+    @torch.no_grad()
+    def joint_problem(self) -> str | None:
+        """None, or why the policy and its references cannot go through each layer together."""
+        if self._joint is not None:
+            return self._joint or None
+        if self.layout != "packed":
+            self._joint = f"{NOT_JOINT}: {self.layout_reason or 'train.layout is not packed'}"
+            return self._joint
+        random, high = np.random.default_rng(1), min(64, self.head.weight.shape[0])
+        draw = lambda n: random.integers(1, high, n).astype(np.int32)  # noqa: E731
+        mine, theirs = ([Tree(draw(5), (draw(9), draw(3)))] for _ in range(2))
+        policy = POLICY if self.has_adapter(POLICY) else None
+        batch = collate([(policy, mine)], layout="packed").to(self.device)
+        beside = collate([(None, theirs)], layout="packed").to(self.device)
+        training = self.training
+        with torch.random.fork_rng(devices=[]):
+            self.eval()
+            try:
+                together = cast(tuple[Tensor, Tensor], self(batch, beside))
+                apart = self(batch), self(beside)
+                close = all(
+                    bool((a - b).abs().max() <= 0.05 * b.abs().max())
+                    for a, b in zip(together, apart, strict=True)
+                )
+                self._joint = "" if close else f"{NOT_JOINT}: it changes the hidden states"
+            except InputError as error:
+                self._joint = str(error)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                self._joint = f"{NOT_JOINT}: {str(error).splitlines()[0][:100]}"
+            finally:
+                self.train(training)
+        return self._joint or None
 
     def routed(self, segments: Sequence[Segment]) -> Any:
         """The decoder, for code that calls it itself (sampling); `segments` cover all rows."""
@@ -466,11 +655,12 @@ def load_base(
     device: torch.device,
     quantization: Literal["none", "nf4"] = "none",
     liger: Literal["auto", "off"] = "auto",
+    longest: int | None = None,
 ) -> tuple[Backbone, Any]:
     """The frozen base and its tokenizer, from a folder, a hub id, or the embedded `tiny`.
 
     Only safetensors are read and no code from the model's folder is run. With `nf4` the linear
-    layers but the head are rounded to 4 bits as they are read.
+    layers but the head are rounded to 4 bits as they are read. `longest` as in `Backbone`.
 
     Raises:
         InputError: what is missing or cannot be served, by name.
@@ -492,7 +682,6 @@ def load_base(
                     "its weights are quantised already; give the model that they were made from, "
                     "and train.quantization = nf4 where it is too large"
                 )
-        capped = getattr(text_config, "attn_logit_softcapping", None)
         load = cast(Any, AutoModelForCausalLM.from_pretrained)
         kind = torch.bfloat16 if choose_bf16(dtype, device) else torch.float32
         model, loaded = load(
@@ -500,8 +689,7 @@ def load_base(
             output_loading_info=True,
             dtype=kind,
             **({} if quantization == "none" else in_4_bits(kind, device)),
-            # SDPA has no soft-capping of attention scores (Gemma 2).
-            attn_implementation="eager" if capped else "sdpa",
+            attn_implementation=_attention(config),
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -514,8 +702,59 @@ def load_base(
         identity = folder_hash(folder, ("*.safetensors", "config.json"))
     else:
         identity = f"{path}@{getattr(config, '_commit_hash', None)}"
-    backbone = Backbone(cast(PreTrainedModel, cast(nn.Module, model).to(device)), where, identity)
+    model = cast(PreTrainedModel, cast(nn.Module, model).to(device))
+    try:
+        backbone = Backbone(model, where, identity, longest=longest)
+    except InputError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "") or repr(error)
+        raise InputError(f"model = {path}: its family cannot be served here ({reason})") from None
     return backbone, tokenizer
+
+
+def _attention(config: Any) -> str:
+    """SDPA where the family has it and it is right: it has no soft caps (Gemma 2) and no sinks."""
+    kind = cast(Any, AutoModelForCausalLM)._model_mapping[type(config)]
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if kind._supports_sdpa and not capped else "eager"
+
+
+def _extended(ropes: dict[str, Any], factor: float) -> int:
+    """Positions of `dynamic` NTK scaling, which begins where the training ended."""
+    return int(factor * (ropes.get("original_max_position_embeddings") or 0))
+
+
+def _pinned(
+    forward: Callable[..., Any], longest: int, x: Tensor, position_ids: Tensor, *args: Any, **kw: Any
+) -> Any:
+    """A rotary embedding's cosines and sines, with frequencies for `longest` tokens."""
+    if int(position_ids.max()) >= longest:
+        raise InputError(
+            f"a sequence of {int(position_ids.max()) + 1} tokens, where position embeddings were "
+            f"fixed for {longest}: raise text.max_prompt_tokens or text.max_response_tokens"
+        )
+    last = torch.full_like(position_ids[..., :1], longest - 1)
+    found = forward(x, torch.cat([position_ids, last], -1), *args, **kw)
+    return tuple(part[..., :-1, :] for part in found)
+
+
+def _ratio(found: Tensor, expected: Tensor) -> float:
+    """The factor c of least squares in expected = c · found."""
+    found, expected = found.double(), expected.double()
+    return float((found * expected).sum() / (found * found).sum())
+
+
+def _configured(config: Any, ratio: float, tolerance: float) -> float:
+    """The number of a configuration, or one over it, that is `ratio`; `ratio` if there is none."""
+    numbers = [
+        float(value)
+        for part in (config, config.get_text_config())
+        for value in part.to_dict().values()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value
+    ]
+    near = [c for v in numbers for c in (v, 1 / v) if abs(c / ratio - 1) < tolerance]
+    return min(near, key=lambda c: abs(c / ratio - 1)) if near else ratio
 
 
 def target_modules(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:

@@ -7,7 +7,9 @@ siblings (see `attention.py`):
     row    p0 p1 p2 w0 w1 l0 l1 l2 p0 p1 w0 …
     depth   0  1  2  3  4  3  4  5  0  1  2        (position ids)
 
-In the padded layout each response has a row of its own, with its own copy of the prompt.
+In the padded layout each response has a row of its own, with its own copy of the prompt. What
+follows it there is not seen by it, whatever mixes the tokens, so that this layout serves any causal
+model.
 
 Shapes: R rows, S tokens a row, N targets (response tokens of all sequences), B sequences.
 """
@@ -57,7 +59,8 @@ class Batch:
     input_ids, depth: [R, S] int64; depth is the position id. source: [N] int64, index into the
     flattened [R·S] hidden states of the state that predicts each target. targets: [N] int64.
     lengths: [B] int64, targets per sequence; sequences follow the order of the trees and of their
-    responses. segments divide the R·S tokens, places are where they stand in attention.
+    responses. segments divide the R·S tokens, places are where they stand in attention,
+    None in the padded layout.
     """
 
     input_ids: Tensor
@@ -66,12 +69,13 @@ class Batch:
     targets: Tensor
     lengths: Tensor
     segments: tuple[Segment, ...]
-    places: Places
+    places: Places | None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
-        names = ("input_ids", "depth", "source", "targets", "lengths", "places")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("input_ids", "depth", "source", "targets", "lengths")
+        places = self.places and self.places.to(device)
+        return replace(self, **{n: getattr(self, n).to(device) for n in names}, places=places)
 
 
 def collate(
@@ -104,6 +108,8 @@ def collate(
         segments.append(Segment(name, first, at))
     trees = [tree for _, trees in groups for tree in trees]
     input_ids, depth = np.zeros((2, at), np.int64)
+    if width:
+        depth = np.tile(np.arange(width), len(starts))
     source: list[NDArray[np.int64]] = []
     for at, tree in zip(starts, trees, strict=True):
         length = len(tree.prompt)
@@ -133,7 +139,9 @@ def collate(
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         lengths=torch.from_numpy(lengths),
         segments=tuple(segments),
-        places=lay_out(
+        places=None
+        if width
+        else lay_out(
             [
                 (start, len(tree.prompt), [len(response) for response in tree.responses])
                 for start, tree in zip(starts, trees, strict=True)

@@ -311,9 +311,10 @@ class TrainConfig(Section):
     QLoRA's, by bitsandbytes), about a quarter of the memory of bf16. A layer is dequantised once
     for all policies of a pass, and again in the backward pass; in sampling, for each token. A
     server that samples has a base of its own."""
-    layout: Literal["packed", "padded"] = "packed"
+    layout: Literal["auto", "packed", "padded"] = "auto"
     """`packed`: all trees (a prompt and its answers) of a micro-batch in one row, no padding.
-    `padded`: one prompt and one answer per row."""
+    `padded`: one prompt and one answer per row, by the family's own code, which any family has.
+    `auto`: packed where the model's family can be."""
     liger: Literal["auto", "off"] = "auto"
     """`auto`: Liger's kernels compute norms, rotary positions and MLPs of a base on a GPU, if they
     are installed and know its family and it is not sharded."""
@@ -570,7 +571,7 @@ class Config(Section):
                 f"train.quantization = {self.train.quantization} and train.sharding = "
                 f"{self.train.sharding} do not go together: leave one of them out"
             )
-        if self.reference.mode == "joint" and self.train.layout != "packed":
+        if self.reference.mode == "joint" and self.train.layout == "padded":
             raise ValueError("reference.mode = joint needs train.layout = packed")
         _refuse_unused(self, "method", self.method, METHOD_KEYS)
         opponent = self.selfplay.opponent

@@ -108,12 +108,17 @@ def prefix_logps(
 
     One pass over all groups; end tokens in ascending order.
     """
-    batch = collate(groups, layout="packed").to(backbone.device)
+    batch = collate(groups, layout=backbone.layout).to(backbone.device)
     stops_E = torch.tensor(sorted(stop_ids), device=backbone.device)
     targets_NK = torch.cat([batch.targets[:, None], stops_E.expand(len(batch.targets), -1)], 1)
     head = backbone.head
     return linear_logprob(
-        backbone(batch), head.weight, targets_NK, bias=head.bias, softcap=backbone.softcap
+        backbone(batch),
+        head.weight,
+        targets_NK,
+        bias=head.bias,
+        softcap=backbone.softcap,
+        temperature=1 / backbone.scale,
     )
 
 

@@ -94,7 +94,11 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             device=torch.device("cpu") if sharded else team.device,
             quantization=config.train.quantization,
             liger=config.train.liger,
+            longest=config.text.max_prompt_tokens + config.text.max_response_tokens,
         )
+        backbone.use_layout(config.train.layout)
+        if config.reference.mode == "joint" and backbone.layout_reason:
+            raise InputError(str(backbone.joint_problem()))
         chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
         demonstrations, heldout = load_data(config, chat)
         check_lengths(config, backbone, demonstrations + heldout)
@@ -134,7 +138,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
                 # go on.
                 settings = config.model_dump(mode="json")
                 folder.record(environment=environment(team), config=settings)
-        introduce(config, folder, chat, demonstrations, heldout, team)
+        introduce(config, folder, backbone, chat, demonstrations, heldout, team)
         cached = CachedJudge(judge, folder.path / "verdicts") if judge else None
         session = Session(
             config,
@@ -272,6 +276,7 @@ def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]
 def introduce(
     config: Config,
     folder: Run,
+    backbone: Backbone,
     chat: ChatFormat,
     demonstrations: list[Demonstration],
     heldout: list[Demonstration],
@@ -282,6 +287,8 @@ def introduce(
         f"run folder {folder.path} · {team.count} x {team.device.type} · "
         f"{len(demonstrations)} demonstrations, {len(heldout)} held out"
     )
+    for note in backbone.notes():
+        console.note(note)
     warning = contraction_note(config)
     if warning:
         console.alarm(warning)

@@ -206,7 +206,7 @@ def independent(
         prompts: token ids [P] of B prompts.
         draws: what each prompt's random numbers are a function of.
         proposal: an adapter to draw from in the place of token-level decoding.
-        train: layout and size of the scoring passes, for `proposal`.
+        train: size of the scoring passes, for `proposal`.
     """
     policy: Policy = setting.target if proposal is None else {proposal: 1.0}
     requests = [
@@ -354,7 +354,7 @@ def sample(
         draws: what each prompt's random numbers are a function of, and nothing else.
         method: sequential Monte Carlo, or independent Metropolis-Hastings.
         proposal: for `imh`, an adapter to draw from in the place of token-level decoding.
-        train: layout and size of the scoring passes, for `proposal`.
+        train: size of the scoring passes, for `proposal`.
         progress: called with the answers finished and the tokens decoded.
     """
     found: list[Draws] = []

@@ -121,7 +121,9 @@ class Played:
             device=device,
             quantization="none" if whole else train.quantization,
             liger=train.liger,
+            longest=self.config.text.max_prompt_tokens + self.config.text.max_response_tokens,
         )
+        backbone.use_layout(train.layout)
         if backbone.identity != identity["base"]:
             raise InputError(
                 f"model = {name}: is not the base of this run ({backbone.identity[:12]} here, "

@@ -50,6 +50,7 @@ def _logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
         torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0)),
         bias=backbone.head.bias,
         softcap=backbone.softcap,
+        temperature=1 / backbone.scale,
     )
 
 
@@ -74,11 +75,11 @@ class OnlineReference:
 
         Args:
             backbone: holds the adapters.
-            batch: the policy's, packed, on the backbone's device.
+            batch: the policy's, on the backbone's device.
             trees: its trees.
         """
         groups = [(name, trees) for name in self.policies]
-        frozen = collate(groups, layout="packed").to(backbone.device)
+        frozen = collate(groups, layout=backbone.layout).to(backbone.device)
         if self.joint:
             hidden_NH, beside_NH = backbone(batch, frozen)
             policy_B, frozen_B = (
@@ -92,25 +93,24 @@ class OnlineReference:
         return policy_B, self.mix(*frozen_B.chunk(len(self.policies)))
 
 
-def choose_mode(config: Config, pairs: int, *, sharded: bool) -> tuple[str, str]:
+def choose_mode(config: Config, pairs: int, *, sharded: bool, joint: bool) -> tuple[str, str]:
     """`reference.mode` of an iteration with this many pairs, and why.
 
     In units of one pass of a pair through previous and base, per pair of the iteration: cached
     costs 1 whatever is trained on; online the number of times that a pair is trained on. At once
     they cost the same, and the cache is kept for later iterations; a sharded base is then better
     gathered once for all three policies. Where there is nothing to cache, so is one in 4 bits,
-    which is then dequantised once.
+    which is then dequantised once. `joint`: whether the model's family can do that.
     """
     mode, train = config.reference.mode, config.train
     if mode != "auto":
         return mode, "as configured"
-    packed = train.layout == "packed"
     steps = math.ceil(pairs / train.batch_size) * train.epochs
     uses = min(steps, train.max_steps or steps) * train.batch_size / max(1, pairs)
     if uses < 1:
-        joint = packed and (sharded or train.quantization != "none")
+        joint = joint and (sharded or train.quantization != "none")
         return "joint" if joint else "online", f"only {uses:.0%} of the pairs are trained on"
-    if sharded and packed and train.epochs == 1:
+    if sharded and joint and train.epochs == 1:
         return "joint", "one epoch, and a sharded base is gathered once for three policies"
     return "cached", f"each pair is scored once, for {train.epochs} epochs of training"
 
@@ -211,7 +211,7 @@ def score(
         cache: what is there already.
         policies: adapter names; None is the base.
         trees: prompts with their responses.
-        train: `layout`; two micro-batches' worth of trees per pass.
+        train: two micro-batches' worth of trees per pass.
         progress: called with the trees done and the response tokens scored.
 
     Returns:
@@ -232,7 +232,7 @@ def score(
                 for tree in wanted:
                     part_keys += [cache.key(identity, tree.prompt, y) for y in tree.responses]
         if groups:
-            batch = collate(groups, layout=train.layout)
+            batch = collate(groups, layout=backbone.layout)
             found = sequence_logps(backbone, batch.to(backbone.device)).tolist()
             cache.store(part_keys, found)  # so that later parts do not compute a repetition again
             keys += part_keys

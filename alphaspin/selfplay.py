@@ -162,7 +162,8 @@ def sample_duels(session: Session, iteration: int) -> list[Duel]:
 
 def reference_mode(session: Session, pairs: int) -> tuple[str, str]:
     """`reference.mode` with `auto` resolved, and why."""
-    return choose_mode(session.config, pairs, sharded=session.team.sharded)
+    joint = session.backbone.joint_problem() is None
+    return choose_mode(session.config, pairs, sharded=session.team.sharded, joint=joint)
 
 
 def score_reference(session: Session, iteration: int, trees: list[Tree]) -> list[tuple[float, ...]]:

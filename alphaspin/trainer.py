@@ -231,7 +231,7 @@ def accumulate_gradients(
         # A pass through a sharded base needs all processes: one without work repeats another's.
         part = [informative[i] for i in parts[number if counts else first]]
         trees = [example.tree for example in part]
-        batch = collate([(POLICY, trees)], layout=config.layout).to(device)
+        batch = collate([(POLICY, trees)], layout=backbone.layout).to(device)
         lengths_BK = batch.lengths.view(len(part), width)
         # Dropout noise is a function of the step too, not of what was drawn before.
         torch.manual_seed(rng.key(job.seed, job.iteration, f"dropout/{step}", number) % 2**63)

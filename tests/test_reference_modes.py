@@ -153,9 +153,9 @@ def test_tokens_that_each_mode_computes(mode: str, tmp_path: Path) -> None:
 
 
 def test_auto_chooses_the_cheapest() -> None:
-    def choose(sharded: bool = False, **train: Any) -> str:
+    def choose(sharded: bool = False, joint: bool = True, **train: Any) -> str:
         config = Config(train=TrainConfig(batch_size=10, **train))
-        return choose_mode(config, 100, sharded=sharded)[0]
+        return choose_mode(config, 100, sharded=sharded, joint=joint)[0]
 
     assert choose() == choose(epochs=3) == choose(epochs=3, sharded=True) == "cached"
     assert choose(max_steps=10) == "cached"
@@ -164,8 +164,8 @@ def test_auto_chooses_the_cheapest() -> None:
     assert choose(max_steps=9, quantization="nf4") == "joint"
     assert choose(quantization="nf4") == choose(epochs=3, quantization="nf4") == "cached"
     for base in ({"sharded": True}, {"quantization": "nf4"}):
-        assert choose(max_steps=9, layout="padded", **base) == "online"
-    assert choose(sharded=True, layout="padded") == "cached"
+        assert choose(max_steps=9, joint=False, **base) == "online"
+    assert choose(sharded=True, joint=False) == "cached"
 
 
 def test_joint_needs_packed_rows() -> None:
