@@ -30,7 +30,14 @@ from alphaspin.config import InputError
 
 TREES = "alphaspin_trees"
 WITHOUT_EFFECT = frozenset(
-    "is_causal position_ids cache_position deterministic output_attentions use_cache".split()
+    [
+        "is_causal",
+        "position_ids",
+        "cache_position",
+        "deterministic",
+        "output_attentions",
+        "use_cache",
+    ]
 )
 """Arguments that other attention functions look at and that change nothing here."""
 WASTE = 1 / 8  # largest share of a bucket's places that one more sequence may leave empty
@@ -169,9 +176,9 @@ def attend(
     for name, argument in kwargs.items():
         if name == "is_causal" and argument is False:
             raise InputError("its attention is not causal")
-        if name not in WITHOUT_EFFECT and argument is not None and argument is not False:
-            if name != "dropout" or argument:
-                raise InputError(f"its attention has an argument of its own, {name}")
+        unset = argument is None or argument is False or (name == "dropout" and not argument)
+        if name not in WITHOUT_EFFECT and not unset:
+            raise InputError(f"its attention has an argument of its own, {name}")
     rows, heads, width = query.shape[:3]
     spread: list[tuple[Tensor, ...]] = []
     sizes = [count * length for count, length in places.buckets]

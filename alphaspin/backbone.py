@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from alphaspin import rng
 from alphaspin.attention import TREES, Places
@@ -42,6 +43,8 @@ WEIGHTS = "adapter_model.safetensors"
 HEAD_ROWS = 2048
 
 
+STATE_SPACE = frozenset(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"))
+"""Families of which PEFT 0.21 refuses `out_proj`."""
 NOT_JOINT = "reference.mode = joint is not for this model family (use cached or online)"
 
 
@@ -111,7 +114,8 @@ class RoutedLinear(LoraLinear):
         # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
         noise = self.lora_dropout[POLICY] if self.training and POLICY in self.lora_dropout else None
         base = cast(nn.Linear, self.base_layer)
-        weight, again = base.weight, None
+        # GPT-2's Conv1D is a linear layer that keeps its weight the other way round.
+        weight, again = base.weight.T if isinstance(base, Conv1D) else base.weight, None
         if is_quantised(base):
             again, shared = partial(dequantise, base), self.route.dequantised
             if shared is None:
@@ -214,7 +218,9 @@ class Backbone(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         """The transformer below the head."""
-        return cast(nn.Module, self._causal_lm.get_decoder())
+        found = cast(nn.Module, self._causal_lm.get_decoder())
+        # Llama 4's is not found by transformers, which then returns the whole.
+        return cast(nn.Module, cast(Any, found).model) if found is self._causal_lm else found
 
     def _pin_positions(self, model: nn.Module, longest: int | None) -> int | None:
         """Let no position embedding depend on what else is in the batch.
@@ -355,18 +361,21 @@ class Backbone(nn.Module):
             InputError: `lora.targets` names nothing in this model, or the head.
         """
         targets = list(config.targets)
-        target_modules(self._causal_lm, config.targets)
+        chosen = target_modules(self._causal_lm, config.targets)
+        if targets == ["all-linear"]:
+            targets = _all_linear(self._causal_lm, chosen)
         peft_config = PeftLoraConfig(
             r=config.r,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
             lora_dropout=config.dropout,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen),
             task_type="CAUSAL_LM",
         )
         self._inject(name, peft_config, rng.key(seed, iteration, "adapter") % 2**63)
 
     def _inject(self, name: str, config: PeftLoraConfig, seed: int) -> None:
-        config._register_custom_module({nn.Linear: RoutedLinear})
+        config._register_custom_module({nn.Linear: RoutedLinear, Conv1D: RoutedLinear})
         head = self.head
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -393,11 +402,16 @@ class Backbone(nn.Module):
             if isinstance(layer, RoutedLinear):
                 layer.route = self.route
                 layer.number = next(numbers)
-            elif isinstance(layer, BaseTunerLayer):
-                kind = type(layer.get_base_layer()).__name__
+                routable = is_routable(layer.get_base_layer())
+            else:
+                routable = not isinstance(layer, BaseTunerLayer)
+            if not routable:
+                kind = type(cast(Any, layer).get_base_layer()).__name__
+                works = sorted({n.rsplit(".", 1)[-1] for n in linear_modules(self._causal_lm)})
                 raise InputError(
-                    f"lora.targets: {module_name} is a {kind}; only nn.Linear layers can carry "
-                    "the adapters of several policies"
+                    f"lora.targets: {module_name} is a {kind}; only layers that compute W x + b "
+                    "and nothing else can carry the adapters of several policies. all-linear "
+                    f"takes just these; by name: {' '.join(works)}"
                 )
         for key, parameter in self.named_parameters():
             parameter.requires_grad_(f".{POLICY}." in key)
@@ -509,9 +523,21 @@ class Backbone(nn.Module):
         """
         if beside is not None:
             raise InputError(f"{NOT_JOINT}: it takes one sequence a row")
-        positions = {"position_ids": batch.depth} if "position_ids" in self._takes else {}
-        output = cast(Any, self.decoder)(input_ids=batch.input_ids, use_cache=False, **positions)
-        return cast(Tensor, output.last_hidden_state).flatten(0, 1)[batch.source]
+        return self._rows(batch.input_ids).flatten(0, 1)[batch.source]
+
+    def plain_rows(self, segments: Sequence[Segment], ids_RS: Tensor) -> Tensor:
+        """Hidden states [R, S, H] of one sequence a row; `segments` cover all rows."""
+        self.route.segments = tuple(segments)
+        return self._rows(ids_RS)
+
+    def _rows(self, ids_RS: Tensor) -> Tensor:
+        positions: dict[str, Tensor] = {}
+        if "position_ids" in self._takes:
+            order_S = torch.arange(ids_RS.shape[1], device=ids_RS.device)
+            positions["position_ids"] = order_S.expand(ids_RS.shape)
+        return cast(Any, self.decoder)(
+            input_ids=ids_RS, use_cache=False, **positions
+        ).last_hidden_state
 
     def masks(self, seen: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
         """An attention mask in the form this family takes: one, or one per type of layer.
@@ -577,7 +603,9 @@ class Backbone(nn.Module):
         """What a user should know of how this model is served, a sentence each."""
         found: list[str] = []
         if self.layout_reason:
-            found.append(f"padded rows, one sequence each, slower than packed: {self.layout_reason}")
+            found.append(
+                f"padded rows, one sequence each, slower than packed: {self.layout_reason}"
+            )
         if self.pinned:
             found.append(
                 f"position embeddings with the frequencies for {self.pinned} tokens (text.max_*), "
@@ -726,7 +754,12 @@ def _extended(ropes: dict[str, Any], factor: float) -> int:
 
 
 def _pinned(
-    forward: Callable[..., Any], longest: int, x: Tensor, position_ids: Tensor, *args: Any, **kw: Any
+    forward: Callable[..., Any],
+    longest: int,
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kw: Any,
 ) -> Any:
     """A rotary embedding's cosines and sines, with frequencies for `longest` tokens."""
     if int(position_ids.max()) >= longest:
@@ -757,6 +790,57 @@ def _configured(config: Any, ratio: float, tolerance: float) -> float:
     return min(near, key=lambda c: abs(c / ratio - 1)) if near else ratio
 
 
+def is_routable(module: nn.Module) -> bool:
+    """Whether a module is W x + b and nothing else.
+
+    Subclasses of nn.Linear with a forward pass of their own (routers that return a tuple) are not;
+    bitsandbytes' layer in 4 bits is.
+    """
+    if isinstance(module, RoutedLinear):
+        module = module.get_base_layer()
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return plain or (isinstance(module, nn.Linear) and is_quantised(module))
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Those that `all-linear` means, by their names: all routable ones but the head.
+
+    Neither what PEFT takes for a name of the fused experts beside it (a shared expert's
+    projections), nor what it refuses in state-space models, whose kernels go round the layer.
+    """
+    head = cast(Any, model).get_output_embeddings()
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    left_out = {"out_proj", "conv1d"} if kind in STATE_SPACE else set[str]()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "experts" in name.split("."):
+            left_out |= {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_routable(module)
+        and module is not head
+        and name.rsplit(".", 1)[-1] not in left_out
+        and not any(part.startswith("lora_") for part in name.split("."))
+    }
+
+
+def _all_linear(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
+    """`all-linear` for PEFT, or names where PEFT would take more by it than can be routed.
+
+    The last part of a name where it names nothing else, the whole name otherwise.
+    """
+    wanted = {id(module) for module in chosen}
+    names = dict(model.named_modules())
+    others = {name.rsplit(".", 1)[-1] for name, module in names.items() if id(module) not in wanted}
+    head = cast(Any, model).get_output_embeddings()
+    linear = {id(m) for m in names.values() if isinstance(m, (nn.Linear, Conv1D))} - {id(head)}
+    fused = any("experts" in name.split(".") for name, p in model.named_parameters() if p.ndim == 3)
+    if linear == wanted and not fused:
+        return ["all-linear"]
+    found = {n: n.rsplit(".", 1)[-1] for n, m in names.items() if id(m) in wanted}
+    return sorted({name if last in others else last for name, last in found.items()})
+
+
 def target_modules(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
     """Modules that `lora.targets` names, by full name or its last parts, as PEFT matches them.
 
@@ -765,8 +849,7 @@ def target_modules(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
     """
     modules = dict(model.named_modules())
     if tuple(targets) == ("all-linear",):
-        head = cast(Any, model).get_output_embeddings()
-        return [m for m in modules.values() if isinstance(m, nn.Linear) and m is not head]
+        return list(linear_modules(model).values())
     found: dict[str, nn.Module] = {}
     for target in targets:
         named = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}

@@ -254,7 +254,9 @@ class Stepper:
         self._backbone = backbone
         self._log_normalisers = log_normalisers
         self._cache = SlotCache()
-        # Of each sequence: its policy, the rows of the components, the number of tokens so far.
+        # Of each sequence: its tokens, where there is no cache of ours; its policy, the rows of the
+        # components, the number of tokens so far.
+        self._tokens: list[Tokens] = []
         self._mixtures: list[Components] = []
         self._rows: list[list[int]] = []
         self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -276,6 +278,10 @@ class Stepper:
         """
         first = len(self)
         added = [components(policy) for policy in policies]
+        if not self._backbone.slots:
+            self._tokens += prompts
+            self._mixtures += added
+            return self._recompute(first)
         self._arrange(
             [*self._mixtures, *added],
             [*self._rows, *([-1] * len(mixture) for mixture in added)],
@@ -341,6 +347,12 @@ class Stepper:
         Args:
             tokens_N: [N] integers, on any device.
         """
+        if not self._backbone.slots:
+            new = tokens_N.cpu().numpy().astype(np.int32)
+            self._tokens = [
+                np.append(old, token) for old, token in zip(self._tokens, new, strict=True)
+            ]
+            return self._recompute(0)
         width = int(self._lengths.max()) + 1
         self._cache.reserve(0, width)
         device = self._backbone.device
@@ -363,6 +375,10 @@ class Stepper:
     @torch.no_grad()
     def select(self, indices: Sequence[int]) -> None:
         """Sequence i becomes what sequence `indices[i]` was: drops, duplicates and reorders."""
+        if not self._backbone.slots:
+            self._mixtures = [self._mixtures[i] for i in indices]
+            self._tokens = [self._tokens[i] for i in indices]
+            return
         self._arrange(
             [self._mixtures[i] for i in indices],
             [self._rows[i] for i in indices],
@@ -430,6 +446,37 @@ class Stepper:
             torch.tensor(row_NC, dtype=torch.int64, device=device).view(-1, width),
             torch.tensor(weight_NC, dtype=dtype, device=device).view(-1, width),
         )
+
+    def _recompute(self, first: int) -> Ahead:
+        """What comes next in the sequences from `first` on, from all their tokens.
+
+        For families whose layers keep more, or other things, than the keys and values of each
+        position: one sequence a row, as the padded layout has it, which is slow and exact.
+        """
+        asked = [
+            (name or "", i, c)
+            for i, mixture in enumerate(self._mixtures[first:])
+            for c, (name, _) in enumerate(mixture)
+        ]
+        hidden: list[Tensor] = []
+        rows = [[0] * len(mixture) for mixture in self._mixtures[first:]]
+        order = sorted(asked)
+        for row, (_, i, c) in enumerate(order):
+            rows[i][c] = row
+        most = max(1, PREFILL_TOKENS // max(map(len, self._tokens), default=1))
+        for start in range(0, len(order), most):
+            part = order[start : start + most]
+            texts = [self._tokens[first + i] for _, i, _ in part]
+            names = [self._mixtures[first + i][c][0] for _, i, c in part]
+            ids = np.zeros((len(part), max(map(len, texts))), np.int64)
+            for line, text in zip(ids, texts, strict=True):
+                line[: len(text)] = text
+            last = [len(text) - 1 for text in texts]
+            ids_RS = torch.from_numpy(ids).to(self._backbone.device)
+            hidden.append(
+                self._backbone.plain_rows(_segments(names), ids_RS)[range(len(part)), last]
+            )
+        return self._ahead(torch.cat(hidden), *self._mixing(rows, self._mixtures[first:]))
 
     def _forward(
         self,

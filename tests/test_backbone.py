@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from alphaspin.backbone import POLICY, WEIGHTS, Backbone, RoutedLinear, load_base
@@ -425,22 +425,20 @@ def small(family: str, **changes: Any) -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-@pytest.mark.parametrize(
-    ("family", "scaling"),
-    [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.0625})],
-)
-def test_scaled_logits_are_refused(family: str, scaling: dict[str, float], tmp_path: Path) -> None:
-    small(family, **scaling).save_pretrained(tmp_path)
-    helpers.make_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"logits are not softcap\(W h \+ b\)"):
-        load(tmp_path)
-    # At a scale of one they are not, so it is the scale that is refused and not the family.
-    Backbone(small(family, **dict.fromkeys(scaling, 1.0)), "x", "y")
+def test_a_head_that_does_more_is_refused() -> None:
+    """A scale is found; what is added to the logits of some tokens is no scale."""
+    model = helpers.make_model("llama")
+    plain = model.forward
 
+    def bent(*args: Any, **kwargs: Any) -> Any:
+        output = cast(Any, plain(*args, **kwargs))
+        output.logits = output.logits.clone()
+        output.logits[..., 7:] += 1.0
+        return output
 
-def test_layers_without_attention_are_refused() -> None:
-    with pytest.raises(InputError, match="linear_attention not supported"):
-        Backbone(small("mamba"), "x", "y")
+    cast(Any, model).forward = bent
+    with pytest.raises(InputError, match=r"logits are not softcap\(c \(W h \+ b\)\)"):
+        Backbone(cast(Any, model), "x", "y")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -462,15 +460,31 @@ def test_targets_that_cannot_be_routed_are_refused(targets: tuple[str, ...]) -> 
         backbone.add_adapter(POLICY, LoraConfig(targets=targets), seed=0, iteration=0)
 
 
-def test_layers_that_cannot_be_routed_are_refused() -> None:
-    """GPT-2's projections are `Conv1D`, which PEFT adapts with a layer of its own."""
-    config = AutoConfig.for_model(
-        "gpt2", vocab_size=300, n_embd=32, n_layer=1, n_head=4, bos_token_id=None, eos_token_id=1
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    backbone = Backbone(model, "x", "y")
-    with pytest.raises(InputError, match="Conv1D"):
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    """Such as a router's; `all-linear` leaves it out, and by name it is refused."""
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    def make() -> Backbone:
+        model: Any = helpers.make_model("llama")
+        old = model.model.layers[0].self_attn.o_proj
+        model.model.layers[0].self_attn.o_proj = new = Doubled(32, 32, bias=False)
+        new.weight = old.weight
+        return Backbone(model, "x", "y")
+
+    backbone, trees = make(), make_trees(4, 1)
+    batch = collate([(None, trees)], layout="packed")
+    with torch.no_grad():
+        before = sequence_logps(backbone, batch)
         backbone.add_adapter(POLICY, LORA, seed=0, iteration=0)
+        assert torch.equal(sequence_logps(backbone, batch), before)
+    adapted = [n for n, m in backbone.named_modules() if isinstance(m, RoutedLinear)]
+    assert not any(name.endswith("layers.0.self_attn.o_proj") for name in adapted)
+    assert any(name.endswith("layers.1.self_attn.o_proj") for name in adapted)
+    with pytest.raises(InputError, match=r"o_proj is a Doubled.*by name: .*q_proj"):
+        make().add_adapter(POLICY, LoraConfig(targets=("o_proj",)), seed=0, iteration=0)
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "nothing"), ("all-linear", "q_proj")])
@@ -619,20 +633,6 @@ def test_adapters_may_have_different_shapes(llama: Path, tmp_path: Path) -> None
             plain_logps(plain_model(llama, None), groups[None]),
         ]
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
-        ("bloom", {"n_head": 4, "n_layer": 2}),
-        ("falcon", {"alibi": True}),
-    ],
-)
-def test_families_that_count_columns_are_refused(family: str, changes: dict[str, Any]) -> None:
-    """ALiBi takes distances from columns and not from position ids: trees would come out wrong."""
-    with pytest.raises(InputError):
-        Backbone(small(family, initializer_range=0.15, **changes), "x", "y")
 
 
 def test_sharing_and_packing_change_nothing(family: Family, tmp_path: Path) -> None:

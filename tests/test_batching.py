@@ -33,6 +33,10 @@ def histories(batch: Batch, window: int | None) -> list[set[int]]:
     identity, so that its output says which tokens these are.
     """
     rows, width = batch.input_ids.shape
+    if batch.places is None:  # padded: whatever stands before it in its row
+        lines = batch.input_ids.tolist()
+        reach = width if window is None else window
+        return [set(line[max(0, k + 1 - reach) : k + 1]) for line in lines for k in range(width)]
     tokens = rows * width
     flat = torch.zeros(rows, 1, width, 4)
     seen, _ = attend(
