@@ -26,10 +26,10 @@ from alphaspin.config import (
     Section,
     all_keys,
     explain,
+    home,
     load_config,
     nearest_key,
     packaged,
-    place,
     recipe_names,
 )
 from alphaspin.judges import JudgeError
@@ -171,9 +171,9 @@ def _recipes(arguments: Sequence[str]) -> None:
             print(packaged(f"{name}.yaml").read_text(encoding="utf-8"), end="")
         case ["copy", name, target]:
             load_config(name)
-            if Path(place(target)).exists():
+            if Path(home(target)).exists():
                 raise InputError(f"{target} exists already")
-            shutil.copyfile(packaged(f"{name}.yaml"), place(target))
+            shutil.copyfile(packaged(f"{name}.yaml"), home(target))
         case _:
             raise InputError("usage: alphaspin recipes [list | show NAME | copy NAME FILE]")
 
@@ -187,7 +187,7 @@ def _run_and_options(
     if not arguments or arguments[0].startswith("-"):
         raise InputError(f"usage: alphaspin {command} RUN [--KEY VALUE …]")
     _check_keys(kind, arguments[1:])
-    return Path(place(arguments[0])), list(arguments[1:])
+    return Path(home(arguments[0])), list(arguments[1:])
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -219,9 +219,9 @@ def _report(arguments: Sequence[str]) -> None:
 
     match arguments:
         case [run] if not run.startswith("-"):
-            page = report.write(Path(place(run)))
+            page = report.write(Path(home(run)))
         case [*runs, "--to", page] if runs:
-            page = overview.write([Path(place(run)) for run in runs], Path(place(page)))
+            page = overview.write([Path(home(run)) for run in runs], Path(home(page)))
         case _:
             raise InputError("usage: alphaspin report RUN, or RUN RUN … --to PAGE.html")
     console.note(f"report: {page}")

@@ -50,6 +50,18 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def home(path: str) -> str:
+    """The path with `~` expanded, which no shell does in YAML or after `=`.
+
+    Raises:
+        InputError: no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~") and not os.path.lexists(found):
+        raise InputError(f"there is no home folder {path.split('/')[0]}; ./{path} is a path")
+    return found
+
+
 def place(path: str) -> str:
     """A path that means the same from anywhere: absolute, `~` expanded, without `.` and `..`.
 
@@ -57,13 +69,11 @@ def place(path: str) -> str:
     leads out of is followed, as the system does. An empty text stays empty.
 
     Raises:
-        InputError: no such user.
+        InputError: as `home`.
     """
     if not path:
         return path
-    found = os.path.expanduser(path)
-    if found.startswith("~") and not os.path.lexists(found):
-        raise InputError(f"there is no home folder {path.split('/')[0]}; ./{path} is a path")
+    found = home(path)
     folder, name = os.path.split(os.path.join(os.getcwd(), found.rstrip("/") or "/"))
     if ".." not in Path(folder, name).parts:
         return os.path.abspath(found)
@@ -818,7 +828,7 @@ class EvaluateOptions(Section):
 class ExportOptions(Section):
     """Write a policy for use elsewhere: `alphaspin export RUN --to FOLDER (--merge | --vllm)`."""
 
-    to: Place
+    to: Annotated[str, AfterValidator(home)]
     """Folder to write, which must not exist."""
     iteration: Annotated[int, Field(ge=0)] | None = None
     """Iteration t; by default the last one that is finished."""

@@ -127,8 +127,8 @@ def writable(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
     if fits(settings):
         return settings, []
     kept, left_out = GenerationConfig(), list[str]()
-    # Whether a value fits may depend on these two.
-    first = ("do_sample", "num_beams")
+    # Whether a value fits may depend on these.
+    first = ("do_sample", "num_beams", "use_cache")
     for key in sorted(settings.to_diff_dict(), key=lambda key: (key not in first, key)):
         tried, value = copy.deepcopy(kept), getattr(settings, key)
         setattr(tried, key, value)
@@ -202,7 +202,7 @@ def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> 
 
 def _usage(played: Played, options: ExportOptions) -> str:
     """How to load the folder."""
-    name, base = Path(options.to).name, _base_name(played)
+    name, base = Path(options.to).absolute().name, _base_name(played)
     if options.merge:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
