@@ -121,6 +121,7 @@ def _from_here(name: str) -> str:
     return f"./{inside}" if inside in ("tiny", "auto", "plain") else inside
 
 
+Expanded = Annotated[str, AfterValidator(home)]
 Place = Annotated[str, AfterValidator(place)]
 Source = Annotated[str, AfterValidator(source)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -803,7 +804,7 @@ class EvaluateOptions(Section):
     keys alone change the run's (a server's address, for instance)."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness (extra `eval`) to run in the place of the comparison."""
-    include_path: Place | None = None
+    include_path: Expanded | None = None
     """Folder with further task definitions (YAML)."""
     chat: bool = False
     """Put the prompts of the tasks through the chat template."""
@@ -828,7 +829,7 @@ class EvaluateOptions(Section):
 class ExportOptions(Section):
     """Write a policy for use elsewhere: `alphaspin export RUN --to FOLDER (--merge | --vllm)`."""
 
-    to: Annotated[str, AfterValidator(home)]
+    to: Expanded
     """Folder to write, which must not exist."""
     iteration: Annotated[int, Field(ge=0)] | None = None
     """Iteration t; by default the last one that is finished."""
