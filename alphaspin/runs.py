@@ -369,9 +369,8 @@ def relocated(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """
     new = copy.deepcopy(new)
     for content, section, key in HASHED:
-        ours, theirs = (
-            (s["config"].get(section, {}) if section else s["config"]) for s in (new, old)
-        )
+        whole = (settings.get("config", {}) for settings in (new, old))
+        ours, theirs = (part.get(section, {}) if section else part for part in whole)
         if content in new and new[content] == old.get(content) and key in ours and key in theirs:
             ours[key] = theirs[key]
     return new

@@ -322,3 +322,9 @@ def test_merging_says_what_it_left_out(
     monkeypatch.chdir(tmp_path)
     code, printed = alphaspin("export", world / "run", "--to=out", "--merge", "--model=base")
     assert code == 0 and "left out temperature = 0.9" in printed, printed
+
+
+def test_a_folder_of_something_else_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    Run(tmp_path / "run", {"other": 1}).close()
+    with pytest.raises(InputError, match="holds another run: its base is None"):
+        Run(tmp_path / "run", {"base": "a", "config": {"model": "m"}})
