@@ -26,6 +26,7 @@ from alphaspin.config import (
     Section,
     all_keys,
     explain,
+    home,
     load_config,
     nearest_key,
     packaged,
@@ -170,9 +171,9 @@ def _recipes(arguments: Sequence[str]) -> None:
             print(packaged(f"{name}.yaml").read_text(encoding="utf-8"), end="")
         case ["copy", name, target]:
             load_config(name)
-            if Path(target).exists():
+            if Path(home(target)).exists():
                 raise InputError(f"{target} exists already")
-            shutil.copyfile(packaged(f"{name}.yaml"), target)
+            shutil.copyfile(packaged(f"{name}.yaml"), home(target))
         case _:
             raise InputError("usage: alphaspin recipes [list | show NAME | copy NAME FILE]")
 
@@ -186,7 +187,7 @@ def _run_and_options(
     if not arguments or arguments[0].startswith("-"):
         raise InputError(f"usage: alphaspin {command} RUN [--KEY VALUE …]")
     _check_keys(kind, arguments[1:])
-    return Path(arguments[0]), list(arguments[1:])
+    return Path(home(arguments[0])), list(arguments[1:])
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -195,9 +196,13 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from alphaspin.played import Played
 
     played = Played.open(path)
-    other = any(argument.split("=")[0] == "--judge.kind" for argument in rest)
-    default = EvaluateOptions(judge=JudgeConfig() if other else played.config.judge)
-    compare.run(played, _parsed(EvaluateOptions, default, "alphaspin evaluate RUN", rest))
+    given = {argument.split("=")[0] for argument in rest}
+    judge = JudgeConfig() if "--judge.kind" in given else played.config.judge
+    if "--judge.function" in given:  # one of the working directory, as in training
+        judge = judge.model_copy(update={"folder": None})
+    default = EvaluateOptions(judge=judge)
+    options = _parsed(EvaluateOptions, default, "alphaspin evaluate RUN", rest)
+    compare.run(played.moved(options), options)
 
 
 def _export(arguments: Sequence[str]) -> None:
@@ -206,7 +211,7 @@ def _export(arguments: Sequence[str]) -> None:
     from alphaspin import export
     from alphaspin.played import Played
 
-    export.run(Played.open(path), options)
+    export.run(Played.open(path).moved(options), options)
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -214,9 +219,9 @@ def _report(arguments: Sequence[str]) -> None:
 
     match arguments:
         case [run] if not run.startswith("-"):
-            page = report.write(Path(run))
+            page = report.write(Path(home(run)))
         case [*runs, "--to", page] if runs:
-            page = overview.write([Path(run) for run in runs], Path(page))
+            page = overview.write([Path(home(run)) for run in runs], Path(home(page)))
         case _:
             raise InputError("usage: alphaspin report RUN, or RUN RUN … --to PAGE.html")
     console.note(f"report: {page}")

@@ -4,18 +4,30 @@ A value that the papers change from one iteration to the next (learning rate, β
 with one entry per iteration whose last entry repeats; a single number means the same everywhere.
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 T = TypeVar("T")
 
@@ -38,6 +50,80 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+def home(path: str) -> str:
+    """The path with `~` expanded, which no shell does in YAML or after `=`.
+
+    Raises:
+        InputError: no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~") and not os.path.lexists(found):
+        raise InputError(f"there is no home folder {path.split('/')[0]}; ./{path} is a path")
+    return found
+
+
+def place(path: str) -> str:
+    """A path that means the same from anywhere: absolute, `~` expanded, without `.` and `..`.
+
+    Symlinks keep their names (a hub's cache gives files their suffixes by them), but one that `..`
+    leads out of is followed, as the system does. An empty text stays empty.
+
+    Raises:
+        InputError: as `home`.
+    """
+    if not path:
+        return path
+    found = home(path)
+    folder, name = os.path.split(os.path.join(os.getcwd(), found.rstrip("/") or "/"))
+    if ".." not in Path(folder, name).parts:
+        return os.path.abspath(found)
+    return os.path.realpath(found) if name == ".." else os.path.join(os.path.realpath(folder), name)
+
+
+def source(name: str) -> str:
+    """A `place` where `name` is a path; `tiny` and a hub id, which looks like a path, stay.
+
+    It is a path where something is there, or where it begins as no id does.
+
+    Raises:
+        InputError: as `place`.
+    """
+    local = name.startswith(("~", ".", "/")) or os.path.lexists(name)
+    return place(name) if local and name != "tiny" else name
+
+
+def check_there(key: str, name: str, hint: str = "") -> None:
+    """Whether a `source` is there, as far as that can be told without the hub.
+
+    Raises:
+        InputError: a path at which nothing is; ends with `hint`.
+    """
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise InputError(f"{key} = {name}: no such file or folder{hint}")
+
+
+def _template(name: str) -> str:
+    return name if name in ("auto", "plain") else place(name)
+
+
+def _from_here(name: str) -> str:
+    """One spelling for all of a path: relative to the working directory where it is inside.
+
+    So a project's folder can be moved, and runs have the names that they had when paths were kept
+    as typed.
+    """
+    if not Path(name).is_absolute():
+        return name
+    real, here = Path(name).resolve(), Path.cwd()
+    if not real.is_relative_to(here):
+        return str(real)
+    inside = str(real.relative_to(here))
+    return f"./{inside}" if inside in ("tiny", "auto", "plain") else inside
+
+
+Expanded = Annotated[str, AfterValidator(home)]
+Place = Annotated[str, AfterValidator(place)]
+Source = Annotated[str, AfterValidator(source)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -112,7 +198,7 @@ def _refuse_unused(
 class TextConfig(Section):
     """How conversations become prompt and response tokens."""
 
-    template: str = "auto"
+    template: Annotated[str, AfterValidator(_template)] = "auto"
     """Chat template: `auto` (the tokenizer's own, the plain one where it has none), `plain`, or the
     path of a Jinja file."""
     turns: Literal["last", "all"] = "last"
@@ -210,10 +296,27 @@ class JudgeConfig(Section):
     """Requests to `server` under way at once."""
     function: str | None = None
     """`package.module:function` of `callable`, found from the working directory too."""
+    folder: Place | None = None
+    """Folder in which `function` is found: the working directory at the start of the run, which is
+    remembered. For a run whose `function` has moved."""
     both_orders: bool = True
     """`callable` is asked in both orders; not needed where f(a, b) = 1 - f(b, a)."""
     batch_size: PositiveInt = 16
     """Texts (`reward_model`) or pairs (`pairrm`) per pass."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remembered(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("function") and not values.get("folder"):
+            return {**values, "folder": os.getcwd()}
+        return values
+
+    @field_validator("model")
+    @classmethod
+    def _local(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None or info.data.get("kind") == "server":  # a name of the server's
+            return value
+        return source(value)
 
     @model_validator(mode="after")
     def _complete(self) -> "JudgeConfig":
@@ -259,7 +362,7 @@ class PreferenceConfig(Section):
 JUDGE_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("reward_model", "pairrm", "server"),
     **dict.fromkeys(("url", "key_variable", "workers"), ("server",)),
-    **dict.fromkeys(("function", "both_orders"), ("callable",)),
+    **dict.fromkeys(("function", "folder", "both_orders"), ("callable",)),
     "batch_size": ("reward_model", "pairrm"),
 }
 """Settings of a judge that only some kinds look at."""
@@ -448,15 +551,15 @@ class PlanHints(Section):
 class GFlowNetRun(Section):
     """Train one sampler of the exact mixture π_adapter^α π_base^(1-α): `alphaspin gflownet`."""
 
-    adapter: str
+    adapter: Place
     """Folder of the adapter, in PEFT's format."""
-    output: str
+    output: Place
     """Folder of the result; the same command goes on with what is there."""
     alpha: Fraction = 0.5
     """Weight α of the adapter."""
-    model: str = "tiny"
+    model: Source = "tiny"
     """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
-    data: str = "tiny"
+    data: Source = "tiny"
     """Demonstrations whose prompts are used: as for `alphaspin-train`."""
     split: str = "train"
     """Split of a hub data set."""
@@ -507,22 +610,31 @@ ADDED = (
 """Settings younger than the first runs, whose folders are named without them: left out of a run's
 identity where they have their default."""
 
+PATHS = (
+    ("", "model"),
+    ("", "data"),
+    ("", "heldout"),
+    ("text", "template"),
+    ("judge", "model"),
+)
+"""Settings (with their sections) that may be paths, of things whose hashes count too."""
+
 
 class Config(Section):
     """A self-play run."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")] = "run"
     """Name of the run; part of its default folder."""
-    model: str = "tiny"
+    model: Source = "tiny"
     """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
-    data: str = "tiny"
+    data: Source = "tiny"
     """Demonstrations: a JSONL, JSON or Parquet file, a folder, a hub id, or `tiny`."""
     split: str = "train"
     """Split of a hub data set."""
-    heldout: str | None = None
+    heldout: Source | None = None
     """Demonstrations held out for evaluation, read as `data` is; without it some of `data` is set
     aside."""
-    output: str | None = None
+    output: Place | None = None
     """Run folder; by default `runs/NAME-DIGEST`, where the digest is that of the configuration, so
     that the same command goes on with the same run."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -629,7 +741,7 @@ class Config(Section):
             },
             "sampling": {"batch_size", "url", "key_variable", "workers"},
             "evaluate": {"show"},
-            "judge": {"url", "key_variable", "workers", "batch_size"},
+            "judge": {"url", "key_variable", "workers", "batch_size", "folder"},
         }
         if self.method == "spin":  # without these sections, so are runs made before they existed
             free |= dict.fromkeys(("method", "judge", "preference"), True)
@@ -642,13 +754,32 @@ class Config(Section):
         return settings
 
     def digest(self) -> str:
-        """First 8 hex digits of the hash of the identity."""
-        text = json.dumps(self.identity(), sort_keys=True)
+        """First 8 hex digits of the hash of the identity, whose paths are spelled one way."""
+        settings = self.identity()
+        for section, key in PATHS:
+            named = settings.get(section, {}) if section else settings
+            if named.get(key):
+                named[key] = _from_here(named[key])
+        text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def run_folder(self) -> Path:
-        """The run's folder: `output`, or one named after the configuration."""
-        return Path(self.output) if self.output else Path("runs") / f"{self.name}-{self.digest()}"
+        """The run's folder: `output`, or one named after the configuration.
+
+        Versions that kept paths as typed had several names for one run: such a folder is found by
+        its manifest.
+        """
+        if self.output:
+            return Path(self.output)
+        digest = self.digest()
+        folder = Path("runs") / f"{self.name}-{digest}"
+        if not folder.exists():
+            for file in sorted(Path("runs").glob(f"{self.name}-????????/manifest.json")):
+                with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                    settings = json.loads(file.read_text(encoding="utf-8"))["config"]
+                    if Config.model_validate(settings).digest() == digest:
+                        return file.parent
+        return folder
 
 
 class EvaluateOptions(Section):
@@ -657,19 +788,24 @@ class EvaluateOptions(Section):
     Without --tasks: on held-out prompts, with the run's judge or another.
     """
 
+    model: Source | None = None
+    """Where the run's base is now, if it has moved."""
+    data: Source | None = None
+    """Where the run's data are now, if they have moved and prompts were set aside from them."""
+
     iterations: Names = ("all",)
     """Iterations t to compare with the base, or `all`; the control after as many steps comes
     along."""
     prompts: PositiveInt | None = None
     """Use only the first of the held-out prompts."""
-    heldout: str | None = None
+    heldout: Source | None = None
     """Other held-out demonstrations than the run's, read as `data` is."""
     judge: JudgeConfig = JudgeConfig()
     """Who compares answers with the base's. With --judge.kind another than the run's judge; other
     keys alone change the run's (a server's address, for instance)."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness (extra `eval`) to run in the place of the comparison."""
-    include_path: str | None = None
+    include_path: Expanded | None = None
     """Folder with further task definitions (YAML)."""
     chat: bool = False
     """Put the prompts of the tasks through the chat template."""
@@ -694,7 +830,7 @@ class EvaluateOptions(Section):
 class ExportOptions(Section):
     """Write a policy for use elsewhere: `alphaspin export RUN --to FOLDER (--merge | --vllm)`."""
 
-    to: str
+    to: Expanded
     """Folder to write, which must not exist."""
     iteration: Annotated[int, Field(ge=0)] | None = None
     """Iteration t; by default the last one that is finished."""
@@ -702,6 +838,8 @@ class ExportOptions(Section):
     """The base's weights with the adapter added: loads with transformers alone."""
     vllm: bool = False
     """The adapter in PEFT's format, as vLLM's LoRA loader wants it."""
+    model: Source | None = None
+    """Where the run's base is now, if it has moved."""
 
     @model_validator(mode="after")
     def _one_form(self) -> "ExportOptions":
@@ -749,7 +887,7 @@ def load_config(source: str) -> Config:
         InputError: no such recipe or file, broken YAML, an unknown key or a bad value; the message
             names the file, the key, the value, and the nearest right name.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if source in recipe_names():
         path = packaged(f"{source}.yaml")
     elif not (path.suffix in {".yaml", ".yml"} or path.exists()):

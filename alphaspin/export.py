@@ -1,5 +1,6 @@
 """`alphaspin export RUN`: an iterate for use elsewhere, with a card that tells its lineage."""
 
+import copy
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from alphaspin import console
 from alphaspin import evaluate as measures
@@ -94,6 +95,9 @@ def _write_merged(base: str, adapter: Path, chat: ChatFormat, folder: Path) -> s
         moved += float(update.square().sum())
     stops: Any = sorted(chat.stop_token_ids)  # generation stops where the run's did
     model.generation_config.eos_token_id = stops
+    model.generation_config, left_out = writable(model.generation_config)
+    if left_out:
+        console.note(f"generation_config.json: left out {', '.join(left_out)}, which do not fit")
     model.save_pretrained(folder)
     form = f"the base's weights with the adapter added, in {str(model.dtype).split('.')[1]}"
     if not lost:
@@ -101,6 +105,38 @@ def _write_merged(base: str, adapter: Path, chat: ChatFormat, folder: Path) -> s
     return (
         f"{form}; rounding changes the update by {100 * math.sqrt(lost / moved):.2g} % of its norm"
     )
+
+
+def writable(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+    """The settings without those that transformers reads but refuses to write.
+
+    Sampling values beside `do_sample: false`, as many published bases have them, have no effect on
+    `generate`: what it does stays the same without them.
+
+    Returns:
+        The settings, and what was left out, as `key = value`.
+    """
+
+    def fits(tried: GenerationConfig) -> bool:
+        try:
+            tried.validate(strict=True)
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    if fits(settings):
+        return settings, []
+    kept, left_out = GenerationConfig(), list[str]()
+    # Whether a value fits may depend on these.
+    first = ("do_sample", "num_beams", "use_cache")
+    for key in sorted(settings.to_diff_dict(), key=lambda key: (key not in first, key)):
+        tried, value = copy.deepcopy(kept), getattr(settings, key)
+        setattr(tried, key, value)
+        if fits(tried):
+            kept = tried
+        else:
+            left_out.append(f"{key} = {value!r}")
+    return kept, left_out
 
 
 def _write_adapter(played: Played, adapter: Path, folder: Path) -> str:
@@ -127,7 +163,7 @@ def _base_name(played: Played) -> str:
 def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> str:
     """The model card: metadata for the hub, what was done, how to load it, how it did."""
     config, manifest = played.config, played.manifest
-    hub = config.model != "tiny" and not Path(config.model).exists()
+    hub = config.model != "tiny" and not Path(config.model).is_absolute()
     data = ModelCardData(
         base_model=config.model if hub else None,  # the hub accepts ids only
         library_name="transformers" if options.merge else "peft",
@@ -166,7 +202,7 @@ def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> 
 
 def _usage(played: Played, options: ExportOptions) -> str:
     """How to load the folder."""
-    name, base = Path(options.to).name, _base_name(played)
+    name, base = Path(options.to).absolute().name, _base_name(played)
     if options.merge:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from alphaspin import console, mixture
 from alphaspin.backbone import WEIGHTS, load_base
-from alphaspin.config import GFlowNetRun, InputError, TrainConfig, packaged
+from alphaspin.config import GFlowNetRun, InputError, TrainConfig, check_there, packaged
 from alphaspin.data import ChatFormat, fingerprint, load_demonstrations
 from alphaspin.distributed import Team
 from alphaspin.gflownet import Task, train_sampler
@@ -40,6 +40,7 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
     adapter = Path(config.adapter)
     if not (adapter / WEIGHTS).is_file():
         raise InputError(f"adapter = {config.adapter}: no {WEIGHTS} in this folder")
+    check_there("model", config.model)
     accelerator = Accelerator(mixed_precision="no")
     backbone, tokenizer = load_base(config.model, dtype=config.dtype, device=accelerator.device)
     chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)

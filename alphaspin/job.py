@@ -22,6 +22,7 @@ from alphaspin.config import (
     Config,
     InputError,
     check_installed,
+    check_there,
     contraction_note,
     flat,
     packaged,
@@ -30,7 +31,15 @@ from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, loa
 from alphaspin.distributed import Team, TeamJudge
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
 from alphaspin.openai_api import key_of
-from alphaspin.runs import Metrics, Mirror, Run, SignalGuard, differences, write_atomically
+from alphaspin.runs import (
+    Metrics,
+    Mirror,
+    Run,
+    SignalGuard,
+    differences,
+    relocated,
+    write_atomically,
+)
 from alphaspin.scoring import ReferenceCache
 from alphaspin.selfplay import play
 from alphaspin.session import Session
@@ -50,6 +59,7 @@ def run(config: Config) -> dict[str, Any]:
             raise InputError(f"log.trackers = {tracker}: not installed (pip install {tracker})")
     if config.train.optimizer == "adamw_8bit":
         check_installed("bitsandbytes", "train.optimizer = adamw_8bit", "quantization")
+    check_there("model", config.model)
     guard = SignalGuard()
     try:
         return _run(config, guard)
@@ -179,7 +189,7 @@ def check_settings(team: Team, settings: dict[str, Any]) -> None:
     """
     first = team.gather(settings)[0]
     with team.together():
-        for line in differences(json.loads(json.dumps(settings)), first):
+        for line in differences(relocated(json.loads(json.dumps(settings)), first), first):
             raise InputError(f"process {team.index} was started with other settings: {line}")
 
 
@@ -209,6 +219,8 @@ def load_judge(config: Config) -> Judge:
     """
     # What loads models or talks to servers is imported only where it is used.
     judge = config.judge
+    if judge.model and judge.kind != "server":
+        check_there("judge.model", judge.model)
     match judge.kind:
         case "verifiable":
             return VerifiableJudge(config.evaluate.answer)
@@ -227,7 +239,8 @@ def load_judge(config: Config) -> Judge:
             url, model = str(judge.url), str(judge.model)
             return ServerJudge(url, model, api_key=key, workers=judge.workers)
         case "callable":
-            return CallableJudge(str(judge.function), both_orders=judge.both_orders)
+            place, orders = str(judge.folder), judge.both_orders
+            return CallableJudge(str(judge.function), folder=place, both_orders=orders)
 
 
 def load_source(

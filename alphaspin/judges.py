@@ -360,24 +360,26 @@ class CallableJudge:
     file: an edited one is another judge.
     """
 
-    def __init__(self, name: str, *, both_orders: bool = True):
-        """Import `module:function`, also from the working directory.
+    def __init__(self, name: str, *, folder: str = "", both_orders: bool = True):
+        """Import `module:function`, also from a folder.
 
         Args:
             name: `package.module:function`.
+            folder: by default the working directory.
             both_orders: ask both orders; False for a function with f(a, b) = 1 - f(b, a).
 
         Raises:
             InputError: no such module or function.
         """
         module_name, _, attribute = name.partition(":")
-        if "" not in sys.path:  # an installed command does not look there, `python -m` does
-            sys.path.insert(0, "")
+        if folder not in sys.path:  # an installed command does not even look in the working one
+            sys.path.insert(0, folder)
         try:
             module = importlib.import_module(module_name)
             function = getattr(module, attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"judge {name!r}: {error}; needs module:function") from error
+            looked = f" (folder = {folder}, and what is installed)" if folder else ""
+            raise InputError(f"judge {name!r}: {error}; needs module:function{looked}") from error
         if not callable(function):
             raise InputError(f"judge {name!r}: is not a function")
         self._function = cast("Callable[[Comparison], float]", function)

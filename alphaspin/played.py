@@ -5,7 +5,7 @@ compared with the hashes in the manifest, adapters with their own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ import torch
 from pydantic import ValidationError
 
 from alphaspin.backbone import WEIGHTS, Backbone, load_base
-from alphaspin.config import Config, InputError, explain
+from alphaspin.config import (
+    Config,
+    EvaluateOptions,
+    ExportOptions,
+    InputError,
+    check_there,
+    explain,
+)
 from alphaspin.data import ChatFormat, Demonstration, fingerprint
 from alphaspin.job import load_data, load_source
 from alphaspin.runs import file_hash, read_manifest, verifies
@@ -77,6 +84,26 @@ class Played:
             raise InputError(f"{file}: {explain(error)}") from None
         return cls(path, config, manifest)
 
+    def moved(self, options: EvaluateOptions | ExportOptions) -> "Played":
+        """The same run, with base and data where the options say that they are now."""
+        found = options.model_dump(include={"model", "data"}, exclude_none=True)
+        return replace(self, config=self.config.model_copy(update=found))
+
+    def _check_there(self, key: str, hint: str) -> None:
+        """Whether the base or the data, if they are files, are where they were.
+
+        Raises:
+            InputError: they are not; says where they were, and what helps.
+        """
+        name, typed = getattr(self.config, key), self.manifest["config"][key]
+        if not Path(typed).is_absolute():  # as versions before absolute paths kept them
+            hint = f", seen from the folder in which the run was started{hint}"
+        check_there(key, name, hint)
+        # Of a path of those versions nothing tells it from a hub id but the hash.
+        local = key == "model" and "@" not in self.manifest["identity"]["base"]
+        if local and name != "tiny" and not Path(name).exists():
+            raise InputError(f"{key} = {name}: no such folder{hint}")
+
     def policies(self, iterations: Sequence[int] | None = None) -> list[Policy]:
         """The base, the finished iterates, then the finished steps of the control.
 
@@ -115,6 +142,7 @@ class Played:
         identity, name = self.manifest["identity"], self.config.model
         dtype = "bf16" if identity["dtype"] == "torch.bfloat16" else "fp32"
         train = self.config.train
+        self._check_there("model", "; where the base is now: --model FOLDER")
         backbone, tokenizer = load_base(
             name,
             dtype=dtype,
@@ -127,7 +155,8 @@ class Played:
         if backbone.identity != identity["base"]:
             raise InputError(
                 f"model = {name}: is not the base of this run ({backbone.identity[:12]} here, "
-                f"{identity['base'][:12]} in the manifest); restore it"
+                f"{identity['base'][:12]} in the manifest); restore it, or say where it is now: "
+                "--model FOLDER"
             )
         chat = ChatFormat.create(tokenizer, self.config.text.template, backbone.stop_ids)
         if sorted(chat.stop_token_ids) != identity["end_tokens"]:
@@ -141,15 +170,22 @@ class Played:
         """The held-out demonstrations of the run.
 
         Raises:
-            InputError: they are others than the run's.
+            InputError: they are others than the run's, or not where they were.
         """
         config = self.config
+        key = "heldout" if config.heldout else "data"
+        there = (
+            "--heldout FILE" if config.heldout else "--data FILE, or other prompts: --heldout FILE"
+        )
+        self._check_there(key, f"; where they are now: {there}")
         if config.heldout:
             every = load_source(config, chat, config.heldout, "tiny/heldout.jsonl")
             found = every[: config.evaluate.prompts]
         else:
             found = load_data(config, chat)[1]
         if fingerprint(found) != self.manifest["identity"]["heldout"]:
-            source = f"heldout = {config.heldout}" if config.heldout else f"data = {config.data}"
-            raise InputError(f"{source}: not the prompts that this run held out; restore the file")
+            source = f"{key} = {getattr(config, key)}"
+            raise InputError(
+                f"{source}: not the prompts that this run held out; restore the file, or: {there}"
+            )
         return found

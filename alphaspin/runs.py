@@ -7,6 +7,7 @@ at any instant leaves either the whole artefact or none. Nothing is pickled.
 """
 
 import contextlib
+import copy
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,15 @@ from alphaspin.config import InputError
 
 HASHES = "hashes.json"
 TEMPORARY = ".tmp-"
+
+HASHED = (
+    ("base", "", "model"),
+    ("data", "", "data"),
+    ("heldout", "", "heldout"),
+    ("data", "text", "template"),  # the tokens are hashed
+    ("judge", "judge", "model"),
+)
+"""An entry of a run's identity that holds a hash, and the setting that tells where that is from."""
 
 EXIT_OK = 0
 EXIT_INPUT = 2
@@ -313,7 +323,8 @@ class Run:
         identity = json.loads(json.dumps(identity))
         if path.exists():
             manifest = read_manifest(path)
-            for line in differences(manifest["identity"], identity):
+            known = manifest["identity"]
+            for line in differences(known, relocated(identity, known)):
                 raise InputError(
                     f"{self.path} holds another run: {line}. Choose another --output, or give "
                     "this run's settings to go on with it"
@@ -349,6 +360,20 @@ class Run:
     def close(self) -> None:
         """Release the lock."""
         self._lock.close()
+
+
+def relocated(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The settings `new`, with the paths of `old` where the hashes say that both mean the same.
+
+    What was moved, or is spelled another way, is no other thing.
+    """
+    new = copy.deepcopy(new)
+    for content, section, key in HASHED:
+        whole = (settings.get("config", {}) for settings in (new, old))
+        ours, theirs = (part.get(section, {}) if section else part for part in whole)
+        if content in new and new[content] == old.get(content) and key in ours and key in theirs:
+            ours[key] = theirs[key]
+    return new
 
 
 def differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
