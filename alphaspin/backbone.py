@@ -742,10 +742,15 @@ def load_base(
 
 
 def _attention(config: Any) -> str:
-    """SDPA where the family has it and it is right: it has no soft caps (Gemma 2) and no sinks."""
+    """SDPA where the family has it and it is right.
+
+    It has no soft caps (Gemma 2) and no sinks, and transformers 5.24 gives it Falcon's ALiBi on
+    another scale than its own plain attention (logits up to 3.5 then differ by 0.2).
+    """
     kind = cast(Any, AutoModelForCausalLM)._model_mapping[type(config)]
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    return "sdpa" if kind._supports_sdpa and not capped else "eager"
+    plain = capped or getattr(config, "alibi", False)
+    return "sdpa" if kind._supports_sdpa and not plain else "eager"
 
 
 def _extended(ropes: dict[str, Any], factor: float) -> int:
@@ -793,13 +798,33 @@ def _configured(config: Any, ratio: float, tolerance: float) -> float:
 def is_routable(module: nn.Module) -> bool:
     """Whether a module is W x + b and nothing else.
 
-    Subclasses of nn.Linear with a forward pass of their own (routers that return a tuple) are not;
+    Subclasses of nn.Linear with a forward pass of their own (routers that return a tuple) are not,
+    unless it is the same function written differently (Falcon's), which is tried at three scales;
     bitsandbytes' layer in 4 bits is.
     """
     if isinstance(module, RoutedLinear):
         module = module.get_base_layer()
     plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    return plain or (isinstance(module, nn.Linear) and is_quantised(module))
+    if plain or not isinstance(module, nn.Linear) or is_quantised(module):
+        return plain or isinstance(module, nn.Linear)
+    return not module.weight.is_meta and _computes_a_product(module)
+
+
+@torch.no_grad()
+def _computes_a_product(module: nn.Linear) -> bool:
+    """Whether a module's output is W x + b for numbers small and large."""
+    weight, generator = module.weight, torch.Generator().manual_seed(0)
+    scale_31 = torch.tensor([[1e-3], [1.0], [1e3]])
+    x_3I = (torch.randn(3, weight.shape[1], generator=generator) * scale_31).to(weight)
+    try:
+        found: Any = module(x_3I)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    expected_3O = nn.functional.linear(x_3I, weight, module.bias)
+    if not isinstance(found, Tensor) or found.shape != expected_3O.shape:
+        return False
+    error_3 = (found - expected_3O).abs().amax(1) / expected_3O.abs().amax(1).clamp(min=1e-30)
+    return bool((error_3 < 16 * torch.finfo(weight.dtype).eps).all())
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -833,7 +858,7 @@ def _all_linear(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
     names = dict(model.named_modules())
     others = {name.rsplit(".", 1)[-1] for name, module in names.items() if id(module) not in wanted}
     head = cast(Any, model).get_output_embeddings()
-    linear = {id(m) for m in names.values() if isinstance(m, (nn.Linear, Conv1D))} - {id(head)}
+    linear = {id(m) for m in names.values() if isinstance(m, nn.Linear | Conv1D)} - {id(head)}
     fused = any("experts" in name.split(".") for name, p in model.named_parameters() if p.ndim == 3)
     if linear == wanted and not fused:
         return ["all-linear"]
