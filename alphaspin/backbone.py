@@ -55,8 +55,7 @@ class Route:
     again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
     batch of frozen policies that goes through each layer right after `batch`, `inside` whether a
     layer is at work on one of the two. `dequantised` holds the 4-bit weights, by the number of
-    their layer, that `batch` has used and `beside` is to use. `plain` leaves all to PEFT, whose
-    active adapter then serves all tokens.
+    their layer, that `batch` has used and `beside` is to use.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -64,7 +63,6 @@ class Route:
     batch: Batch | None = None
     beside: Batch | None = None
     inside: bool = False
-    plain: bool = False
     dequantised: dict[int, Tensor] | None = None
 
 
@@ -85,8 +83,7 @@ class RoutedLinear(LoraLinear):
         Returns:
             [..., out], dtype of `x`.
         """
-        if self.route.plain:
-            return super().forward(x, *args, **kwargs)
+        del args, kwargs
         if self.route.beside is not None and not self.route.inside:
             raise InputError(
                 f"{NOT_JOINT}: an adapter lies outside of its layers, where the tokens of all "

@@ -211,6 +211,11 @@ class TextConfig(Section):
     too_long: Literal["error", "drop"] = "error"
     """A prompt beyond `max_prompt_tokens` is an error, or its row is dropped (and counted)."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: what decides position embeddings that depend on it."""
+        return self.max_prompt_tokens + self.max_response_tokens
+
 
 class SelfPlayConfig(Section):
     """The outer loop: who plays against whom, and on which prompts."""

@@ -42,7 +42,9 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         raise InputError(f"adapter = {config.adapter}: no {WEIGHTS} in this folder")
     check_there("model", config.model)
     accelerator = Accelerator(mixed_precision="no")
-    backbone, tokenizer = load_base(config.model, dtype=config.dtype, device=accelerator.device)
+    backbone, tokenizer = load_base(
+        config.model, dtype=config.dtype, device=accelerator.device, longest=config.text.longest
+    )
     chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
     path = str(packaged("tiny/train.jsonl")) if config.data == "tiny" else config.data
     demonstrations, _ = load_demonstrations(path, chat, config.text, config.split)

@@ -104,7 +104,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             device=torch.device("cpu") if sharded else team.device,
             quantization=config.train.quantization,
             liger=config.train.liger,
-            longest=config.text.max_prompt_tokens + config.text.max_response_tokens,
+            longest=config.text.longest,
         )
         backbone.use_layout(config.train.layout)
         if config.reference.mode == "joint" and backbone.layout_reason:

@@ -149,7 +149,7 @@ class Played:
             device=device,
             quantization="none" if whole else train.quantization,
             liger=train.liger,
-            longest=self.config.text.max_prompt_tokens + self.config.text.max_response_tokens,
+            longest=self.config.text.longest,
         )
         backbone.use_layout(train.layout)
         if backbone.identity != identity["base"]:
