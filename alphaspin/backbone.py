@@ -838,11 +838,17 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
             left_out |= {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
     return {
         name: module
+        for name, module in _own_modules(model).items()
+        if is_routable(module) and module is not head and name.rsplit(".", 1)[-1] not in left_out
+    }
+
+
+def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules as they were before PEFT put layers of its own around some."""
+    return {
+        name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for name, module in model.named_modules()
-        if is_routable(module)
-        and module is not head
-        and name.rsplit(".", 1)[-1] not in left_out
-        and not any(part.startswith("lora_") for part in name.split("."))
+        if not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
     }
 
 
@@ -852,7 +858,7 @@ def _all_linear(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
     The last part of a name where it names nothing else, the whole name otherwise.
     """
     wanted = {id(module) for module in chosen}
-    names = dict(model.named_modules())
+    names = _own_modules(model)
     others = {name.rsplit(".", 1)[-1] for name, module in names.items() if id(module) not in wanted}
     head = cast(Any, model).get_output_embeddings()
     linear = {id(m) for m in names.values() if isinstance(m, nn.Linear | Conv1D)} - {id(head)}
