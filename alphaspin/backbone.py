@@ -6,6 +6,7 @@ only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; on
 forward pass is ours.
 """
 
+import copy
 import inspect
 import itertools
 import warnings
@@ -55,7 +56,8 @@ class Route:
     again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
     batch of frozen policies that goes through each layer right after `batch`, `inside` whether a
     layer is at work on one of the two. `dequantised` holds the 4-bit weights, by the number of
-    their layer, that `batch` has used and `beside` is to use.
+    their layer, that `batch` has used and `beside` is to use. `plain` leaves everything to PEFT's
+    active adapter, with `rounding`, if there is one, adding errors of one rounding to each output.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -64,6 +66,8 @@ class Route:
     beside: Batch | None = None
     inside: bool = False
     dequantised: dict[int, Tensor] | None = None
+    plain: bool = False
+    rounding: torch.Generator | None = None
 
 
 class RoutedLinear(LoraLinear):
@@ -77,13 +81,14 @@ class RoutedLinear(LoraLinear):
 
         Args:
             x: [..., in], any floating dtype; the segments divide its tokens in proportion.
-            args: not used.
-            kwargs: not used.
+            args: not used, but by PEFT's own forward pass.
+            kwargs: as `args`.
 
         Returns:
             [..., out], dtype of `x`.
         """
-        del args, kwargs
+        if self.route.plain:
+            return self._plain(super().forward(x, *args, **kwargs))
         if self.route.beside is not None and not self.route.inside:
             raise InputError(
                 f"{NOT_JOINT}: an adapter lies outside of its layers, where the tokens of all "
@@ -134,6 +139,18 @@ class RoutedLinear(LoraLinear):
         )
         return y_NO.view(*x.shape[:-1], -1)
 
+    def _plain(self, y: Tensor) -> Tensor:
+        """PEFT's output, moved by one rounding of its size where `Route.rounding` asks for it.
+
+        Sums are made in fp32 whatever the dtype; one of many terms is off by several roundings.
+        """
+        if self.route.rounding is None:
+            return y
+        rounding = max(torch.finfo(y.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+        size = rounding * y.float().square().mean(-1, keepdim=True).sqrt()
+        noise = torch.randn(y.shape, generator=self.route.rounding, device=y.device)
+        return y + (size * noise).to(y.dtype)
+
 
 class Backbone(nn.Module):
     """The frozen base with its adapters; a forward pass gives the hidden states that predict."""
@@ -145,6 +162,8 @@ class Backbone(nn.Module):
     slots: bool
     """Whether the sampler may keep keys and values in a cache of ours, a slot for each sequence;
     otherwise in the family's own."""
+    slots_reason = ""
+    """Why not, where a check at the start has found something."""
     scale: float
     """The logits are scale · (W h + b), and soft-capped after that."""
 
@@ -218,6 +237,11 @@ class Backbone(nn.Module):
         found = cast(nn.Module, self._causal_lm.get_decoder())
         # Llama 4's is not found by transformers, which then returns the whole.
         return cast(nn.Module, cast(Any, found).model) if found is self._causal_lm else found
+
+    @property
+    def family(self) -> str:
+        """What transformers calls this kind of model."""
+        return self._causal_lm.config.model_type
 
     def _pin_positions(self, model: nn.Module, longest: int | None) -> int | None:
         """Let no position embedding depend on what else is in the batch.
@@ -410,6 +434,9 @@ class Backbone(nn.Module):
                     "and nothing else can carry the adapters of several policies. all-linear "
                     f"takes just these; by name: {' '.join(works)}"
                 )
+        self._train_the_policy()
+
+    def _train_the_policy(self) -> None:
         for key, parameter in self.named_parameters():
             parameter.requires_grad_(f".{POLICY}." in key)
 
@@ -458,6 +485,43 @@ class Backbone(nn.Module):
         """Whether an adapter of this name is loaded."""
         return isinstance(self.model, PeftModel) and name in self.model.peft_config
 
+    def peft_config(self, name: str) -> PeftLoraConfig:
+        """PEFT's configuration of an adapter."""
+        return cast(PeftLoraConfig, self._peft.peft_config[name])
+
+    def random_adapter(self, name: str, like: str, seed: int) -> None:
+        """Add an adapter of the form of `like` that moves each output by about a sixth."""
+        self._inject(name, copy.deepcopy(self.peft_config(like)), seed)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.model.modules():
+            if isinstance(layer, RoutedLinear) and name in layer.lora_B:
+                weight = cast(nn.Linear, layer.lora_B[name]).weight
+                size = 0.3 / (weight.shape[1] ** 0.5 * cast(float, layer.scaling[name]))
+                with torch.no_grad():
+                    weight.copy_(size * torch.randn(weight.shape, generator=generator))
+
+    @contextmanager
+    def plain(
+        self, name: str | None, *, rounding: int | None = None
+    ) -> Generator[Callable[[Tensor], Tensor]]:
+        """Passes of transformers and PEFT alone under one adapter: token ids to hidden states.
+
+        With `rounding`, a seed, each adapted module's output is off by one rounding.
+        """
+        route, active = self.route, self._peft.active_adapter
+        with nullcontext() if name else self._peft.disable_adapter():
+            if name:
+                self._peft.set_adapter(name)
+            route.plain = True
+            if rounding is not None:
+                route.rounding = torch.Generator(self.device).manual_seed(rounding)
+            try:
+                yield self._plain_hidden
+            finally:
+                route.plain, route.rounding = False, None
+        self._peft.set_adapter(cast(str, active))
+        self._train_the_policy()
+
     @property
     def _peft(self) -> PeftModel:
         assert isinstance(self.model, PeftModel), "no adapter yet"
@@ -481,21 +545,23 @@ class Backbone(nn.Module):
             hidden_NH: [N, H] in the base's dtype, in the order of `batch.targets`; with `beside`,
             that and the same for it.
         """
+        if beside is not None and not self._layers:
+            raise InputError(f"{NOT_JOINT}: its layers are not a list")
+        if beside is not None and batch.places is None:
+            raise InputError(f"{NOT_JOINT}: it takes one sequence a row")
         route = self.route
         route.segments, route.batch, route.beside = batch.segments, batch, beside
         if any(segment.adapter == POLICY for segment in batch.segments):
             route.seed = int(torch.randint(2**62, ()))  # no draw for policies without noise
         ids, depth = batch.input_ids, batch.depth
         if batch.places is None:
-            return self._padded(batch, beside)
+            return self._padded(batch)
         if getattr(self, "layout_reason", ""):
             raise InputError(
                 f"{self.path}: train.layout = packed is not for this model family, whose layers "
                 f"take one sequence a row (train.layout = padded): {self.layout_reason}"
             )
         if beside is not None:
-            if not self._layers:
-                raise InputError(f"{NOT_JOINT}: its layers are not a list")
             assert beside.places is not None, "packed"
             ids, depth = torch.cat([ids, beside.input_ids], 1), torch.cat([depth, beside.depth], 1)
         try:
@@ -512,14 +578,12 @@ class Backbone(nn.Module):
         tokens = batch.input_ids.numel()
         return hidden_TH[batch.source], hidden_TH.detach()[tokens + beside.source]
 
-    def _padded(self, batch: Batch, beside: Batch | None) -> Tensor:
+    def _padded(self, batch: Batch) -> Tensor:
         """The same of rows that are one sequence each, by the family's own code.
 
         What follows a sequence in its row is never seen by it, so that no mask is needed, whatever
         mixes the tokens: attention, a convolution, a state.
         """
-        if beside is not None:
-            raise InputError(f"{NOT_JOINT}: it takes one sequence a row")
         return self._rows(batch.input_ids).flatten(0, 1)[batch.source]
 
     def plain_rows(self, segments: Sequence[Segment], ids_RS: Tensor) -> Tensor:
@@ -603,6 +667,8 @@ class Backbone(nn.Module):
             found.append(
                 f"padded rows, one sequence each, slower than packed: {self.layout_reason}"
             )
+        if self.slots_reason:
+            found.append(f"answers without our cache, which is slower: {self.slots_reason}")
         if self.pinned:
             found.append(
                 f"position embeddings with the frequencies for {self.pinned} tokens (text.max_*), "
@@ -623,6 +689,10 @@ class Backbone(nn.Module):
             )
         if wanted != "auto":
             self.layout = wanted
+
+    def forbid_joint(self, reason: str) -> None:
+        """From here on `joint_problem` is this."""
+        self._joint = f"{NOT_JOINT}: {reason}"
 
     @torch.no_grad()
     def joint_problem(self) -> str | None:

@@ -16,6 +16,7 @@ from alphaspin.distributed import Team
 from alphaspin.gflownet import Task, train_sampler
 from alphaspin.runs import Metrics, Run, SignalGuard, file_hash, write_atomically
 from alphaspin.sampling import Draw
+from alphaspin.verify import Verdict, verify
 
 ADAPTER, SAMPLER = "previous", "sampler"
 
@@ -67,8 +68,13 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         "data": fingerprint(demonstrations),
     }
     backbone.load_adapter(ADAPTER, adapter)
+    kept = Verdict.read(Path(config.output))
+    verdict = verify(backbone, ADAPTER, longest=config.text.longest, kept=kept)
+    for note in backbone.notes():
+        console.note(note)
     guard.check()
     with contextlib.closing(Run(Path(config.output), identity)) as folder:
+        verdict.keep(folder.path)
         task = Task(
             weights={ADAPTER: config.alpha, None: 1 - config.alpha},
             prompts=used,

@@ -43,6 +43,7 @@ from alphaspin.runs import (
 from alphaspin.scoring import ReferenceCache
 from alphaspin.selfplay import play
 from alphaspin.session import Session
+from alphaspin.verify import Verdict, verify
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -107,8 +108,6 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             longest=config.text.longest,
         )
         backbone.use_layout(config.train.layout)
-        if config.reference.mode == "joint" and backbone.layout_reason:
-            raise InputError(str(backbone.joint_problem()))
         chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
         demonstrations, heldout = load_data(config, chat)
         check_lengths(config, backbone, demonstrations + heldout)
@@ -121,6 +120,15 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
         # settings.
         backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
         measures.checked_answers(heldout, config.evaluate.answer)
+        verdict = verify(
+            backbone,
+            POLICY,
+            longest=config.text.longest,
+            kept=team.from_main(lambda: Verdict.read(config.run_folder())),
+        )
+        backbone.use_layout(config.train.layout)
+        if config.reference.mode == "joint" and (problem := backbone.joint_problem()):
+            raise InputError(problem)
         judge = load_judge(config) if config.method != "spin" and team.main else None
         if config.judge.kind == "verifiable" and judge:
             measures.checked_answers(demonstrations, config.evaluate.answer)
@@ -148,6 +156,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
                 # go on.
                 settings = config.model_dump(mode="json")
                 folder.record(environment=environment(team), config=settings)
+                verdict.keep(folder.path)
         introduce(config, folder, backbone, chat, demonstrations, heldout, team)
         cached = CachedJudge(judge, folder.path / "verdicts") if judge else None
         session = Session(

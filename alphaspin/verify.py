@@ -1,0 +1,277 @@
+"""Start-up check: is every log-prob that this project computes the one that plain PEFT computes?
+
+Packed trees, a joint pass, a cache of slots: each is exact only for models whose layers do what it
+assumes. Instead of a list of such models, each way is tried on the model at hand, with random
+adapters on all adapted modules, at a short length and near the longest of the run, and held
+against plain passes of transformers and PEFT, one sequence at a time. What differs is not used:
+padded rows take the place of packed trees, recomputation that of the cache, and where nothing is
+left the model is refused.
+
+How much may differ follows from the dtype: the plain passes are repeated with each adapted
+module's output moved by one rounding, and that moves the log-probs as far as other orders of the
+same sums do.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from alphaspin_kernels import sequence_logprob
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alphaspin import __version__
+from alphaspin.backbone import NOT_JOINT, Backbone
+from alphaspin.batching import Batch, Tree, collate
+from alphaspin.config import InputError
+from alphaspin.runs import write_atomically
+from alphaspin.sampling import Stepper
+
+FILE = "verified.json"
+NAMES = ("check-1", "check-2")
+STEPS = 8  # tokens that the sampler decodes of each answer
+ROUNDINGS = 4  # draws of the rounding errors
+MARGIN = 4.0  # of the plain passes' own scatter
+FLOPS = {"cpu": 2e12, "cuda": 2e15}  # of all passes together: under a minute
+SHORT = 16  # tokens of the short tree
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found about a model: reasons, empty where a way is right, and `longest` tokens.
+
+    about: the model, the versions and settings that it holds for.
+    """
+
+    about: dict[str, Any]
+    longest: int
+    packed: str = ""
+    joint: str = ""
+    slots: str = ""
+
+    @staticmethod
+    def read(folder: Path) -> "Verdict | None":
+        """The one that is kept in a run folder."""
+        try:
+            return Verdict(**json.loads((folder / FILE).read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep(self, folder: Path) -> None:
+        """Write it where `read` looks."""
+        write_atomically(folder / FILE, json.dumps(asdict(self), indent=1))
+
+
+def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None = None) -> Verdict:
+    """Try the ways of `backbone` to compute log-probs, and forbid those that are wrong.
+
+    Args:
+        backbone: its adapters and the random numbers of torch are left as they are.
+        like: an adapter; the random ones have its form.
+        longest: tokens of the run's longest sequence.
+        kept: an earlier verdict, which is believed if it is about the same.
+
+    Raises:
+        InputError: padded rows, or answers by recomputation, differ from plain PEFT.
+    """
+    lora = backbone.peft_config(like)
+    about = {
+        "base": backbone.identity,
+        "dtype": str(backbone.head.weight.dtype),
+        "device": backbone.device.type,
+        "longest": longest,
+        "layout": backbone.layout,
+        "targets": [str(lora.target_modules), lora.r],
+        "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
+    }
+    verdict = kept if kept and kept.about == about else _Trial(backbone, like, longest).run(about)
+    if verdict.packed:
+        backbone.layout, backbone.slots, backbone.layout_reason = "padded", False, verdict.packed
+    if verdict.joint:
+        backbone.forbid_joint(verdict.joint)
+    if verdict.slots:
+        backbone.slots, backbone.slots_reason = False, verdict.slots
+    return verdict
+
+
+class _Trial:
+    """The sequences, their plain log-probs and how far rounding moves them.
+
+    Sequences stand in the order policy, tree, response; a policy is one of NAMES or None.
+    """
+
+    def __init__(self, backbone: Backbone, like: str, longest: int):
+        self.backbone, self.like = backbone, like
+        random, high = np.random.default_rng(0), backbone.head.weight.shape[0]
+        if backbone.max_positions is not None:
+            longest = min(longest, backbone.max_positions)
+        # Of each sequence of the long tree: three policies, plain and in every other way.
+        passes = 3 * (1 + 4) + ROUNDINGS
+        size = sum(p.numel() for p in backbone.parameters())
+        affordable = FLOPS.get(backbone.device.type, 2e12) / (2 * size * passes)
+        self.longest = int(max(32, min(longest, affordable)))
+        if longest < 32:
+            self.longest = max(longest, 8)
+        half = self.longest // 2
+
+        def draw(count: int) -> NDArray[np.int32]:
+            return random.integers(0, high, count).astype(np.int32)
+
+        short = min(SHORT, self.longest) // 3
+        self.trees = [
+            Tree(draw(short), (draw(short + 1), draw(short - 1))),
+            Tree(draw(self.longest - half), (draw(half), draw(3))),
+        ]
+        self.policies: tuple[str | None, ...] = (*NAMES, None)
+
+    @torch.no_grad()
+    def run(self, about: dict[str, Any]) -> Verdict:
+        backbone, slots, training = self.backbone, self.backbone.slots, self.backbone.training
+        backbone.eval()
+        packed = joint = sampled = ""
+        try:
+            for seed, name in enumerate(NAMES):
+                backbone.random_adapter(name, self.like, seed)
+            self.plain, self.allowed = self._plain()
+            if backbone.layout == "packed":
+                packed = self._differs(lambda: self._rows("packed"))
+            if backbone.layout == "padded" or packed:
+                self._must(self._differs(lambda: self._rows("padded")), "padded rows")
+            elif backbone.joint_problem() is None:
+                joint = self._differs(self._joint)
+            if slots and not packed:
+                sampled = self._differs(self._sampled, STEPS)
+            if not slots or packed or sampled:
+                backbone.slots = False
+                self._must(self._differs(self._sampled, STEPS), "answers by recomputation")
+        finally:
+            backbone.slots = slots
+            for name in NAMES:
+                if backbone.has_adapter(name):
+                    backbone.remove_adapter(name)
+            backbone.train(training)
+        return Verdict(about, self.longest, packed, joint, sampled)
+
+    def _must(self, reason: str, way: str) -> None:
+        if reason:
+            family = self.backbone.family
+            raise InputError(
+                f"{self.backbone.path}: the log-probs of {way} are not those of transformers and "
+                f"PEFT for this model of type {family} ({reason}); nothing that could be set "
+                "here makes them right"
+            )
+
+    def _plain(self) -> tuple[list[Tensor], list[float]]:
+        """Log-probs [L] of each sequence, and the root of their mean square change by rounding."""
+        values: list[Tensor] = []
+        allowed: list[float] = []
+        for policy in self.policies:
+            for tree in self.trees:
+                for answer in tree.responses:
+                    ids = torch.from_numpy(np.concatenate([tree.prompt, answer])).long()
+                    ids = ids.to(self.backbone.device)
+                    value_L = self._alone(policy, ids, len(answer), None)
+                    moved_DL = torch.stack(
+                        [
+                            self._alone(policy, ids, len(answer), draw) - value_L
+                            for draw in range(ROUNDINGS if policy == NAMES[0] else 0)
+                        ]
+                        or [torch.zeros_like(value_L)]
+                    )
+                    values.append(value_L)
+                    allowed.append(float(moved_DL.square().mean().sqrt()))
+        # One policy's stands for all of them; the larger of a tree's two answers for both.
+        count = len(values) // len(self.policies)
+        largest = [max(pair) for pair in zip(allowed[0:count:2], allowed[1:count:2], strict=True)]
+        one = [MARGIN * largest[i // 2] for i in range(count)]
+        return values, one * len(self.policies)
+
+    def _alone(self, policy: str | None, ids_S: Tensor, count: int, draw: int | None) -> Tensor:
+        """Log-probs [L] of the last `count` tokens, by transformers and PEFT alone."""
+        with self.backbone.plain(policy, rounding=draw) as hidden_of:
+            hidden_SH = hidden_of(ids_S[None])[0]
+        logits_LV = self.backbone.logits(hidden_SH[-count - 1 : -1])
+        return logits_LV.log_softmax(-1).gather(1, ids_S[-count:, None])[:, 0].float()
+
+    def _rows(self, layout: Any) -> list[Tensor]:
+        groups = [(policy, self.trees) for policy in self.policies]
+        batch = collate(groups, layout=layout).to(self.backbone.device)
+        return self._logps(self.backbone(batch), batch)
+
+    def _joint(self) -> list[Tensor]:
+        (first, *others) = self.policies
+        batch, beside = (
+            collate([(p, self.trees) for p in group], layout="packed").to(self.backbone.device)
+            for group in ([first], others)
+        )
+        mine, theirs = self.backbone(batch, beside)
+        return self._logps(mine, batch) + self._logps(theirs, beside)
+
+    def _logps(self, hidden_NH: Tensor, batch: Batch) -> list[Tensor]:
+        """Token by token, with the kernel that training uses."""
+        found_N = sequence_logprob(
+            hidden_NH,
+            self.backbone.head.weight,
+            batch.targets,
+            torch.arange(len(batch.targets) + 1, device=hidden_NH.device),
+            bias=self.backbone.head.bias,
+            softcap=self.backbone.softcap,
+            temperature=1 / self.backbone.scale,
+        )
+        return list(found_N.split(batch.lengths.tolist()))
+
+    def _sampled(self) -> list[Tensor]:
+        """Log-probs of the last STEPS tokens, decoded after what comes before them."""
+        texts, answers, policies = [], [], []
+        for policy in self.policies:
+            for tree in self.trees:
+                for answer in tree.responses:
+                    whole, steps = np.concatenate([tree.prompt, answer]), min(STEPS, len(answer))
+                    texts.append(whole[:-steps])
+                    answers.append(whole[-steps:])
+                    policies.append({policy: 1.0})
+        stepper = Stepper(self.backbone)
+        logits_NV = stepper.prefill(texts, policies).logits
+        going = list(range(len(texts)))
+        found: list[list[Tensor]] = [[] for _ in texts]
+        for step in range(STEPS):
+            for row, i in enumerate(going):
+                logps_V = logits_NV[row].log_softmax(-1)
+                found[i].append(logps_V[int(answers[i][step])].float())
+            rows = [row for row, i in enumerate(going) if step + 1 < len(answers[i])]
+            going = [going[row] for row in rows]
+            if not going:
+                break
+            stepper.select(rows)
+            tokens = [int(answers[i][step]) for i in going]
+            logits_NV = stepper.step(torch.tensor(tokens, device=self.backbone.device)).logits
+        return [torch.stack(parts) for parts in found]
+
+    def _differs(self, way: Callable[[], Sequence[Tensor]], last: int | None = None) -> str:
+        """What is wrong with a way, or nothing."""
+        try:
+            found = way()
+        except InputError as error:
+            return str(error).removeprefix(f"{NOT_JOINT}: ")
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return next(iter(str(error).splitlines()), repr(error))[:100]
+        numbers = zip(found, self.plain, self.allowed, strict=True)
+        for i, (mine_L, plain_L, allowed) in enumerate(numbers):
+            plain_L = plain_L if last is None else plain_L[-last:]
+            error = float((mine_L - plain_L).square().mean().sqrt())
+            if not error <= allowed:
+                count = len(self.plain) // len(self.policies)
+                who = "an adapter's" if self.policies[i // count] else "the base's"
+                tree = self.trees[i % count // 2]
+                tokens = len(tree.prompt) + len(tree.responses[i % 2])
+                return (
+                    f"{who} log-probs of a sequence of {tokens} tokens differ by {error:.2g} nats "
+                    f"a token, where rounding in this dtype explains {allowed:.2g}"
+                )
+        return ""

@@ -1,0 +1,157 @@
+"""The start-up check finds what is wrong with adapters, at length and in caches; changes nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_families import FAMILIES, save
+
+from alphaspin import attention, sampling, verify
+from alphaspin.backbone import POLICY, Backbone, RoutedLinear, load_base
+from alphaspin.config import InputError, LoraConfig
+
+LONGEST = 60
+
+
+def ready(folder: Path, family: str = "llama", **changes: Any) -> Backbone:
+    save(folder, family, FAMILIES[family][1] | changes if family in FAMILIES else changes)
+    backbone, _ = load_base(str(folder), dtype="fp32", device=torch.device("cpu"), longest=LONGEST)
+    backbone.add_adapter(POLICY, LoraConfig(r=4, alpha=6), seed=0, iteration=0)
+    return backbone
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "gemma4_text", "lfm2", "bloom"])
+def test_right_models_pass(family: str, tmp_path: Path) -> None:
+    backbone = ready(tmp_path, family)
+    before = (
+        backbone.layout,
+        backbone.slots,
+        backbone.joint_problem(),
+        backbone.adapter_state(POLICY),
+    )
+    torch.manual_seed(3)
+    found = verify.verify(backbone, POLICY, longest=LONGEST)
+    assert not (found.packed or found.joint or found.slots)
+    assert torch.initial_seed() == 3 and int(torch.randint(2**62, ())) == draw_after_seed(3)
+    after = (
+        backbone.layout,
+        backbone.slots,
+        backbone.joint_problem(),
+        backbone.adapter_state(POLICY),
+    )
+    assert before[:3] == after[:3]
+    assert all(torch.equal(before[3][key], after[3][key]) for key in before[3])
+    assert {n for n, p in backbone.named_parameters() if p.requires_grad} == {
+        n for n, _ in backbone.named_parameters() if f".{POLICY}." in n
+    }
+    assert not any(backbone.has_adapter(name) for name in verify.NAMES)
+
+
+def draw_after_seed(seed: int) -> int:
+    return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+
+
+def wrong_window(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
+    """Only beyond 20 tokens: the trial at loading does not see it."""
+    right = attention._causal
+
+    def wrong(q: Any, k: Any, v: Any, scaling: Any, window: Any, *rest: Any) -> Any:
+        return right(q, k, v, scaling, 20, *rest)
+
+    patch.setattr(attention, "_causal", wrong)
+
+
+def wrong_strength(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
+    """An adapter of the wrong strength: the base is right."""
+    right = RoutedLinear.forward
+
+    def wrong(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.route.plain and "check-1" in self.scaling:
+            self.scaling["check-1"] *= 1.01
+            try:
+                return right(self, x, *args, **kwargs)
+            finally:
+                self.scaling["check-1"] /= 1.01
+        return right(self, x, *args, **kwargs)
+
+    patch.setattr(RoutedLinear, "forward", wrong)
+
+
+def stale_cache(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
+    right = sampling.SlotCache.update
+
+    def wrong(self: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return right(self, key, value * (1.01 if value.shape[2] == 1 else 1), *args, **kwargs)
+
+    patch.setattr(sampling.SlotCache, "update", wrong)
+
+
+def wrong_joint(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
+    right = Backbone._both
+
+    def wrong(self: Any, layer: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        found = right(self, layer, hidden, *args, **kwargs)
+        return found if self.route.beside is None else 1.01 * found
+
+    for layer in backbone._layers:
+        patch.setattr(
+            layer, "forward", lambda *a, layer=layer, **k: wrong(backbone, layer, *a, **k)
+        )
+
+
+@pytest.mark.parametrize(
+    ("fault", "finds"),
+    [(wrong_window, "packed"), (stale_cache, "slots"), (wrong_joint, "joint")],
+)
+def test_a_wrong_way_is_found_and_replaced(
+    fault: Callable[..., None], finds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = ready(tmp_path)
+    assert backbone.layout == "packed" and backbone.joint_problem() is None
+    fault(backbone, monkeypatch)
+    found = verify.verify(backbone, POLICY, longest=LONGEST)
+    reasons = {"packed": found.packed, "joint": found.joint, "slots": found.slots}
+    assert {name for name, reason in reasons.items() if reason} == {finds}
+    assert "nats a token, where rounding in this dtype explains" in reasons[finds]
+    if finds == "packed":
+        assert (backbone.layout, backbone.slots) == ("padded", False)
+        with pytest.raises(InputError, match="take auto or padded"):
+            backbone.use_layout("packed")
+    elif finds == "slots":
+        assert not backbone.slots and any("without our cache" in n for n in backbone.notes())
+    else:
+        assert "use cached or online" in str(backbone.joint_problem())
+
+
+def test_what_nothing_makes_right_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = ready(tmp_path)
+    wrong_strength(backbone, monkeypatch)
+    with pytest.raises(InputError, match=r"padded rows are not those .* of type llama"):
+        verify.verify(backbone, POLICY, longest=LONGEST)
+    assert not any(backbone.has_adapter(name) for name in verify.NAMES)
+
+
+def test_a_verdict_is_kept_and_believed_for_the_same_model_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = ready(tmp_path)
+    stale_cache(backbone, monkeypatch)
+    found = verify.verify(backbone, POLICY, longest=LONGEST)
+    found.keep(tmp_path)
+    kept = verify.Verdict.read(tmp_path)
+    assert kept == found
+
+    def never(*args: Any) -> None:
+        raise AssertionError("tried again")
+
+    again, _ = load_base(str(tmp_path), dtype="fp32", device=torch.device("cpu"))
+    again.add_adapter(POLICY, LoraConfig(r=4, alpha=6), seed=0, iteration=0)
+    monkeypatch.setattr(verify._Trial, "run", never)
+    assert verify.verify(again, POLICY, longest=LONGEST, kept=kept) == found
+    assert not again.slots
+    with pytest.raises(AssertionError, match="tried again"):
+        verify.verify(again, POLICY, longest=LONGEST + 1, kept=kept)
