@@ -126,6 +126,8 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             longest=config.text.longest,
             kept=team.from_main(lambda: Verdict.read(config.run_folder())),
         )
+        if note := verdict.note():
+            console.note(note)
         backbone.use_layout(config.train.layout)
         if config.reference.mode == "joint" and (problem := backbone.joint_problem()):
             raise InputError(problem)

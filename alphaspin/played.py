@@ -24,6 +24,7 @@ from alphaspin.config import (
 from alphaspin.data import ChatFormat, Demonstration, fingerprint
 from alphaspin.job import load_data, load_source
 from alphaspin.runs import file_hash, read_manifest, verifies
+from alphaspin.verify import Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,8 @@ class Played:
             liger=train.liger,
             longest=self.config.text.longest,
         )
+        if kept := Verdict.read(self.path):
+            kept.apply(backbone)
         backbone.use_layout(train.layout)
         if backbone.identity != identity["base"]:
             raise InputError(

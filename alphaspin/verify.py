@@ -55,6 +55,25 @@ class Verdict:
     joint: str = ""
     slots: str = ""
 
+    def apply(self, backbone: Backbone) -> None:
+        """Forbid what was found to be wrong."""
+        if self.packed:
+            backbone.layout, backbone.slots, backbone.layout_reason = "padded", False, self.packed
+        if self.joint:
+            backbone.forbid_joint(self.joint)
+        if self.slots:
+            backbone.slots, backbone.slots_reason = False, self.slots
+
+    def note(self) -> str | None:
+        """How far it reaches, where that is less than the run may need."""
+        wanted = self.about["longest"]
+        if self.longest >= wanted:
+            return None
+        return (
+            f"log-probs were held against plain PEFT up to {self.longest} tokens, not up to "
+            f"{wanted}: that would take more than a minute, or more positions than the model has"
+        )
+
     @staticmethod
     def read(folder: Path) -> "Verdict | None":
         """The one that is kept in a run folder."""
@@ -91,12 +110,7 @@ def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None 
         "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
     }
     verdict = kept if kept and kept.about == about else _Trial(backbone, like, longest).run(about)
-    if verdict.packed:
-        backbone.layout, backbone.slots, backbone.layout_reason = "padded", False, verdict.packed
-    if verdict.joint:
-        backbone.forbid_joint(verdict.joint)
-    if verdict.slots:
-        backbone.slots, backbone.slots_reason = False, verdict.slots
+    verdict.apply(backbone)
     return verdict
 
 

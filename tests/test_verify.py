@@ -1,4 +1,4 @@
-"""The start-up check finds what is wrong with adapters, at length and in caches; changes nothing."""
+"""The start-up check finds errors of adapters, at length and in caches, and changes nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
