@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
         check_lengths(config, backbone, demonstrations + heldout)
     if sharded:
         team.shard(backbone)
+    found = team.from_main(lambda: (kept := Verdict.read(config.run_folder())) and asdict(kept))
+    kept = Verdict(**found) if found else None
     with team.together():
         if config.train.activation_checkpointing:
             backbone.enable_activation_checkpointing()
@@ -120,12 +123,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
         # settings.
         backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
         measures.checked_answers(heldout, config.evaluate.answer)
-        verdict = verify(
-            backbone,
-            POLICY,
-            longest=config.text.longest,
-            kept=team.from_main(lambda: Verdict.read(config.run_folder())),
-        )
+        verdict = verify(backbone, POLICY, longest=config.text.longest, kept=kept)
         if note := verdict.note():
             console.note(note)
         backbone.use_layout(config.train.layout)

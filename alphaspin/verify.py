@@ -71,7 +71,7 @@ class Verdict:
             return None
         return (
             f"log-probs were held against plain PEFT up to {self.longest} tokens, not up to "
-            f"{wanted}: that would take more than a minute, or more positions than the model has"
+            f"{wanted}: that would take more than a minute"
         )
 
     @staticmethod
@@ -100,6 +100,7 @@ def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None 
         InputError: padded rows, or answers by recomputation, differ from plain PEFT.
     """
     lora = backbone.peft_config(like)
+    longest = min(longest, backbone.max_positions or longest)
     about = {
         "base": backbone.identity,
         "dtype": str(backbone.head.weight.dtype),
@@ -123,8 +124,6 @@ class _Trial:
     def __init__(self, backbone: Backbone, like: str, longest: int):
         self.backbone, self.like = backbone, like
         random, high = np.random.default_rng(0), backbone.head.weight.shape[0]
-        if backbone.max_positions is not None:
-            longest = min(longest, backbone.max_positions)
         # Of each sequence of the long tree: three policies, plain and in every other way.
         passes = 3 * (1 + 4) + ROUNDINGS
         size = sum(p.numel() for p in backbone.parameters())
