@@ -36,6 +36,7 @@ from alphaspin.sampling import Stepper
 FILE = "verified.json"
 NAMES = ("check-1", "check-2")
 STEPS = 8  # tokens that the sampler decodes of each answer
+TRIES = 3  # with other tokens and adapters, where something seems wrong
 ROUNDINGS = 4  # draws of the rounding errors
 MARGIN = 4.0  # of the plain passes' own scatter
 FLOPS = {"cpu": 2e12, "cuda": 2e15}  # of all passes together: under a minute
@@ -59,10 +60,10 @@ class Verdict:
         """Forbid what was found to be wrong."""
         if self.packed:
             backbone.layout, backbone.slots, backbone.layout_reason = "padded", False, self.packed
+        elif self.slots:
+            backbone.slots, backbone.slots_reason = False, self.slots
         if self.joint:
             backbone.forbid_joint(self.joint)
-        if self.slots:
-            backbone.slots, backbone.slots_reason = False, self.slots
 
     def note(self) -> str | None:
         """How far it reaches, where that is less than the run may need."""
@@ -110,9 +111,32 @@ def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None 
         "targets": [str(lora.target_modules), lora.r],
         "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
     }
-    verdict = kept if kept and kept.about == about else _Trial(backbone, like, longest).run(about)
+    verdict = kept if kept and kept.about == about else _tried(backbone, like, longest, about)
     verdict.apply(backbone)
     return verdict
+
+
+def _tried(backbone: Backbone, like: str, longest: int, about: dict[str, Any]) -> Verdict:
+    """What is wrong with other tokens and adapters too.
+
+    Rounding alone can send a token to another expert, and its log-prob then jumps: that is rare,
+    and does not happen at each try.
+    """
+    wrong: dict[str, str] | None = None
+    reached = 0
+    for seed in range(TRIES):
+        trial = _Trial(backbone, like, longest, seed)
+        reached = trial.longest
+        try:
+            found = trial.run()
+        except InputError:
+            if seed + 1 == TRIES and wrong is None:
+                raise
+            continue
+        wrong = {way: reason and (wrong or found)[way] for way, reason in found.items()}
+        if not any(wrong.values()):
+            break
+    return Verdict(about, reached, **(wrong or {}))
 
 
 class _Trial:
@@ -121,9 +145,9 @@ class _Trial:
     Sequences stand in the order policy, tree, response; a policy is one of NAMES or None.
     """
 
-    def __init__(self, backbone: Backbone, like: str, longest: int):
-        self.backbone, self.like = backbone, like
-        random, high = np.random.default_rng(0), backbone.head.weight.shape[0]
+    def __init__(self, backbone: Backbone, like: str, longest: int, seed: int = 0):
+        self.backbone, self.like, self.seed = backbone, like, seed
+        random, high = np.random.default_rng(seed), backbone.head.weight.shape[0]
         # Of each sequence of the long tree: three policies, plain and in every other way.
         passes = 3 * (1 + 4) + ROUNDINGS
         size = sum(p.numel() for p in backbone.parameters())
@@ -144,13 +168,18 @@ class _Trial:
         self.policies: tuple[str | None, ...] = (*NAMES, None)
 
     @torch.no_grad()
-    def run(self, about: dict[str, Any]) -> Verdict:
+    def run(self) -> dict[str, str]:
+        """What is wrong with each way, or nothing.
+
+        Raises:
+            InputError: as `verify`.
+        """
         backbone, slots, training = self.backbone, self.backbone.slots, self.backbone.training
         backbone.eval()
         packed = joint = sampled = ""
         try:
-            for seed, name in enumerate(NAMES):
-                backbone.random_adapter(name, self.like, seed)
+            for number, name in enumerate(NAMES):
+                backbone.random_adapter(name, self.like, len(NAMES) * self.seed + number)
             self.plain, self.allowed = self._plain()
             if backbone.layout == "packed":
                 packed = self._differs(lambda: self._rows("packed"))
@@ -169,7 +198,7 @@ class _Trial:
                 if backbone.has_adapter(name):
                     backbone.remove_adapter(name)
             backbone.train(training)
-        return Verdict(about, self.longest, packed, joint, sampled)
+        return {"packed": packed, "joint": joint or packed, "slots": sampled or packed}
 
     def _must(self, reason: str, way: str) -> None:
         if reason:
