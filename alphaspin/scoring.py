@@ -39,10 +39,11 @@ def sequence_logps(backbone: Backbone, batch: Batch) -> Tensor:
         backbone: also holds the head [V, H].
         batch: on the backbone's device.
     """
-    return _logps(backbone(batch), backbone, batch)
+    return hidden_logps(backbone(batch), backbone, batch)
 
 
-def _logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
+def hidden_logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
+    """The same from the hidden states that predict the targets."""
     return sequence_logprob(
         hidden_NH,
         backbone.head.weight,
@@ -83,8 +84,8 @@ class OnlineReference:
         if self.joint:
             hidden_NH, beside_NH = backbone(batch, frozen)
             policy_B, frozen_B = (
-                _logps(hidden_NH, backbone, batch),
-                _logps(beside_NH, backbone, frozen),
+                hidden_logps(hidden_NH, backbone, batch),
+                hidden_logps(beside_NH, backbone, frozen),
             )
         else:
             with torch.no_grad():

@@ -14,7 +14,7 @@ same sums do.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 import peft
 import torch
 import transformers
-from alphaspin_kernels import sequence_logprob
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from alphaspin.batching import Batch, Tree, collate
 from alphaspin.config import InputError
 from alphaspin.runs import write_atomically
 from alphaspin.sampling import Stepper
+from alphaspin.scoring import hidden_logps
 
 FILE = "verified.json"
 NAMES = ("check-1", "check-2")
@@ -151,10 +151,8 @@ class _Trial:
         # Of each sequence of the long tree: three policies, plain and in every other way.
         passes = 3 * (1 + 4) + ROUNDINGS
         size = sum(p.numel() for p in backbone.parameters())
-        affordable = FLOPS.get(backbone.device.type, 2e12) / (2 * size * passes)
-        self.longest = int(max(32, min(longest, affordable)))
-        if longest < 32:
-            self.longest = max(longest, 8)
+        affordable = FLOPS.get(backbone.device.type, FLOPS["cpu"]) / (2 * size * passes)
+        self.longest = max(8, min(longest, max(32, int(affordable))))
         half = self.longest // 2
 
         def draw(count: int) -> NDArray[np.int32]:
@@ -166,6 +164,12 @@ class _Trial:
             Tree(draw(self.longest - half), (draw(half), draw(3))),
         ]
         self.policies: tuple[str | None, ...] = (*NAMES, None)
+        self.sequences = [
+            (policy, tree, answer)
+            for policy in self.policies
+            for tree in self.trees
+            for answer in tree.responses
+        ]
 
     @torch.no_grad()
     def run(self) -> dict[str, str]:
@@ -210,35 +214,34 @@ class _Trial:
             )
 
     def _plain(self) -> tuple[list[Tensor], list[float]]:
-        """Log-probs [L] of each sequence, and the root of their mean square change by rounding."""
+        """Log-probs [L] of each sequence, and the root of their mean square that is allowed.
+
+        One policy's scatter stands for all of them, the larger of a tree's answers for both.
+        """
         values: list[Tensor] = []
-        allowed: list[float] = []
+        scatter: dict[int, float] = {}  # by tree
         for policy in self.policies:
-            for tree in self.trees:
-                for answer in tree.responses:
+            with self.backbone.plain(policy) as hidden_of:
+                for _, tree, answer in (s for s in self.sequences if s[0] == policy):
                     ids = torch.from_numpy(np.concatenate([tree.prompt, answer])).long()
-                    ids = ids.to(self.backbone.device)
-                    value_L = self._alone(policy, ids, len(answer), None)
+                    ids_S = ids.to(self.backbone.device)
+                    value_L = self._alone(hidden_of(ids_S[None], None), ids_S, len(answer))
+                    values.append(value_L)
+                    if policy != NAMES[0]:
+                        continue
                     moved_DL = torch.stack(
                         [
-                            self._alone(policy, ids, len(answer), draw) - value_L
-                            for draw in range(ROUNDINGS if policy == NAMES[0] else 0)
+                            self._alone(hidden_of(ids_S[None], draw), ids_S, len(answer)) - value_L
+                            for draw in range(ROUNDINGS)
                         ]
-                        or [torch.zeros_like(value_L)]
                     )
-                    values.append(value_L)
-                    allowed.append(float(moved_DL.square().mean().sqrt()))
-        # One policy's stands for all of them; the larger of a tree's two answers for both.
-        count = len(values) // len(self.policies)
-        largest = [max(pair) for pair in zip(allowed[0:count:2], allowed[1:count:2], strict=True)]
-        one = [MARGIN * largest[i // 2] for i in range(count)]
-        return values, one * len(self.policies)
+                    size = float(moved_DL.square().mean().sqrt())
+                    scatter[id(tree)] = max(size, scatter.get(id(tree), 0.0))
+        return values, [MARGIN * scatter[id(tree)] for _, tree, _ in self.sequences]
 
-    def _alone(self, policy: str | None, ids_S: Tensor, count: int, draw: int | None) -> Tensor:
-        """Log-probs [L] of the last `count` tokens, by transformers and PEFT alone."""
-        with self.backbone.plain(policy, rounding=draw) as hidden_of:
-            hidden_SH = hidden_of(ids_S[None])[0]
-        logits_LV = self.backbone.logits(hidden_SH[-count - 1 : -1])
+    def _alone(self, hidden_1SH: Tensor, ids_S: Tensor, count: int) -> Tensor:
+        """Log-probs [L] of the last `count` tokens, from plain hidden states."""
+        logits_LV = self.backbone.logits(hidden_1SH[0, -count - 1 : -1])
         return logits_LV.log_softmax(-1).gather(1, ids_S[-count:, None])[:, 0].float()
 
     def _rows(self, layout: Any) -> list[Tensor]:
@@ -257,27 +260,18 @@ class _Trial:
 
     def _logps(self, hidden_NH: Tensor, batch: Batch) -> list[Tensor]:
         """Token by token, with the kernel that training uses."""
-        found_N = sequence_logprob(
-            hidden_NH,
-            self.backbone.head.weight,
-            batch.targets,
-            torch.arange(len(batch.targets) + 1, device=hidden_NH.device),
-            bias=self.backbone.head.bias,
-            softcap=self.backbone.softcap,
-            temperature=1 / self.backbone.scale,
-        )
+        each = replace(batch, lengths=torch.ones_like(batch.targets))
+        found_N = hidden_logps(hidden_NH, self.backbone, each)
         return list(found_N.split(batch.lengths.tolist()))
 
     def _sampled(self) -> list[Tensor]:
         """Log-probs of the last STEPS tokens, decoded after what comes before them."""
         texts, answers, policies = [], [], []
-        for policy in self.policies:
-            for tree in self.trees:
-                for answer in tree.responses:
-                    whole, steps = np.concatenate([tree.prompt, answer]), min(STEPS, len(answer))
-                    texts.append(whole[:-steps])
-                    answers.append(whole[-steps:])
-                    policies.append({policy: 1.0})
+        for policy, tree, answer in self.sequences:
+            whole, steps = np.concatenate([tree.prompt, answer]), min(STEPS, len(answer))
+            texts.append(whole[:-steps])
+            answers.append(whole[-steps:])
+            policies.append({policy: 1.0})
         stepper = Stepper(self.backbone)
         logits_NV = stepper.prefill(texts, policies).logits
         going = list(range(len(texts)))
@@ -303,15 +297,13 @@ class _Trial:
             return str(error).removeprefix(f"{NOT_JOINT}: ")
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             return next(iter(str(error).splitlines()), repr(error))[:100]
-        numbers = zip(found, self.plain, self.allowed, strict=True)
-        for i, (mine_L, plain_L, allowed) in enumerate(numbers):
+        numbers = zip(self.sequences, found, self.plain, self.allowed, strict=True)
+        for (policy, tree, answer), mine_L, plain_L, allowed in numbers:
             plain_L = plain_L if last is None else plain_L[-last:]
             error = float((mine_L - plain_L).square().mean().sqrt())
             if not error <= allowed:
-                count = len(self.plain) // len(self.policies)
-                who = "an adapter's" if self.policies[i // count] else "the base's"
-                tree = self.trees[i % count // 2]
-                tokens = len(tree.prompt) + len(tree.responses[i % 2])
+                who = "an adapter's" if policy else "the base's"
+                tokens = len(tree.prompt) + len(answer)
                 return (
                     f"{who} log-probs of a sequence of {tokens} tokens differ by {error:.2g} nats "
                     f"a token, where rounding in this dtype explains {allowed:.2g}"
