@@ -54,8 +54,9 @@ from alphaspin.runs import (
     remove,
     verifies,
 )
-from alphaspin.sampling import Answer, Draw, Policy, Request, decode, invert, uniforms
+from alphaspin.sampling import Answer, Draw, Request, decode, invert, uniforms
 from alphaspin.scoring import batched
+from alphaspin.stepper import Policy
 from alphaspin.trainer import learning_rate, load_optimizer, newest_checkpoint, optimizer_tensors
 
 TEMPERATURES = (0.5, 2.0)

@@ -28,8 +28,9 @@ from alphaspin import rng
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens, Tree
 from alphaspin.config import SamplingConfig, TrainConfig
-from alphaspin.sampling import Ahead, Answer, Draw, Policy, Request, Stepper, decode, invert
+from alphaspin.sampling import Answer, Draw, Request, decode, invert
 from alphaspin.scoring import batched, logps
+from alphaspin.stepper import Ahead, Policy, Stepper
 
 LOW_SIZE, LARGE_SHARE = 0.1, 0.5
 """Weights are not to be trusted where the effective sample size is below this share of N, or the
@@ -244,7 +245,7 @@ def _total(values: NDArray[np.float32] | None) -> float:
 
 
 class Steps(Protocol):
-    """Sequences in progress: `sampling.Stepper`, or a table in its place."""
+    """Sequences in progress: `stepper.Stepper`, or a table in its place."""
 
     def prefill(self, prompts: Sequence[Tokens], policies: Sequence[Policy]) -> Ahead:
         """Add sequences."""

@@ -28,7 +28,8 @@ from alphaspin.backbone import Backbone
 from alphaspin.config import InputError, SamplingConfig
 from alphaspin.data import ChatFormat
 from alphaspin.openai_api import Client, ServerError, key_of, parsed
-from alphaspin.sampling import Answer, Request, components, decode
+from alphaspin.sampling import Answer, Request, decode
+from alphaspin.stepper import components
 
 Engine = Callable[..., list[Answer]]
 

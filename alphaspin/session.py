@@ -27,8 +27,9 @@ from alphaspin.mixture import Setting, sample
 from alphaspin.opponents import EMA, Player, choose_prompts
 from alphaspin.remote import engine
 from alphaspin.runs import Metrics, Run, commit, remove, verifies
-from alphaspin.sampling import Answer, Draw, Policy, Request
+from alphaspin.sampling import Answer, Draw, Request
 from alphaspin.scoring import ReferenceCache, batched, score
+from alphaspin.stepper import Policy
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,8 @@ from alphaspin.backbone import NOT_JOINT, Backbone
 from alphaspin.batching import Batch, Tree, collate
 from alphaspin.config import InputError
 from alphaspin.runs import write_atomically
-from alphaspin.sampling import Stepper
 from alphaspin.scoring import hidden_logps
+from alphaspin.stepper import Stepper
 
 FILE = "verified.json"
 NAMES = ("check-1", "check-2")

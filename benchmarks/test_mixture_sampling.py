@@ -31,7 +31,8 @@ from alphaspin.data import ChatFormat, load_demonstrations
 from alphaspin.distributed import Team
 from alphaspin.job import run
 from alphaspin.runs import Metrics
-from alphaspin.sampling import Draw, Policy, Stepper
+from alphaspin.sampling import Draw
+from alphaspin.stepper import Policy, Stepper
 
 ALPHAS = (0.25, 0.5, 0.75, 0.95)
 Place = tuple[int, int, int, float, int]

@@ -23,7 +23,8 @@ from transformers import (
 
 from alphaspin.backbone import Backbone
 from alphaspin.config import LoraConfig, SamplingConfig
-from alphaspin.sampling import Draw, Policy, Request, Stepper, decode, invert, mixture, uniforms
+from alphaspin.sampling import Draw, Request, decode, invert, uniforms
+from alphaspin.stepper import Policy, Stepper, mixture
 
 ADAPTER = "previous"
 STOPS: frozenset[int] = frozenset()

@@ -18,8 +18,9 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from alphaspin.backbone import POLICY, load_base
 from alphaspin.batching import Tree, collate
 from alphaspin.config import InputError, LoraConfig, SamplingConfig
-from alphaspin.sampling import Draw, Request, decode, mixture
+from alphaspin.sampling import Draw, Request, decode
 from alphaspin.scoring import sequence_logps
+from alphaspin.stepper import mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

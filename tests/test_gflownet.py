@@ -21,7 +21,8 @@ from alphaspin.distributed import Team
 from alphaspin.gflownet import Replay, Task, Trajectory, edit_distance
 from alphaspin.gflownet_job import run
 from alphaspin.runs import Interrupted, Metrics, SignalGuard
-from alphaspin.sampling import Answer, Draw, Policy
+from alphaspin.sampling import Answer, Draw
+from alphaspin.stepper import Policy
 
 PROMPT = np.array([2, 3], np.int32)
 HALF: Policy = {"previous": 0.5, None: 0.5}

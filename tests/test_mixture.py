@@ -11,7 +11,8 @@ from torch import Tensor
 
 from alphaspin import mixture, rng
 from alphaspin.backbone import Backbone
-from alphaspin.sampling import Draw, Policy, Stepper
+from alphaspin.sampling import Draw
+from alphaspin.stepper import Policy, Stepper
 
 # algorithms.md, section 4: α, Z, TV(exact, token level), KL(exact‖token level), p(∅) of both.
 CHECK_VALUES = [

@@ -18,7 +18,8 @@ from alphaspin.data import ChatFormat, load_demonstrations
 from alphaspin.mixture import Setting, sample
 from alphaspin.opponents import BASE, EMA, PLAYERS, assign, choose_prompts, opponents
 from alphaspin.runs import file_hash
-from alphaspin.sampling import Draw, Policy, invert, uniforms
+from alphaspin.sampling import Draw, invert, uniforms
+from alphaspin.stepper import Policy
 
 CAP = 10
 

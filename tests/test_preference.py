@@ -26,7 +26,8 @@ from alphaspin.backbone import load_base
 from alphaspin.config import Config, LoraConfig, SamplingConfig, load_config
 from alphaspin.data import ChatFormat, hold_out, load_demonstrations
 from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, HASHES, TEMPORARY, file_hash
-from alphaspin.sampling import Answer, Draw, Request, decode, mixture, uniforms
+from alphaspin.sampling import Answer, Draw, Request, decode, uniforms
+from alphaspin.stepper import mixture
 
 JUDGE = '''
 import json, os, pathlib, signal, zlib

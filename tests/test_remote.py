@@ -26,7 +26,8 @@ from alphaspin.job import run
 from alphaspin.openai_api import ServerError
 from alphaspin.remote import ServerSampler
 from alphaspin.runs import file_hash
-from alphaspin.sampling import Draw, Request, decode, mixture
+from alphaspin.sampling import Draw, Request, decode
+from alphaspin.stepper import mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

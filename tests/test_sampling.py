@@ -5,6 +5,7 @@ stay in fp32).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from alphaspin import sampling
+from alphaspin import caches
 from alphaspin.backbone import POLICY, Backbone
 from alphaspin.batching import Tokens
 from alphaspin.config import SamplingConfig
-from alphaspin.sampling import (
-    Answer,
-    Draw,
-    Policy,
-    Request,
-    Stepper,
-    decode,
-    filtered,
-    invert,
-    mixture,
-    uniforms,
-)
+from alphaspin.sampling import Answer, Draw, Request, decode, filtered, invert, uniforms
 from alphaspin.scoring import sequence_logps
+from alphaspin.stepper import Policy, Stepper, mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -136,8 +127,8 @@ def make_requests(prompts: Sequence[Tokens], policies: Sequence[Policy]) -> list
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that soon has to grow, and prompts that do not fit into one pass."""
-    monkeypatch.setattr(sampling, "BLOCK", 4)
-    monkeypatch.setattr(sampling, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(caches, "BLOCK", 4)
+    monkeypatch.setattr(caches, "PREFILL_TOKENS", 30)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -282,9 +273,11 @@ def test_a_prompt_that_is_shared_is_computed_once(llama: Path) -> None:
     policies: list[Policy] = [{POLICY: 0.5, None: 0.5}] * 3 + [{None: 1.0}] * 3
     ahead = Stepper(backbone).prefill(prompts, policies)
     assert rows == [3], "two of the long prompt, one of the short"
-    assert torch.equal(ahead.logits[0], ahead.logits[2])
-    assert not torch.allclose(ahead.logits[2], ahead.logits[3])
-    torch.testing.assert_close(ahead.logits[3], ahead.logits[4], rtol=0, atol=0)
+    # The head's product may round a row otherwise at another place (MKL with AVX-512 does).
+    close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+    close(ahead.logits[0], ahead.logits[2])
+    assert not torch.allclose(ahead.logits[2], ahead.logits[3], rtol=0, atol=1e-3)
+    close(ahead.logits[3], ahead.logits[4])
 
 
 def test_a_stop_token_at_the_cap_is_not_a_truncation(llama: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_families import FAMILIES, save
 
-from alphaspin import attention, sampling, verify
+from alphaspin import attention, caches, verify
 from alphaspin.backbone import POLICY, Backbone, RoutedLinear, load_base
 from alphaspin.config import InputError, LoraConfig
 
@@ -80,12 +80,12 @@ def wrong_strength(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_cache(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
-    right = sampling.SlotCache.update
+    right = caches.SlotCache.update
 
     def wrong(self: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         return right(self, key, value * (1.01 if value.shape[2] == 1 else 1), *args, **kwargs)
 
-    patch.setattr(sampling.SlotCache, "update", wrong)
+    patch.setattr(caches.SlotCache, "update", wrong)
 
 
 def wrong_joint(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Segment, Tokens
 from alphaspin.config import LoraConfig
-from alphaspin.sampling import Ahead, Policy
+from alphaspin.stepper import Ahead, Policy
 
 Levels = list[Tensor]
 
