@@ -159,11 +159,11 @@ class Backbone(nn.Module):
     """How its tokens are laid out: what `collate` takes."""
     layout_reason: str
     """Why it is not `packed`, where it is not."""
-    slots: bool
-    """Whether the sampler may keep keys and values in a cache of ours, a slot for each sequence;
-    otherwise in the family's own."""
-    slots_reason = ""
-    """Why not, where a check at the start has found something."""
+    cache: Literal["slots", "own", "none"]
+    """What the sampler keeps of a sequence: keys and values in slots of ours, the family's own
+    cache, or nothing but its tokens (see `caches`)."""
+    cache_reason = ""
+    """Why it is not what its layout would have, where that was found to be wrong."""
     scale: float
     """The logits are scale · (W h + b), and soft-capped after that."""
 
@@ -219,7 +219,9 @@ class Backbone(nn.Module):
         self.scale = self._find_scale()
         self.layout_reason = self._why_not_packed()
         self.layout = "padded" if self.layout_reason else "packed"
-        self.slots = self.layout == "packed"
+        self.cache = "slots" if self.layout == "packed" else "own"
+        if self.cache == "own" and (problem := self._own_cache_problem()):
+            self.cache, self.cache_reason = "none", problem
 
     @property
     def device(self) -> torch.device:
@@ -607,13 +609,58 @@ class Backbone(nn.Module):
         return self._rows(ids_RS)
 
     def _rows(self, ids_RS: Tensor) -> Tensor:
-        positions: dict[str, Tensor] = {}
+        return self._run(ids_RS, 0, use_cache=False).last_hidden_state
+
+    def _run(self, ids_RS: Tensor, start: int, **kwargs: Any) -> Any:
+        """The decoder's output for rows that begin at position `start`."""
         if "position_ids" in self._takes:
-            order_S = torch.arange(ids_RS.shape[1], device=ids_RS.device)
-            positions["position_ids"] = order_S.expand(ids_RS.shape)
-        return cast(Any, self.decoder)(
-            input_ids=ids_RS, use_cache=False, **positions
-        ).last_hidden_state
+            order_S = torch.arange(start, start + ids_RS.shape[1], device=ids_RS.device)
+            kwargs["position_ids"] = order_S.expand(ids_RS.shape)
+        return cast(Any, self.decoder)(input_ids=ids_RS, **kwargs)
+
+    def own_cache_rows(
+        self, segments: Sequence[Segment], ids_RS: Tensor, *, start: int = 0, cache: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Hidden states [R, S, H] of rows that go on at position `start`, with the family's cache.
+
+        Args:
+            segments: cover all rows.
+            ids_RS: token ids, the same number in each row.
+            start: tokens that the cache holds of each row.
+            cache: what the last call returned, None at position 0.
+        """
+        self.route.segments = tuple(segments)
+        given = {} if cache is None else {self.cache_name: cache}
+        output = self._run(ids_RS, start, use_cache=True, **given)
+        return output.last_hidden_state, getattr(output, self.cache_name)
+
+    @torch.no_grad()
+    def _own_cache_problem(self) -> str:
+        """Why the family's own cache cannot serve the sampler, or nothing; found by trying it."""
+        random, high = np.random.default_rng(2), min(64, self.head.weight.shape[0])
+        ids_2S = torch.from_numpy(random.integers(1, high, (2, 9))).to(self.device)
+        rows_3 = torch.tensor([1, 0, 1], device=self.device)
+        try:
+            _, cache = self.own_cache_rows((), ids_2S[:, :6])
+            cache.reorder_cache(rows_3)
+            steps: list[Tensor] = []
+            for at in range(6, 9):
+                ids_31 = ids_2S[rows_3, at : at + 1]
+                hidden_31H, cache = self.own_cache_rows((), ids_31, start=at, cache=cache)
+                steps.append(hidden_31H.float())
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            return f"it has no cache that could be used ({next(iter(str(error).splitlines()), '')})"
+        expected = self._plain_hidden(ids_2S[rows_3])[:, 6:].float()
+        error = (torch.cat(steps, 1) - expected).abs().max() / expected.abs().max()
+        if not error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
+            return f"hidden states with its cache and without differ by {error:.2g} of their size"
+        return ""
+
+    @property
+    def cache_name(self) -> str:
+        """What the decoder calls its cache: `past_key_values` before transformers 5.24, or so."""
+        names = ("cache", "past_key_values", "cache_params")
+        return next((name for name in names if name in self._takes), names[0])
 
     def masks(self, seen: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
         """An attention mask in the form this family takes: one, or one per type of layer.
@@ -682,8 +729,9 @@ class Backbone(nn.Module):
             found.append(
                 f"padded rows, one sequence each, slower than packed: {self.layout_reason}"
             )
-        if self.slots_reason:
-            found.append(f"answers without our cache, which is slower: {self.slots_reason}")
+        if self.cache_reason:
+            instead = "each of its tokens" if self.cache == "none" else "the family's own cache"
+            found.append(f"answers with {instead}, which is slower: {self.cache_reason}")
         if self.pinned:
             found.append(
                 f"position embeddings with the frequencies for {self.pinned} tokens (text.max_*), "

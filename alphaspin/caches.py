@@ -10,6 +10,8 @@ longest prompt in it, H hidden size, W width of the cache.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -263,16 +265,112 @@ class Slots:
             input_ids=ids_RS,
             attention_mask=self._backbone.masks(seen),
             position_ids=position_RS,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._backbone.cache_name: self._cache},
         ).last_hidden_state
+
+
+@dataclass
+class _Batch:
+    """Rows of one length, side by side in one cache of the family's.
+
+    length: tokens of each row. owners: of each row, the sequence and which of its policies; rows
+    of one adapter are together.
+    """
+
+    cache: Any
+    length: int
+    owners: list[tuple[int, int]]
+
+
+class Own:
+    """The family's own cache, whatever it keeps (keys, states, windows of a convolution).
+
+    A family's code takes rows of one length: each length is a batch of its own, and a step has a
+    pass for each. `reorder_cache`, beam search's, drops and repeats rows.
+    """
+
+    def __init__(self, backbone: Backbone):
+        """No sequence yet."""
+        self._backbone = backbone
+        self._names: list[Names] = []
+        self._batches: list[_Batch] = []
+
+    def prefill(self, prompts: Sequence[Tokens], names: Sequence[Names]) -> tuple[Tensor, Rows]:
+        """Add sequences: prompts [P_i], and the policies of each."""
+        first, device = len(self._names), self._backbone.device
+        self._names += names
+        owners: dict[tuple[str | None, bytes], list[tuple[int, int]]] = {}  # of the same prompt
+        prompt_of: dict[tuple[str | None, bytes], Tokens] = {}
+        for i, (prompt, mine) in enumerate(zip(prompts, names, strict=True)):
+            for c, name in enumerate(mine):
+                owners.setdefault((name, prompt.tobytes()), []).append((i, c))
+                prompt_of[name, prompt.tobytes()] = prompt
+        hidden: list[Tensor] = []
+        rows = [[0] * len(mine) for mine in names]
+        number = 0
+        for _, keys in groupby(sorted(owners, key=lambda key: len(key[1])), lambda k: len(k[1])):
+            for part in _parts(sorted(keys, key=lambda key: key[0] or ""), prompt_of):
+                ids_UP = torch.from_numpy(np.stack([prompt_of[key] for key in part])).long()
+                hidden_UPH, cache = self._backbone.own_cache_rows(
+                    _segments([key[0] for key in part]), ids_UP.to(device)
+                )
+                hidden.append(hidden_UPH[:, -1])
+                sources: list[int] = []
+                whose: list[tuple[int, int]] = []
+                for u, key in enumerate(part):
+                    for i, c in owners[key]:
+                        rows[i][c] = number
+                        sources.append(u)
+                        whose.append((first + i, c))
+                    number += 1
+                self._batches.append(_Batch(cache, ids_UP.shape[1], whose))
+                self._keep(self._batches[-1], sources, len(part))
+        return torch.cat(hidden), rows
+
+    def step(self, tokens_N: Tensor) -> tuple[Tensor, Rows]:
+        """Append one token to each sequence."""
+        ids_N = tokens_N.to(self._backbone.device, torch.int64)
+        hidden: list[Tensor] = []
+        rows = [[0] * len(mine) for mine in self._names]
+        number = 0
+        for batch in self._batches:
+            hidden_R1H, batch.cache = self._backbone.own_cache_rows(
+                _segments([self._names[i][c] for i, c in batch.owners]),
+                ids_N[[i for i, _ in batch.owners], None],
+                start=batch.length,
+                cache=batch.cache,
+            )
+            batch.length += 1
+            hidden.append(hidden_R1H[:, 0])
+            for i, c in batch.owners:
+                rows[i][c] = number
+                number += 1
+        return torch.cat(hidden), rows
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `indices[i]` was."""
+        becomes: dict[int, list[int]] = {}
+        for new, old in enumerate(indices):
+            becomes.setdefault(old, []).append(new)
+        self._names = [self._names[i] for i in indices]
+        for batch in self._batches:
+            before = batch.owners
+            kept = [(u, new, c) for u, (i, c) in enumerate(before) for new in becomes.get(i, ())]
+            batch.owners = [(new, c) for _, new, c in kept]
+            self._keep(batch, [u for u, _, _ in kept], len(before))
+        self._batches = [batch for batch in self._batches if batch.owners]
+
+    def _keep(self, batch: _Batch, sources: list[int], count: int) -> None:
+        """Row r of a cache of `count` rows becomes what row `sources[r]` was."""
+        if sources and sources != list(range(count)):
+            batch.cache.reorder_cache(torch.tensor(sources, device=self._backbone.device))
 
 
 class Recomputed:
     """The tokens alone, all of them in each pass: slow, and exact where a single sequence is.
 
-    For families whose layers keep more, or other things, than the keys and values of each
-    position: one sequence a row, as the padded layout has it.
+    For families whose own cache cannot serve: one sequence a row, as the padded layout has it.
     """
 
     def __init__(self, backbone: Backbone):
@@ -336,3 +434,7 @@ def _parts(
             parts.append([])
         parts[-1].append(key)
     return parts
+
+
+CACHES = {"slots": Slots, "own": Own, "none": Recomputed}
+"""By `Backbone.cache`, in the order in which they are tried."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens
-from alphaspin.caches import Recomputed, Rows, Slots
+from alphaspin.caches import CACHES, Rows
 
 Policy = Mapping[str | None, float]
 """Weights by adapter name, None for the base; not negative, of sum 1."""
@@ -65,7 +65,7 @@ class Stepper:
         backbone.eval()
         self._backbone = backbone
         self._log_normalisers = log_normalisers
-        self._kept = Slots(backbone) if backbone.slots else Recomputed(backbone)
+        self._kept = CACHES[backbone.cache](backbone)
         self._mixtures: list[Components] = []
         self._mixing: tuple[Rows, Tensor, Tensor] | None = None  # of the last step, and its rows
 

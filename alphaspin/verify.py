@@ -4,8 +4,8 @@ Packed trees, a joint pass, a cache of slots: each is exact only for models whos
 assumes. Instead of a list of such models, each way is tried on the model at hand, with random
 adapters on all adapted modules, at a short length and near the longest of the run, and held
 against plain passes of transformers and PEFT, one sequence at a time. What differs is not used:
-padded rows take the place of packed trees, recomputation that of the cache, and where nothing is
-left the model is refused.
+padded rows take the place of packed trees, the family's own cache that of ours, recomputation that
+of both, and where nothing is left the model is refused.
 
 How much may differ follows from the dtype: the plain passes are repeated with each adapted
 module's output moved by one rounding, and that moves the log-probs as far as other orders of the
@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -28,6 +28,7 @@ from torch import Tensor
 from alphaspin import __version__
 from alphaspin.backbone import NOT_JOINT, Backbone
 from alphaspin.batching import Batch, Tree, collate
+from alphaspin.caches import CACHES
 from alphaspin.config import InputError
 from alphaspin.runs import write_atomically
 from alphaspin.scoring import hidden_logps
@@ -55,13 +56,16 @@ class Verdict:
     packed: str = ""
     joint: str = ""
     slots: str = ""
+    own: str = ""
 
     def apply(self, backbone: Backbone) -> None:
         """Forbid what was found to be wrong."""
         if self.packed:
-            backbone.layout, backbone.slots, backbone.layout_reason = "padded", False, self.packed
-        elif self.slots:
-            backbone.slots, backbone.slots_reason = False, self.slots
+            backbone.layout, backbone.layout_reason = "padded", self.packed
+        for cache, then in cast(Any, (("slots", "own"), ("own", "none"))):
+            reason: str = getattr(self, cache)
+            if backbone.cache == cache and reason:
+                backbone.cache, backbone.cache_reason = then, reason
         if self.joint:
             backbone.forbid_joint(self.joint)
 
@@ -108,6 +112,7 @@ def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None 
         "device": backbone.device.type,
         "longest": longest,
         "layout": backbone.layout,
+        "cache": backbone.cache,
         "targets": [str(lora.target_modules), lora.r],
         "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
     }
@@ -178,9 +183,10 @@ class _Trial:
         Raises:
             InputError: as `verify`.
         """
-        backbone, slots, training = self.backbone, self.backbone.slots, self.backbone.training
+        backbone, cache, training = self.backbone, self.backbone.cache, self.backbone.training
         backbone.eval()
-        packed = joint = sampled = ""
+        packed = joint = ""
+        wrong = {"slots": "", "own": ""}
         try:
             for number, name in enumerate(NAMES):
                 backbone.random_adapter(name, self.like, len(NAMES) * self.seed + number)
@@ -191,18 +197,24 @@ class _Trial:
                 self._must(self._differs(lambda: self._rows("padded")), "padded rows")
             elif backbone.joint_problem() is None:
                 joint = self._differs(self._joint)
-            if slots and not packed:
-                sampled = self._differs(self._sampled, STEPS)
-            if not slots or packed or sampled:
-                backbone.slots = False
-                self._must(self._differs(self._sampled, STEPS), "answers by recomputation")
+            if packed:
+                wrong["slots"] = packed
+            kinds = list(CACHES)
+            for kind in kinds[kinds.index(cache) :]:
+                backbone.cache = cast(Any, kind)
+                if kind == "none":
+                    self._must(self._differs(self._sampled, STEPS), "answers by recomputation")
+                elif not wrong[kind]:
+                    wrong[kind] = self._differs(self._sampled, STEPS)
+                if not wrong.get(kind):
+                    break
         finally:
-            backbone.slots = slots
+            backbone.cache = cache
             for name in NAMES:
                 if backbone.has_adapter(name):
                     backbone.remove_adapter(name)
             backbone.train(training)
-        return {"packed": packed, "joint": joint or packed, "slots": sampled or packed}
+        return {"packed": packed, "joint": joint or packed, **wrong}
 
     def _must(self, reason: str, way: str) -> None:
         if reason:

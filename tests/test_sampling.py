@@ -25,6 +25,7 @@ from transformers import (
 from alphaspin import caches
 from alphaspin.backbone import POLICY, Backbone
 from alphaspin.batching import Tokens
+from alphaspin.caches import CACHES
 from alphaspin.config import SamplingConfig
 from alphaspin.sampling import Answer, Draw, Request, decode, filtered, invert, uniforms
 from alphaspin.scoring import sequence_logps
@@ -132,9 +133,11 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_answers_do_not_depend_on_the_batch(family: Path) -> None:
+@pytest.mark.parametrize("kind", CACHES)
+def test_answers_do_not_depend_on_the_batch(family: Path, kind: Any) -> None:
     """Neighbours, their policies, batch size, and the order in which rows end and begin."""
     backbone = load(family, POLICY, PREVIOUS).double()
+    backbone.cache = kind
     requests = make_requests(make_prompts(24, 12), POLICIES)
 
     def run(requests: Sequence[Request], batch_size: int) -> list[Answer]:
@@ -230,9 +233,11 @@ def load_tiny() -> Backbone:
 
 
 @pytest.mark.usefixtures("narrow")
-def test_sequences_are_dropped_duplicated_and_reordered(family: Path) -> None:
+@pytest.mark.parametrize("kind", CACHES)
+def test_sequences_are_dropped_duplicated_and_reordered(family: Path, kind: Any) -> None:
     """The stepper as sequential Monte Carlo uses it, against full passes over each history."""
     backbone, models = exact(family)
+    backbone.cache = kind
     prompts = [*make_prompts(3, 21), np.array([9], np.int32)]
     policies = [{PREVIOUS: 0.75, None: 0.25}, {POLICY: 1.0}, POLICIES[3], {None: 1.0}]
     stepper = Stepper(backbone, log_normalisers=True)

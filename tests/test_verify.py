@@ -27,7 +27,7 @@ def test_right_models_pass(family: str, tmp_path: Path) -> None:
     backbone = ready(tmp_path, family)
     before = (
         backbone.layout,
-        backbone.slots,
+        backbone.cache,
         backbone.joint_problem(),
         backbone.adapter_state(POLICY),
     )
@@ -37,7 +37,7 @@ def test_right_models_pass(family: str, tmp_path: Path) -> None:
     assert torch.initial_seed() == 3 and int(torch.randint(2**62, ())) == draw_after_seed(3)
     after = (
         backbone.layout,
-        backbone.slots,
+        backbone.cache,
         backbone.joint_problem(),
         backbone.adapter_state(POLICY),
     )
@@ -117,11 +117,12 @@ def test_a_wrong_way_is_found_and_replaced(
     assert {name for name, reason in reasons.items() if reason} == implied
     assert "nats a token, where rounding in this dtype explains" in reasons[finds]
     if finds == "packed":
-        assert (backbone.layout, backbone.slots) == ("padded", False)
+        assert (backbone.layout, backbone.cache) == ("padded", "own")
         with pytest.raises(InputError, match="take auto or padded"):
             backbone.use_layout("packed")
     elif finds == "slots":
-        assert not backbone.slots and any("without our cache" in n for n in backbone.notes())
+        assert backbone.cache == "own"
+        assert any("answers with the family's own cache" in note for note in backbone.notes())
     else:
         assert "use cached or online" in str(backbone.joint_problem())
 
@@ -139,7 +140,7 @@ def test_what_is_wrong_once_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(verify._Trial, "_sampled", jumps)
     assert not verify.verify(backbone, POLICY, longest=LONGEST).slots
-    assert len(calls) == 3  # by cache, by recomputation, and again by cache
+    assert len(calls) == 3  # by slots, by the own cache, and again by slots
 
 
 def test_what_nothing_makes_right_is_refused(
@@ -169,6 +170,6 @@ def test_a_verdict_is_kept_and_believed_for_the_same_model_only(
     again.add_adapter(POLICY, LoraConfig(r=4, alpha=6), seed=0, iteration=0)
     monkeypatch.setattr(verify._Trial, "run", never)
     assert verify.verify(again, POLICY, longest=LONGEST, kept=kept) == found
-    assert not again.slots
+    assert again.cache == "own"
     with pytest.raises(AssertionError, match="tried again"):
         verify.verify(again, POLICY, longest=LONGEST + 1, kept=kept)
