@@ -146,7 +146,7 @@ class RoutedLinear(LoraLinear):
         """
         if self.route.rounding is None:
             return y
-        rounding = max(torch.finfo(y.dtype).eps, 8 * torch.finfo(torch.float32).eps)
+        rounding = max(torch.finfo(y.dtype).eps, 4 * torch.finfo(torch.float32).eps)
         size = rounding * y.float().square().mean(-1, keepdim=True).sqrt()
         noise = torch.randn(y.shape, generator=self.route.rounding, device=y.device)
         return y + (size * noise).to(y.dtype)

@@ -40,6 +40,7 @@ STEPS = 8  # tokens that the sampler decodes of each answer
 TRIES = 3  # with other tokens and adapters, where something seems wrong
 ROUNDINGS = 4  # draws of the rounding errors
 MARGIN = 4.0  # of the plain passes' own scatter
+LEAST = 2e-5  # nats a token that are always allowed: fp32 rounds a sum of 50 log-probs by as much
 FLOPS = {"cpu": 2e12, "cuda": 2e15}  # of all passes together: under a minute
 SHORT = 16  # tokens of the short tree
 
@@ -249,7 +250,7 @@ class _Trial:
                     )
                     size = float(moved_DL.square().mean().sqrt())
                     scatter[id(tree)] = max(size, scatter.get(id(tree), 0.0))
-        return values, [MARGIN * scatter[id(tree)] for _, tree, _ in self.sequences]
+        return values, [max(LEAST, MARGIN * scatter[id(tree)]) for _, tree, _ in self.sequences]
 
     def _alone(self, hidden_1SH: Tensor, ids_S: Tensor, count: int) -> Tensor:
         """Log-probs [L] of the last `count` tokens, from plain hidden states."""
