@@ -9,6 +9,7 @@ forward pass is ours.
 import copy
 import inspect
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -166,6 +167,8 @@ class Backbone(nn.Module):
     """Why it is not what its layout would have, where that was found to be wrong."""
     scale: float
     """The logits are scale · (W h + b), and soft-capped after that."""
+    softcap: float | None = None
+    """They become softcap · tanh(logits / softcap)."""
 
     def __init__(
         self, model: PreTrainedModel, path: str, identity: str, *, longest: int | None = None
@@ -194,7 +197,6 @@ class Backbone(nn.Module):
         self.eager: bool = config._attn_implementation == "eager"
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.pinned = self._pin_positions(model, longest)
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         stops = getattr(model.generation_config, "eos_token_id", None)
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
         self.stop_ids = tuple(cast(list[int], stops))
@@ -216,7 +218,7 @@ class Backbone(nn.Module):
         for layer in self._layers:
             layer.forward = partial(self._both, layer)
         self._takes = set(inspect.signature(self.decoder.forward).parameters)
-        self.scale = self._find_scale()
+        self.scale, self.softcap = self._find_head()
         self.layout_reason = self._why_not_packed()
         self.layout = "padded" if self.layout_reason else "packed"
         self.cache = "slots" if self.layout == "packed" else "own"
@@ -279,40 +281,51 @@ class Backbone(nn.Module):
         return getattr(self, "pinned", None)
 
     @torch.no_grad()
-    def _find_scale(self) -> float:
-        """c in softcap(c (W h + b)), compared with the model's own logits.
+    def _find_head(self) -> tuple[float, float | None]:
+        """c and the cap in softcap(c (W h + b)), compared with the model's own logits.
 
-        Granite divides its logits by `logits_scaling`, Cohere multiplies them by `logit_scale`, and
-        others have other names: the configuration's value that fits is taken, as it stands there.
+        Granite divides its logits by `logits_scaling`, Cohere multiplies them by `logit_scale`;
+        Gemma caps them at `final_logit_softcapping`, xLSTM at `output_logit_soft_cap`: the
+        configuration's values that fit are taken, whatever their names are.
 
         Raises:
             InputError: the logits are not of that form.
         """
         ids = torch.arange(1, 9, device=self.device)[None] % self.head.weight.shape[0]
-        expected = cast(Any, self._causal_lm)(input_ids=ids, use_cache=False).logits.float()
-        hidden = self._plain_hidden(ids)
-        self.scale, cap, self.softcap = 1.0, self.softcap, None
-        found = self.logits(hidden).float()
-        self.softcap = cap
-        if cap:
-            inner = expected / cap
-            bent = inner.abs() < 0.9  # where tanh can be undone
-            ratio = _ratio(found[bent], cap * torch.atanh(inner[bent]))
-        else:
-            ratio = _ratio(found, expected)
+        run = cast(Any, self._causal_lm)
+        # A cap hardly shows in small logits: they are made large, by a factor that rounds nothing.
+        size = float(run(input_ids=ids, use_cache=False).logits.abs().max())
+        factor = 2.0 ** max(0, math.ceil(math.log2(64 / max(size, 1e-6))))
+        self.head.weight *= factor
+        try:
+            expected = run(input_ids=ids, use_cache=False).logits.float()
+            hidden = self._plain_hidden(ids)
+            self.scale = 1.0
+            found = self.logits(hidden).float()
+        finally:
+            self.head.weight /= factor
+        caps = [v for key, v in _numbers(self._causal_lm.config) if "cap" in key]
         rounding = torch.finfo(self.head.weight.dtype).eps
-        if abs(ratio - 1) > 8 * rounding:
-            ratio = _configured(self._causal_lm.config, ratio, 32 * rounding)
-        self.scale = ratio
-        error = (self.logits(hidden) - expected).abs().max() / expected.abs().max().clamp(min=1)
+        best = (math.inf, 1.0, None)
+        for cap in (None, *sorted(set(caps))):
+            inner, linear = expected, found
+            if cap:
+                bent = (expected / cap).abs() < 0.9  # where tanh can be undone
+                inner, linear = cap * torch.atanh(expected[bent] / cap), found[bent]
+            ratio = _ratio(linear, inner)
+            if abs(ratio - 1) > 8 * rounding:
+                ratio = _configured(self._causal_lm.config, ratio, 32 * rounding)
+            mine = cap * torch.tanh(ratio * found / cap) if cap else ratio * found
+            error = float((mine - expected).abs().max() / expected.abs().max())
+            best = min(best, (error, ratio, cap), key=lambda item: item[0])
         # bf16 rounds logits to 1/256 of their size.
-        if not error < (0.02 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
+        if not best[0] < (0.02 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
             raise InputError(
                 f"{self.path}: its logits are not softcap(c (W h + b)) (relative difference "
-                f"{error:.2g}): log-probs are taken from the head's weight here, and this model "
+                f"{best[0]:.2g}): log-probs are taken from the head's weight here, and this model "
                 "family does more than that"
             )
-        return ratio
+        return best[1:]
 
     def _plain_hidden(self, ids: Tensor) -> Tensor:
         """Hidden states [R, S, H] by the family's own code."""
@@ -913,15 +926,20 @@ def _ratio(found: Tensor, expected: Tensor) -> float:
     return float((found * expected).sum() / (found * found).sum())
 
 
-def _configured(config: Any, ratio: float, tolerance: float) -> float:
-    """The number of a configuration, or one over it, that is `ratio`; `ratio` if there is none."""
-    numbers = [
-        float(value)
+def _numbers(config: Any) -> list[tuple[str, float]]:
+    """The numbers other than 0 of a configuration, and what they are called."""
+    return [
+        (key, float(value))
         for part in (config, config.get_text_config())
-        for value in part.to_dict().values()
+        for key, value in part.to_dict().items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value
     ]
-    near = [c for v in numbers for c in (v, 1 / v) if abs(c / ratio - 1) < tolerance]
+
+
+def _configured(config: Any, ratio: float, tolerance: float) -> float:
+    """The number of a configuration, or one over it, that is `ratio`; `ratio` if there is none."""
+    candidates = [c for _, v in _numbers(config) for c in (v, 1 / v)]
+    near = [c for c in candidates if abs(c / ratio - 1) < tolerance]
     return min(near, key=lambda c: abs(c / ratio - 1)) if near else ratio
 
 

@@ -74,6 +74,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("padded", {**EXPERTS, **LINEAR, "moe_intermediate_size": 24}),
     "lfm2": ("padded", {"layer_types": ["conv", "full_attention"]}),
     "mamba": ("padded", {"state_size": 8}),
+    # It caps its logits, under a name of its own, at a height that small logits do not show.
+    "recurrent_gemma": (
+        "padded",
+        {
+            "lru_width": 32,
+            "attention_window_size": 8,
+            "num_hidden_layers": 3,
+            "logits_soft_cap": 9.0,
+        },
+    ),
     "mamba2": ("padded", {**MAMBA, "hidden_size": 32}),
     "llama4_text": (
         "padded",
