@@ -19,138 +19,34 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import transformers
-from alphaspin_kernels import segmented_lora
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from alphaspin import rng
 from alphaspin.attention import TREES, Places
 from alphaspin.batching import Batch, Segment, Tree, collate
-from alphaspin.config import InputError, LoraConfig, check_installed, packaged
-from alphaspin.runs import file_hash, folder_hash
-from alphaspin.speedups import dequantise, fuse, in_4_bits, is_quantised, keep_format
+from alphaspin.config import InputError, LoraConfig
+from alphaspin.routing import (
+    NOT_JOINT,
+    POLICY,
+    Route,
+    RoutedLinear,
+    is_routable,
+    linear_modules,
+    peft_targets,
+    target_modules,
+)
+from alphaspin.runs import file_hash
 
-POLICY = "policy"
 WEIGHTS = "adapter_model.safetensors"
 # Of the head at once, on a CPU: what its BLAS repacks in each call then stays in the cache. 32 rows
 # times 512 × 128,000 took 92 ms in one product and 80 ms in parts (fp32, one thread).
 HEAD_ROWS = 2048
-
-
-STATE_SPACE = frozenset(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"))
-"""Families of which PEFT 0.21 refuses `out_proj`."""
-NOT_JOINT = "reference.mode = joint is not for this model family (use cached or online)"
-
-
-class Route:
-    """Which tokens of the batch in flight run under which adapter; one object for all layers.
-
-    It stays in force until the next forward pass, because activation checkpointing runs layers
-    again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
-    batch of frozen policies that goes through each layer right after `batch`, `inside` whether a
-    layer is at work on one of the two. `dequantised` holds the 4-bit weights, by the number of
-    their layer, that `batch` has used and `beside` is to use. `plain` leaves everything to PEFT's
-    active adapter, with `rounding`, if there is one, adding errors of one rounding to each output.
-    """
-
-    segments: tuple[Segment, ...] = ()
-    seed: int = 0
-    batch: Batch | None = None
-    beside: Batch | None = None
-    inside: bool = False
-    dequantised: dict[int, Tensor] | None = None
-    plain: bool = False
-    rounding: torch.Generator | None = None
-
-
-class RoutedLinear(LoraLinear):
-    """PEFT's LoRA layer with tokens routed to adapters, in training mode too."""
-
-    route: Route
-    number: int  # of this layer, so that each has noise of its own
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus, for each segment's tokens, that adapter's update.
-
-        Args:
-            x: [..., in], any floating dtype; the segments divide its tokens in proportion.
-            args: not used, but by PEFT's own forward pass.
-            kwargs: as `args`.
-
-        Returns:
-            [..., out], dtype of `x`.
-        """
-        if self.route.plain:
-            return self._plain(super().forward(x, *args, **kwargs))
-        if self.route.beside is not None and not self.route.inside:
-            raise InputError(
-                f"{NOT_JOINT}: an adapter lies outside of its layers, where the tokens of all "
-                "policies pass together"
-            )
-        x_NI = x.reshape(-1, x.shape[-1])
-        unit, rest = divmod(len(x_NI), self.route.segments[-1].stop)
-        assert not rest, "segments of whole rows or tokens"
-        adapters: list[tuple[Tensor, Tensor] | None] = []
-        counts: list[int] = []
-        scaling: list[float] = []
-        if self.route.segments[0].adapter != POLICY:  # what is trained comes first
-            adapters, counts, scaling = [None], [0], [0.0]
-        for segment in self.route.segments:
-            name = segment.adapter
-            counts.append(unit * (segment.stop - segment.start))
-            if name is None or name not in self.lora_A:
-                adapters.append(None)
-                scaling.append(0.0)
-                continue
-            layers = (self.lora_A[name], self.lora_B[name])
-            down, up = (cast(nn.Linear, layer).weight for layer in layers)
-            adapters.append((down, up))
-            scaling.append(cast(float, self.scaling[name]))
-        # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
-        noise = self.lora_dropout[POLICY] if self.training and POLICY in self.lora_dropout else None
-        base = cast(nn.Linear, self.base_layer)
-        # GPT-2's Conv1D is a linear layer that keeps its weight the other way round.
-        weight, again = base.weight.T if isinstance(base, Conv1D) else base.weight, None
-        if is_quantised(base):
-            again, shared = partial(dequantise, base), self.route.dequantised
-            if shared is None:
-                weight = again()
-            elif self.number in shared:
-                weight = shared.pop(self.number)
-            else:
-                weight = shared[self.number] = again()
-        y_NO = segmented_lora(
-            x_NI,
-            weight,
-            adapters,
-            counts,
-            scaling,
-            bias=base.bias,
-            dropout=noise.p if isinstance(noise, nn.Dropout) else 0.0,
-            seed=self.route.seed + self.number,
-            again=again,
-        )
-        return y_NO.view(*x.shape[:-1], -1)
-
-    def _plain(self, y: Tensor) -> Tensor:
-        """PEFT's output, moved by one rounding of its size where `Route.rounding` asks for it.
-
-        Sums are made in fp32 whatever the dtype; one of many terms is off by several roundings.
-        """
-        if self.route.rounding is None:
-            return y
-        rounding = max(torch.finfo(y.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-        size = rounding * y.float().square().mean(-1, keepdim=True).sqrt()
-        noise = torch.randn(y.shape, generator=self.route.rounding, device=y.device)
-        return y + (size * noise).to(y.dtype)
 
 
 class Backbone(nn.Module):
@@ -410,7 +306,7 @@ class Backbone(nn.Module):
         targets = list(config.targets)
         chosen = target_modules(self._causal_lm, config.targets)
         if targets == ["all-linear"]:
-            targets = _all_linear(self._causal_lm, chosen)
+            targets = peft_targets(self._causal_lm, chosen)
         peft_config = PeftLoraConfig(
             r=config.r,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
@@ -819,83 +715,6 @@ class Backbone(nn.Module):
             config._attn_implementation = usual
 
 
-def load_base(
-    path: str,
-    *,
-    dtype: Literal["auto", "bf16", "fp32"],
-    device: torch.device,
-    quantization: Literal["none", "nf4"] = "none",
-    liger: Literal["auto", "off"] = "auto",
-    longest: int | None = None,
-) -> tuple[Backbone, Any]:
-    """The frozen base and its tokenizer, from a folder, a hub id, or the embedded `tiny`.
-
-    Only safetensors are read and no code from the model's folder is run. With `nf4` the linear
-    layers but the head are rounded to 4 bits as they are read. `longest` as in `Backbone`.
-
-    Raises:
-        InputError: what is missing or cannot be served, by name.
-    """
-    if quantization != "none":
-        check_installed("bitsandbytes", f"train.quantization = {quantization}", "quantization")
-    transformers.utils.logging.disable_progress_bar()
-    where = str(packaged("tiny/model")) if path == "tiny" else path
-    folder = Path(where)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise InputError(f"model = {path}: no config.json in this folder")
-    with loading(path):
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        text_config: Any = config.get_text_config()
-        for part in (config, text_config):
-            if getattr(part, "quantization_config", None):
-                raise ValueError(
-                    "its weights are quantised already; give the model that they were made from, "
-                    "and train.quantization = nf4 where it is too large"
-                )
-        load = cast(Any, AutoModelForCausalLM.from_pretrained)
-        kind = torch.bfloat16 if choose_bf16(dtype, device) else torch.float32
-        model, loaded = load(
-            where,
-            output_loading_info=True,
-            dtype=kind,
-            **({} if quantization == "none" else in_4_bits(kind, device)),
-            attn_implementation=_attention(config),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-        if loaded["missing_keys"]:  # transformers goes on with random numbers in their place
-            raise ValueError(f"it has no weights for {min(loaded['missing_keys'])}")
-    keep_format(model)
-    if liger == "auto":
-        fuse(model, device)
-    if folder.exists():
-        identity = folder_hash(folder, ("*.safetensors", "config.json"))
-    else:
-        identity = f"{path}@{getattr(config, '_commit_hash', None)}"
-    model = cast(PreTrainedModel, cast(nn.Module, model).to(device))
-    try:
-        backbone = Backbone(model, where, identity, longest=longest)
-    except InputError:
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "") or repr(error)
-        raise InputError(f"model = {path}: its family cannot be served here ({reason})") from None
-    return backbone, tokenizer
-
-
-def _attention(config: Any) -> str:
-    """SDPA where the family has it and it is right.
-
-    It has no soft caps (Gemma 2) and no sinks, and transformers 5.24 gives it Falcon's ALiBi on
-    another scale than its own plain attention (logits up to 3.5 then differ by 0.2).
-    """
-    kind = cast(Any, AutoModelForCausalLM)._model_mapping[type(config)]
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    plain = capped or getattr(config, "alibi", False)
-    return "sdpa" if kind._supports_sdpa and not plain else "eager"
-
-
 def _extended(ropes: dict[str, Any], factor: float) -> int:
     """Positions of `dynamic` NTK scaling, which begins where the training ended."""
     return int(factor * (ropes.get("original_max_position_embeddings") or 0))
@@ -941,126 +760,6 @@ def _configured(config: Any, ratio: float, tolerance: float) -> float:
     candidates = [c for _, v in _numbers(config) for c in (v, 1 / v)]
     near = [c for c in candidates if abs(c / ratio - 1) < tolerance]
     return min(near, key=lambda c: abs(c / ratio - 1)) if near else ratio
-
-
-def is_routable(module: nn.Module) -> bool:
-    """Whether a module is W x + b and nothing else.
-
-    Subclasses of nn.Linear with a forward pass of their own (routers that return a tuple) are not,
-    unless it is the same function written differently (Falcon's), which is tried at three scales;
-    bitsandbytes' layer in 4 bits is.
-    """
-    if isinstance(module, RoutedLinear):
-        module = module.get_base_layer()
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    if plain or not isinstance(module, nn.Linear) or is_quantised(module):
-        return plain or isinstance(module, nn.Linear)
-    return not module.weight.is_meta and _computes_a_product(module)
-
-
-@torch.no_grad()
-def _computes_a_product(module: nn.Linear) -> bool:
-    """Whether a module's output is W x + b for numbers small and large."""
-    weight, generator = module.weight, torch.Generator().manual_seed(0)
-    scale_31 = torch.tensor([[1e-3], [1.0], [1e3]])
-    x_3I = (torch.randn(3, weight.shape[1], generator=generator) * scale_31).to(weight)
-    try:
-        found: Any = module(x_3I)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return False
-    expected_3O = nn.functional.linear(x_3I, weight, module.bias)
-    if not isinstance(found, Tensor) or found.shape != expected_3O.shape:
-        return False
-    error_3 = (found - expected_3O).abs().amax(1) / expected_3O.abs().amax(1).clamp(min=1e-30)
-    return bool((error_3 < 16 * torch.finfo(weight.dtype).eps).all())
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Those that `all-linear` means, by their names: all routable ones but the head.
-
-    Neither what PEFT takes for a name of the fused experts beside it (a shared expert's
-    projections), nor what it refuses in state-space models, whose kernels go round the layer.
-    """
-    head = cast(Any, model).get_output_embeddings()
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    left_out = {"out_proj", "conv1d"} if kind in STATE_SPACE else set[str]()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and "experts" in name.split("."):
-            left_out |= {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
-    return {
-        name: module
-        for name, module in _own_modules(model).items()
-        if is_routable(module) and module is not head and name.rsplit(".", 1)[-1] not in left_out
-    }
-
-
-def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules as they were before PEFT put layers of its own around some."""
-    return {
-        name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for name, module in model.named_modules()
-        if not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
-    }
-
-
-def _all_linear(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
-    """`all-linear` for PEFT, or names where PEFT would take more by it than can be routed.
-
-    The last part of a name where it names nothing else, the whole name otherwise.
-    """
-    wanted = {id(module) for module in chosen}
-    names = _own_modules(model)
-    others = {name.rsplit(".", 1)[-1] for name, module in names.items() if id(module) not in wanted}
-    head = cast(Any, model).get_output_embeddings()
-    linear = {id(m) for m in names.values() if isinstance(m, nn.Linear | Conv1D)} - {id(head)}
-    fused = any("experts" in name.split(".") for name, p in model.named_parameters() if p.ndim == 3)
-    if linear == wanted and not fused:
-        return ["all-linear"]
-    found = {n: n.rsplit(".", 1)[-1] for n, m in names.items() if id(m) in wanted}
-    return sorted({name if last in others else last for name, last in found.items()})
-
-
-def target_modules(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
-    """Modules that `lora.targets` names, by full name or its last parts, as PEFT matches them.
-
-    Raises:
-        InputError: a name that no module has; PEFT passes over one that stands beside a right one.
-    """
-    modules = dict(model.named_modules())
-    if tuple(targets) == ("all-linear",):
-        return list(linear_modules(model).values())
-    found: dict[str, nn.Module] = {}
-    for target in targets:
-        named = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
-        if not named:
-            raise InputError(
-                f"lora.targets = {list(targets)!r}: no module of this model is called {target!r}"
-            )
-        found |= named
-    return list(found.values())
-
-
-@contextmanager
-def loading(path: str) -> Generator[None]:
-    """Turn what transformers raises about a model or tokenizer into one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"model = {path}: cannot be loaded: {reason[0] if reason else repr(error)}"
-        ) from None
-
-
-def choose_bf16(dtype: Literal["auto", "bf16", "fp32"], device: torch.device) -> bool:
-    """Whether the base is held in bf16; `auto`: on a GPU that has it.
-
-    Not on CPUs: attention backward in bf16 was measured 7 times slower than fp32 there, and many
-    have no bf16 units at all.
-    """
-    if dtype == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return dtype == "bf16"
 
 
 def average_adapters(

@@ -8,7 +8,7 @@ import torch
 from alphaspin_kernels import kernel_status
 
 from alphaspin import __version__, console
-from alphaspin.backbone import choose_bf16
+from alphaspin.load import choose_bf16
 from alphaspin.speedups import liger_problem
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")

@@ -42,10 +42,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alphaspin import console, mixture, rng
-from alphaspin.backbone import POLICY, Backbone
+from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens, Tree, collate
 from alphaspin.config import GFlowNetConfig, InputError, LoraConfig, SamplingConfig
 from alphaspin.distributed import Team
+from alphaspin.routing import POLICY
 from alphaspin.runs import (
     Interrupted,
     Metrics,

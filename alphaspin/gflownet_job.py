@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from alphaspin import console, mixture
-from alphaspin.backbone import WEIGHTS, load_base
+from alphaspin.backbone import WEIGHTS
 from alphaspin.config import GFlowNetRun, InputError, TrainConfig, check_there, packaged
 from alphaspin.data import ChatFormat, fingerprint, load_demonstrations
 from alphaspin.distributed import Team
 from alphaspin.gflownet import Task, train_sampler
+from alphaspin.load import load_base
 from alphaspin.runs import Metrics, Run, SignalGuard, file_hash, write_atomically
 from alphaspin.sampling import Draw
 from alphaspin.verify import Verdict, verify

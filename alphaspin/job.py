@@ -18,7 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from alphaspin import __version__, console
 from alphaspin import evaluate as measures
-from alphaspin.backbone import POLICY, Backbone, choose_bf16, load_base
+from alphaspin.backbone import Backbone
 from alphaspin.config import (
     Config,
     InputError,
@@ -31,7 +31,9 @@ from alphaspin.config import (
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
 from alphaspin.distributed import Team, TeamJudge
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
+from alphaspin.load import choose_bf16, load_base
 from alphaspin.openai_api import key_of
+from alphaspin.routing import POLICY
 from alphaspin.runs import (
     Metrics,
     Mirror,

@@ -13,12 +13,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin import console
-from alphaspin.backbone import choose_bf16, loading, target_modules
 from alphaspin.config import Config, InputError, PlanHints, at, contraction_note, packaged
 from alphaspin.data import ChatFormat
 from alphaspin.job import load_data
+from alphaspin.load import choose_bf16, loading
 from alphaspin.losses import reward_scale
 from alphaspin.opponents import PLAYERS
+from alphaspin.routing import target_modules
 from alphaspin.speedups import NF4_BITS
 from alphaspin.trainer import total_steps
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from alphaspin.backbone import WEIGHTS, Backbone, load_base
+from alphaspin.backbone import WEIGHTS, Backbone
 from alphaspin.config import (
     Config,
     EvaluateOptions,
@@ -23,6 +23,7 @@ from alphaspin.config import (
 )
 from alphaspin.data import ChatFormat, Demonstration, fingerprint
 from alphaspin.job import load_data, load_source
+from alphaspin.load import load_base
 from alphaspin.runs import file_hash, read_manifest, verifies
 from alphaspin.verify import Verdict
 

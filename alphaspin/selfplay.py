@@ -32,13 +32,13 @@ from torch import Tensor
 
 from alphaspin import console
 from alphaspin import evaluate as measures
-from alphaspin.backbone import POLICY
 from alphaspin.batching import Tree
 from alphaspin.config import Config
 from alphaspin.data import Demonstration
 from alphaspin.losses import ignores_equal_pairs, pairwise, reward_scale
 from alphaspin.opponents import PLAYERS, assign
 from alphaspin.preference import judged_pairs, mirror_descent
+from alphaspin.routing import POLICY
 from alphaspin.runs import commit, verifies
 from alphaspin.sampling import Answer
 from alphaspin.scoring import OnlineReference, batched, choose_mode

@@ -29,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alphaspin import console, rng
-from alphaspin.backbone import POLICY, Backbone
+from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree, collate
 from alphaspin.config import TrainConfig, at
 from alphaspin.distributed import Team
+from alphaspin.routing import POLICY
 from alphaspin.runs import (
     Interrupted,
     Metrics,

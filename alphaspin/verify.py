@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphaspin import __version__
-from alphaspin.backbone import NOT_JOINT, Backbone
+from alphaspin.backbone import Backbone
 from alphaspin.batching import Batch, Tree, collate
 from alphaspin.caches import CACHES
 from alphaspin.config import InputError
+from alphaspin.routing import NOT_JOINT
 from alphaspin.runs import write_atomically
 from alphaspin.scoring import hidden_logps
 from alphaspin.stepper import Stepper

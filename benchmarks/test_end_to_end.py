@@ -35,11 +35,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from alphaspin.backbone import POLICY, Backbone, load_base
+from alphaspin.backbone import Backbone
 from alphaspin.batching import Segment, Tree, collate
 from alphaspin.config import LoraConfig, LossConfig, TrainConfig
 from alphaspin.distributed import Team
+from alphaspin.load import load_base
 from alphaspin.losses import mixture_reference, pairwise
+from alphaspin.routing import POLICY
 from alphaspin.scoring import OnlineReference, ReferenceCache, score, sequence_logps
 from alphaspin.trainer import Example, Job, accumulate_gradients
 

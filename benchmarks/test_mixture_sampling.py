@@ -25,11 +25,12 @@ import worlds
 from test_self_play import RUNS, settings
 
 from alphaspin import gflownet, mixture
-from alphaspin.backbone import POLICY, load_base
 from alphaspin.config import GFlowNetConfig, LoraConfig, packaged
 from alphaspin.data import ChatFormat, load_demonstrations
 from alphaspin.distributed import Team
 from alphaspin.job import run
+from alphaspin.load import load_base
+from alphaspin.routing import POLICY
 from alphaspin.runs import Metrics
 from alphaspin.sampling import Draw
 from alphaspin.stepper import Policy, Stepper

@@ -23,9 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alphaspin.backbone import POLICY, WEIGHTS, Backbone, RoutedLinear, load_base
+from alphaspin.backbone import WEIGHTS, Backbone
 from alphaspin.batching import Batch, Segment, Tree, collate
 from alphaspin.config import InputError, LoraConfig
+from alphaspin.load import load_base
+from alphaspin.routing import POLICY, RoutedLinear
 from alphaspin.scoring import sequence_logps
 
 # PEFT and transformers warn about each other's deprecations.

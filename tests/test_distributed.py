@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from test_resume import CONTEXT, child, result, settings
 from torch.distributed.tensor import DTensor
 
-from alphaspin.backbone import POLICY, Backbone
+from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree, collate
 from alphaspin.config import InputError, LoraConfig, LossConfig, TrainConfig
 from alphaspin.distributed import Team
 from alphaspin.losses import pairwise
+from alphaspin.routing import POLICY
 from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, TEMPORARY, Metrics, Run
 from alphaspin.trainer import Example, Job, accumulate_gradients, train
 

@@ -15,9 +15,10 @@ from test_backbone import PREVIOUS, load, make_trees, perturb, plain_logps, plai
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from alphaspin.backbone import POLICY, load_base
 from alphaspin.batching import Tree, collate
 from alphaspin.config import InputError, LoraConfig, SamplingConfig
+from alphaspin.load import load_base
+from alphaspin.routing import POLICY
 from alphaspin.sampling import Draw, Request, decode
 from alphaspin.scoring import sequence_logps
 from alphaspin.stepper import mixture

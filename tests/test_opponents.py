@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from alphaspin import gflownet, job
-from alphaspin.backbone import Backbone, average_adapters, load_base
+from alphaspin.backbone import Backbone, average_adapters
 from alphaspin.batching import Segment
 from alphaspin.config import Config, Opponent, SelfPlayConfig, contraction_note
 from alphaspin.data import ChatFormat, load_demonstrations
+from alphaspin.load import load_base
 from alphaspin.mixture import Setting, sample
 from alphaspin.opponents import BASE, EMA, PLAYERS, assign, choose_prompts, opponents
 from alphaspin.runs import file_hash

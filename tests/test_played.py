@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin import cli, evaluate, export, job
-from alphaspin.backbone import WEIGHTS, load_base
+from alphaspin.backbone import WEIGHTS
 from alphaspin.config import Config, LoraConfig, load_config
 from alphaspin.data import ChatFormat
 from alphaspin.diversity import distinct, self_bleu
+from alphaspin.load import load_base
 from alphaspin.played import Played
 from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, Run, verifies
 from alphaspin.winrate import at_equal_length, win_rate

@@ -18,11 +18,12 @@ import torch
 from helpers import arithmetic, http_servers, make_tokenizer, save_model, write_rows
 from pydantic import ValidationError
 
-from alphaspin.backbone import Backbone, load_base
+from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens
 from alphaspin.config import Config, InputError, LoraConfig, SamplingConfig, packaged
 from alphaspin.data import ChatFormat
 from alphaspin.job import run
+from alphaspin.load import load_base
 from alphaspin.openai_api import ServerError
 from alphaspin.remote import ServerSampler
 from alphaspin.runs import file_hash

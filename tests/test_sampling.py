@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from alphaspin import caches
-from alphaspin.backbone import POLICY, Backbone
+from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens
 from alphaspin.caches import CACHES
 from alphaspin.config import SamplingConfig
+from alphaspin.routing import POLICY
 from alphaspin.sampling import Answer, Draw, Request, decode, filtered, invert, uniforms
 from alphaspin.scoring import sequence_logps
 from alphaspin.stepper import Policy, Stepper, mixture

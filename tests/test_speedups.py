@@ -31,12 +31,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
-from alphaspin import backbone as backbones
-from alphaspin import export, job, plan
-from alphaspin.backbone import POLICY, Backbone, load_base
+from alphaspin import export, job, plan, routing
+from alphaspin.backbone import Backbone
 from alphaspin.batching import collate
 from alphaspin.config import Config, ExportOptions, InputError, LoraConfig, TrainConfig
+from alphaspin.load import load_base
 from alphaspin.played import Played
+from alphaspin.routing import POLICY
 from alphaspin.runs import EXIT_INPUT
 from alphaspin.scoring import sequence_logps
 from alphaspin.speedups import dequantise, is_quantised, liger_problem
@@ -119,7 +120,7 @@ class Dequantised:
             self.most = max(self.most, self.alive())
             return weight
 
-        monkeypatch.setattr(backbones, "dequantise", counted)
+        monkeypatch.setattr(routing, "dequantise", counted)
 
     def alive(self) -> int:
         return sum(not storage.expired() for storage in self.storages)

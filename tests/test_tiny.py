@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from alphaspin.backbone import load_base
 from alphaspin.config import packaged
+from alphaspin.load import load_base
 
 CPU = torch.device("cpu")
 

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alphaspin.backbone import POLICY, WEIGHTS, Backbone, load_base
+from alphaspin.backbone import WEIGHTS, Backbone
 from alphaspin.batching import Tree
 from alphaspin.config import LoraConfig, LossConfig, TrainConfig
 from alphaspin.distributed import Team
+from alphaspin.load import load_base
 from alphaspin.losses import ignores_equal_pairs, pairwise
+from alphaspin.routing import POLICY
 from alphaspin.scoring import ReferenceCache, score
 from alphaspin.trainer import Example, Job, accumulate_gradients
 

@@ -9,8 +9,10 @@ import torch
 from test_families import FAMILIES, save
 
 from alphaspin import attention, caches, verify
-from alphaspin.backbone import POLICY, Backbone, RoutedLinear, load_base
+from alphaspin.backbone import Backbone
 from alphaspin.config import InputError, LoraConfig
+from alphaspin.load import load_base
+from alphaspin.routing import POLICY, RoutedLinear
 
 LONGEST = 60
 

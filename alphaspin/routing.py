@@ -1,0 +1,225 @@
+"""Layers whose tokens are routed to adapters, and which layers of a model can be such.
+
+The adapters are PEFT's, in memory and on disk; only the layer's forward pass is ours: y = W x, and
+then, for the rows of each adapter only, y += (alpha / r) B A x.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from alphaspin_kernels import segmented_lora
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from alphaspin.batching import Batch, Segment
+from alphaspin.config import InputError
+from alphaspin.speedups import dequantise, is_quantised
+
+POLICY = "policy"
+STATE_SPACE = frozenset(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"))
+"""Families of which PEFT 0.21 refuses `out_proj`."""
+NOT_JOINT = "reference.mode = joint is not for this model family (use cached or online)"
+
+
+class Route:
+    """Which tokens of the batch in flight run under which adapter; one object for all layers.
+
+    It stays in force until the next forward pass, because activation checkpointing runs layers
+    again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
+    batch of frozen policies that goes through each layer right after `batch`, `inside` whether a
+    layer is at work on one of the two. `dequantised` holds the 4-bit weights, by the number of
+    their layer, that `batch` has used and `beside` is to use. `plain` leaves everything to PEFT's
+    active adapter, with `rounding`, if there is one, adding errors of one rounding to each output.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    seed: int = 0
+    batch: Batch | None = None
+    beside: Batch | None = None
+    inside: bool = False
+    dequantised: dict[int, Tensor] | None = None
+    plain: bool = False
+    rounding: torch.Generator | None = None
+
+
+class RoutedLinear(LoraLinear):
+    """PEFT's LoRA layer with tokens routed to adapters, in training mode too."""
+
+    route: Route
+    number: int  # of this layer, so that each has noise of its own
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus, for each segment's tokens, that adapter's update.
+
+        Args:
+            x: [..., in], any floating dtype; the segments divide its tokens in proportion.
+            args: not used, but by PEFT's own forward pass.
+            kwargs: as `args`.
+
+        Returns:
+            [..., out], dtype of `x`.
+        """
+        if self.route.plain:
+            return self._plain(super().forward(x, *args, **kwargs))
+        if self.route.beside is not None and not self.route.inside:
+            raise InputError(
+                f"{NOT_JOINT}: an adapter lies outside of its layers, where the tokens of all "
+                "policies pass together"
+            )
+        x_NI = x.reshape(-1, x.shape[-1])
+        unit, rest = divmod(len(x_NI), self.route.segments[-1].stop)
+        assert not rest, "segments of whole rows or tokens"
+        adapters: list[tuple[Tensor, Tensor] | None] = []
+        counts: list[int] = []
+        scaling: list[float] = []
+        if self.route.segments[0].adapter != POLICY:  # what is trained comes first
+            adapters, counts, scaling = [None], [0], [0.0]
+        for segment in self.route.segments:
+            name = segment.adapter
+            counts.append(unit * (segment.stop - segment.start))
+            if name is None or name not in self.lora_A:
+                adapters.append(None)
+                scaling.append(0.0)
+                continue
+            layers = (self.lora_A[name], self.lora_B[name])
+            down, up = (cast(nn.Linear, layer).weight for layer in layers)
+            adapters.append((down, up))
+            scaling.append(cast(float, self.scaling[name]))
+        # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
+        noise = self.lora_dropout[POLICY] if self.training and POLICY in self.lora_dropout else None
+        base = cast(nn.Linear, self.base_layer)
+        # GPT-2's Conv1D is a linear layer that keeps its weight the other way round.
+        weight, again = base.weight.T if isinstance(base, Conv1D) else base.weight, None
+        if is_quantised(base):
+            again, shared = partial(dequantise, base), self.route.dequantised
+            if shared is None:
+                weight = again()
+            elif self.number in shared:
+                weight = shared.pop(self.number)
+            else:
+                weight = shared[self.number] = again()
+        y_NO = segmented_lora(
+            x_NI,
+            weight,
+            adapters,
+            counts,
+            scaling,
+            bias=base.bias,
+            dropout=noise.p if isinstance(noise, nn.Dropout) else 0.0,
+            seed=self.route.seed + self.number,
+            again=again,
+        )
+        return y_NO.view(*x.shape[:-1], -1)
+
+    def _plain(self, y: Tensor) -> Tensor:
+        """PEFT's output, moved by one rounding of its size where `Route.rounding` asks for it.
+
+        Sums are made in fp32 whatever the dtype; one of many terms is off by several roundings.
+        """
+        if self.route.rounding is None:
+            return y
+        rounding = max(torch.finfo(y.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+        size = rounding * y.float().square().mean(-1, keepdim=True).sqrt()
+        noise = torch.randn(y.shape, generator=self.route.rounding, device=y.device)
+        return y + (size * noise).to(y.dtype)
+
+
+def is_routable(module: nn.Module) -> bool:
+    """Whether a module is W x + b and nothing else.
+
+    Subclasses of nn.Linear with a forward pass of their own (routers that return a tuple) are not,
+    unless it is the same function written differently (Falcon's), which is tried at three scales;
+    bitsandbytes' layer in 4 bits is.
+    """
+    if isinstance(module, RoutedLinear):
+        module = module.get_base_layer()
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if plain or not isinstance(module, nn.Linear) or is_quantised(module):
+        return plain or isinstance(module, nn.Linear)
+    return not module.weight.is_meta and _computes_a_product(module)
+
+
+@torch.no_grad()
+def _computes_a_product(module: nn.Linear) -> bool:
+    """Whether a module's output is W x + b for numbers small and large."""
+    weight, generator = module.weight, torch.Generator().manual_seed(0)
+    scale_31 = torch.tensor([[1e-3], [1.0], [1e3]])
+    x_3I = (torch.randn(3, weight.shape[1], generator=generator) * scale_31).to(weight)
+    try:
+        found: Any = module(x_3I)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    expected_3O = nn.functional.linear(x_3I, weight, module.bias)
+    if not isinstance(found, Tensor) or found.shape != expected_3O.shape:
+        return False
+    error_3 = (found - expected_3O).abs().amax(1) / expected_3O.abs().amax(1).clamp(min=1e-30)
+    return bool((error_3 < 16 * torch.finfo(weight.dtype).eps).all())
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Those that `all-linear` means, by their names: all routable ones but the head.
+
+    Neither what PEFT takes for a name of the fused experts beside it (a shared expert's
+    projections), nor what it refuses in state-space models, whose kernels go round the layer.
+    """
+    head = cast(Any, model).get_output_embeddings()
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    left_out = {"out_proj", "conv1d"} if kind in STATE_SPACE else set[str]()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and "experts" in name.split("."):
+            left_out |= {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+    return {
+        name: module
+        for name, module in _own_modules(model).items()
+        if is_routable(module) and module is not head and name.rsplit(".", 1)[-1] not in left_out
+    }
+
+
+def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules as they were before PEFT put layers of its own around some."""
+    return {
+        name: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for name, module in model.named_modules()
+        if not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
+    }
+
+
+def peft_targets(model: nn.Module, chosen: Sequence[nn.Module]) -> list[str]:
+    """`all-linear` for PEFT, or names where PEFT would take more by it than can be routed.
+
+    The last part of a name where it names nothing else, the whole name otherwise.
+    """
+    wanted = {id(module) for module in chosen}
+    names = _own_modules(model)
+    others = {name.rsplit(".", 1)[-1] for name, module in names.items() if id(module) not in wanted}
+    head = cast(Any, model).get_output_embeddings()
+    linear = {id(m) for m in names.values() if isinstance(m, nn.Linear | Conv1D)} - {id(head)}
+    fused = any("experts" in name.split(".") for name, p in model.named_parameters() if p.ndim == 3)
+    if linear == wanted and not fused:
+        return ["all-linear"]
+    found = {n: n.rsplit(".", 1)[-1] for n, m in names.items() if id(m) in wanted}
+    return sorted({name if last in others else last for name, last in found.items()})
+
+
+def target_modules(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
+    """Modules that `lora.targets` names, by full name or its last parts, as PEFT matches them.
+
+    Raises:
+        InputError: a name that no module has; PEFT passes over one that stands beside a right one.
+    """
+    modules = dict(model.named_modules())
+    if tuple(targets) == ("all-linear",):
+        return list(linear_modules(model).values())
+    found: dict[str, nn.Module] = {}
+    for target in targets:
+        named = {n: m for n, m in modules.items() if n == target or n.endswith(f".{target}")}
+        if not named:
+            raise InputError(
+                f"lora.targets = {list(targets)!r}: no module of this model is called {target!r}"
+            )
+        found |= named
+    return list(found.values())
