@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ from alphaspin.routing import (
     is_routable,
     linear_modules,
     peft_targets,
+    route_parameters,
     target_modules,
+    target_parameters,
 )
 from alphaspin.runs import file_hash
 
@@ -301,8 +304,10 @@ class Backbone(nn.Module):
         """Create a fresh adapter, whose update is zero (B = 0, A random from (seed, t)).
 
         Raises:
-            InputError: `lora.targets` names nothing in this model, or the head.
+            InputError: `lora.targets` or `lora.target_parameters` names nothing in this model, or
+                what cannot have adapters here.
         """
+        target_parameters(self._causal_lm, config.target_parameters)
         targets = list(config.targets)
         chosen = target_modules(self._causal_lm, config.targets)
         if targets == ["all-linear"]:
@@ -312,6 +317,7 @@ class Backbone(nn.Module):
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
             lora_dropout=config.dropout,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
+            target_parameters=list(config.target_parameters) or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen),
             task_type="CAUSAL_LM",
         )
@@ -335,6 +341,8 @@ class Backbone(nn.Module):
                 raise InputError(f"lora.targets = {config.target_modules!r}: {error}") from None
         # PEFT keeps a set, whose order in `adapter_config.json` would differ between processes.
         config.target_modules = sorted(cast(set[str], config.target_modules))
+        if config.target_parameters:
+            config.target_parameters = sorted(config.target_parameters)
         if self.head is not head:
             raise InputError(
                 f"lora.targets = {config.target_modules!r} puts an adapter on the head, which "
@@ -346,6 +354,9 @@ class Backbone(nn.Module):
                 layer.route = self.route
                 layer.number = next(numbers)
                 routable = is_routable(layer.get_base_layer())
+            elif isinstance(layer, ParamWrapper):
+                route_parameters(layer, self.route)
+                routable = True
             else:
                 routable = not isinstance(layer, BaseTunerLayer)
             if not routable:
@@ -416,9 +427,9 @@ class Backbone(nn.Module):
         self._inject(name, copy.deepcopy(self.peft_config(like)), seed)
         generator = torch.Generator().manual_seed(seed)
         for layer in self.model.modules():
-            if isinstance(layer, RoutedLinear) and name in layer.lora_B:
+            if isinstance(layer, RoutedLinear | ParamWrapper) and name in layer.lora_B:
                 weight = cast(nn.Linear, layer.lora_B[name]).weight
-                size = 0.3 / (weight.shape[1] ** 0.5 * cast(float, layer.scaling[name]))
+                size = 0.3 / (layer.r[name] ** 0.5 * cast(float, layer.scaling[name]))
                 with torch.no_grad():
                     weight.copy_(size * torch.randn(weight.shape, generator=generator))
 

@@ -23,9 +23,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -384,6 +386,23 @@ class LoraConfig(Section):
     """Dropout on the adapter's input, in training."""
     targets: Names = ("all-linear",)
     """Module names that get an adapter, or `all-linear` (all but the head)."""
+    target_parameters: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = ()
+    """Parameters that get an adapter beside them, by the ends of their names, as PEFT has it: the
+    fused matrices of experts, `experts.gate_up_proj experts.down_proj`."""
+
+    @model_validator(mode="after")
+    def _together(self) -> "LoraConfig":
+        if self.target_parameters and self.dropout:
+            raise ValueError("lora.target_parameters needs lora.dropout = 0: PEFT has none there")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `target_parameters` where there are none: runs older than it keep their names."""
+        found = dump(self)
+        if not self.target_parameters:
+            found.pop("target_parameters", None)
+        return found
 
 
 class TrainConfig(Section):
@@ -435,6 +454,12 @@ class TrainConfig(Section):
     """Optimiser steps between two durable checkpoints."""
 
 
+NO_STACK = (
+    "a mixture's sampler starts from adapters stacked along their rank, which those of parameters "
+    "are not; leave it out"
+)
+
+
 class GFlowNetConfig(Section):
     """An adapter trained to sample from the exact geometric mixture (sub-trajectory balance)."""
 
@@ -466,6 +491,12 @@ class GFlowNetConfig(Section):
     """Optimiser steps between two durable checkpoints."""
     lora: LoraConfig = LoraConfig()
     """The adapter. Its rank is at least the sum of the ranks of the adapters in the mixture."""
+
+    @model_validator(mode="after")
+    def _stacked(self) -> "GFlowNetConfig":
+        if self.lora.target_parameters:
+            raise ValueError(f"gflownet.lora.target_parameters: {NO_STACK}")
+        return self
 
 
 SAMPLING_KEYS: dict[str, tuple[str, ...]] = {
@@ -683,6 +714,15 @@ class Config(Section):
                 f"selfplay.opponent = {self.selfplay.opponent} is a geometric mixture, "
                 "reference.kind = arithmetic is not: choose geometric or ema"
             )
+        if self.lora.target_parameters:
+            for key, alone in {
+                "train.sharding": ("none", self.train.sharding),
+                "sampling.engine": ("local", self.sampling.engine),
+            }.items():
+                if alone[0] != alone[1]:
+                    raise ValueError(f"lora.target_parameters needs {key} = {alone[0]}")
+            if self.selfplay.opponent == "mixture-gflownet":
+                raise ValueError(f"lora.target_parameters: {NO_STACK}")
         if self.train.quantization != "none" and self.train.sharding != "none":
             raise ValueError(
                 f"train.quantization = {self.train.quantization} and train.sharding = "

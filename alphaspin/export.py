@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 import yaml
 from huggingface_hub import ModelCardData
-from peft import LoraConfig as PeftLoraConfig
-from safetensors.torch import load_file
-from torch import nn
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import ParamWrapper
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from alphaspin import console
@@ -45,10 +46,8 @@ def run(played: Played, options: ExportOptions) -> None:
     policy = iterates[-1]
     adapter = policy.adapter()
     assert adapter
-    if options.vllm and played.config.lora.r > max(VLLM_RANKS):
-        raise InputError(
-            f"lora.r = {played.config.lora.r}: vLLM serves ranks up to {max(VLLM_RANKS)}; --merge"
-        )
+    if options.vllm and (reason := _not_for_vllm(played)):
+        raise InputError(f"{reason}; take --merge")
     backbone, chat = played.load(torch.device("cpu"), whole=True)
     base = backbone.path
     del backbone  # it was wanted for its checks; merging holds one copy of the weights
@@ -81,18 +80,15 @@ def _write_merged(base: str, adapter: Path, chat: ChatFormat, folder: Path) -> s
         PreTrainedModel,
         load(base, dtype="auto", use_safetensors=True, trust_remote_code=False),
     )
-    config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(adapter)))
-    weights = load_file(adapter / WEIGHTS)
+    adapted = PeftModel.from_pretrained(model, str(adapter))
     lost = moved = 0.0
-    for key in [key for key in weights if key.endswith(".lora_A.weight")]:
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        down, up = weights[key].float(), weights[key.replace("lora_A", "lora_B")].float()
-        layer = cast(nn.Linear, model.get_submodule(name))
-        update = up @ down * (config.lora_alpha / config.r)
-        exact = layer.weight.data.float() + update
-        layer.weight.data = exact.to(layer.weight.dtype)
-        lost += float((layer.weight.data.float() - exact).square().sum())
+    for layer in [m for m in adapted.modules() if isinstance(m, LoraLinear | ParamWrapper)]:
+        update, weight = _update(layer), _weight(layer)
+        exact = weight.data.float() + update
+        weight.data = exact.to(weight.dtype)
+        lost += float((weight.data.float() - exact).square().sum())
         moved += float(update.square().sum())
+    model = cast(PreTrainedModel, adapted.unload())
     stops: Any = sorted(chat.stop_token_ids)  # generation stops where the run's did
     model.generation_config.eos_token_id = stops
     model.generation_config, left_out = writable(model.generation_config)
@@ -105,6 +101,36 @@ def _write_merged(base: str, adapter: Path, chat: ChatFormat, folder: Path) -> s
     return (
         f"{form}; rounding changes the update by {100 * math.sqrt(lost / moved):.2g} % of its norm"
     )
+
+
+def _weight(layer: LoraLinear | ParamWrapper) -> Tensor:
+    """What a PEFT layer's adapter is added to."""
+    if isinstance(layer, ParamWrapper):
+        return layer.get_param()
+    return cast(nn.Linear, layer.get_base_layer()).weight
+
+
+def _update(layer: LoraLinear | ParamWrapper) -> Tensor:
+    """(alpha/r) B A in fp32, in the shape of the weight; PEFT's would have the weight's precision.
+
+    Of a parameter of E experts A is [E r, in] and B [out, r E], the experts' ranks interleaved.
+    """
+    (name,) = layer.lora_A
+    down, up = (cast(nn.Linear, side[name]).weight.float() for side in (layer.lora_A, layer.lora_B))
+    scaling = cast(float, layer.scaling[name])
+    if isinstance(layer, LoraLinear):
+        update = up @ down * scaling
+        return update.T if layer.fan_in_fan_out else update
+    down_ERI, up_ORE = (
+        down.unflatten(0, (layer.num_experts, -1)),
+        up.unflatten(1, (-1, layer.num_experts)),
+    )
+    update_EOI = torch.einsum("ore,eri->eoi", up_ORE, down_ERI) * scaling
+    weight = layer.get_param()
+    if weight.ndim == 2:
+        return update_EOI[0]
+    # Where experts are held [E, in, out] (gpt-oss), PEFT's layer knows.
+    return update_EOI if layer._did_swap_in_out_features else update_EOI.mT
 
 
 def writable(settings: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
@@ -147,11 +173,20 @@ def _write_adapter(played: Played, adapter: Path, folder: Path) -> str:
     """
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
     assert config["bias"] == "none" and not config["modules_to_save"] and not config["use_dora"]
-    assert not config["rank_pattern"] and not config["alpha_pattern"]
     config["base_model_name_or_path"] = _base_name(played)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
-    return "a LoRA adapter in PEFT's format, for PEFT and vLLM"
+    return (
+        f"a LoRA adapter in PEFT's format, for PEFT{'' if _not_for_vllm(played) else ' and vLLM'}"
+    )
+
+
+def _not_for_vllm(played: Played) -> str:
+    """Why vLLM cannot serve the adapter, or nothing."""
+    lora = played.config.lora
+    if lora.r > max(VLLM_RANKS):
+        return f"lora.r = {lora.r}: vLLM serves ranks up to {max(VLLM_RANKS)}"
+    return "lora.target_parameters: vLLM reads no such adapters" if lora.target_parameters else ""
 
 
 def _base_name(played: Played) -> str:
@@ -209,6 +244,13 @@ def _usage(played: Played, options: ExportOptions) -> str:
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{name}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
+        return "```python\n" + "\n".join(lines) + "\n```"
+    if _not_for_vllm(played):
+        lines = [
+            "from peft import AutoPeftModelForCausalLM",
+            "",
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
         ]
         return "```python\n" + "\n".join(lines) + "\n```"
     rank = min(rank for rank in VLLM_RANKS if rank >= played.config.lora.r)

@@ -44,7 +44,7 @@ from torch import Tensor
 from alphaspin import console, mixture, rng
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens, Tree, collate
-from alphaspin.config import GFlowNetConfig, InputError, LoraConfig, SamplingConfig
+from alphaspin.config import NO_STACK, GFlowNetConfig, InputError, LoraConfig, SamplingConfig
 from alphaspin.distributed import Team
 from alphaspin.routing import POLICY
 from alphaspin.runs import (
@@ -295,6 +295,8 @@ def start_adapter(backbone: Backbone, weights: Policy, lora: LoraConfig, seed: i
     for name, weight in weights.items():
         if name is None:
             continue
+        if configs[name].target_parameters:
+            raise InputError(f"{name}: has lora.target_parameters: {NO_STACK}")
         rank = configs[name].r
         part = slice(used, used + rank)
         used += rank

@@ -4,6 +4,7 @@ Facts about the model and the data come from local files where they are, else fr
 `hints`; a hub id without hints is an error that says so.
 """
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from alphaspin.job import load_data
 from alphaspin.load import choose_bf16, loading
 from alphaspin.losses import reward_scale
 from alphaspin.opponents import PLAYERS
-from alphaspin.routing import target_modules
+from alphaspin.routing import target_modules, target_parameters
 from alphaspin.speedups import NF4_BITS
 from alphaspin.trainer import total_steps
 
@@ -82,13 +83,15 @@ def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
         model: Any = AutoModelForCausalLM.from_config(model_config)
     text: Any = model_config.get_text_config()
     targets = cast(list[nn.Linear], target_modules(model, config.lora.targets))
+    beside = target_parameters(model, config.lora.target_parameters)  # [experts, ., .], or [., .]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "hidden": text.hidden_size,
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
         "tied": bool(model_config.tie_word_embeddings),
-        "adapter_parameters_per_rank": sum(m.in_features + m.out_features for m in targets),
+        "adapter_parameters_per_rank": sum(m.in_features + m.out_features for m in targets)
+        + sum(math.prod(p.shape[:-2]) * sum(p.shape[-2:]) for p in beside),
     }
 
 

@@ -1,16 +1,19 @@
 """Layers whose tokens are routed to adapters, and which layers of a model can be such.
 
 The adapters are PEFT's, in memory and on disk; only the layer's forward pass is ours: y = W x, and
-then, for the rows of each adapter only, y += (alpha / r) B A x.
+then, for the rows of each adapter only, y += (alpha / r) B A x. Where an adapter belongs to a
+parameter (the fused matrices of experts), its module runs once for each adapter.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import torch
 from alphaspin_kernels import segmented_lora
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -45,6 +48,21 @@ class Route:
     plain: bool = False
     rounding: torch.Generator | None = None
 
+    def units(self, rows: int) -> int:
+        """Of so many rows or tokens, how many are one of the segments' unit.
+
+        Raises:
+            InputError: a pass of several batches is outside of the layers.
+        """
+        if self.beside is not None and not self.inside:
+            raise InputError(
+                f"{NOT_JOINT}: an adapter lies outside of its layers, where the tokens of all "
+                "policies pass together"
+            )
+        unit, rest = divmod(rows, self.segments[-1].stop)
+        assert not rest, "segments of whole rows or tokens"
+        return unit
+
 
 class RoutedLinear(LoraLinear):
     """PEFT's LoRA layer with tokens routed to adapters, in training mode too."""
@@ -65,14 +83,8 @@ class RoutedLinear(LoraLinear):
         """
         if self.route.plain:
             return self._plain(super().forward(x, *args, **kwargs))
-        if self.route.beside is not None and not self.route.inside:
-            raise InputError(
-                f"{NOT_JOINT}: an adapter lies outside of its layers, where the tokens of all "
-                "policies pass together"
-            )
         x_NI = x.reshape(-1, x.shape[-1])
-        unit, rest = divmod(len(x_NI), self.route.segments[-1].stop)
-        assert not rest, "segments of whole rows or tokens"
+        unit = self.route.units(len(x_NI))
         adapters: list[tuple[Tensor, Tensor] | None] = []
         counts: list[int] = []
         scaling: list[float] = []
@@ -126,6 +138,38 @@ class RoutedLinear(LoraLinear):
         size = rounding * y.float().square().mean(-1, keepdim=True).sqrt()
         noise = torch.randn(y.shape, generator=self.route.rounding, device=y.device)
         return y + (size * noise).to(y.dtype)
+
+
+def route_parameters(layer: ParamWrapper, route: Route) -> None:
+    """Let a module with adapters on its parameters run once for each segment, with its adapter."""
+    # Not a class of its own: PEFT knows its wrappers by the name of their class.
+    layer.forward = partial(_run_for_each, layer, route)
+
+
+def _run_for_each(layer: ParamWrapper, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A module of experts on tokens [N, in] and what the router says of each, [N, ...]."""
+    if route.plain:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    beside = (*args, *kwargs.values())
+    if not beside or any(not isinstance(v, Tensor) or len(v) != len(x) for v in beside):
+        module = type(layer.get_base_layer()).__name__
+        raise InputError(
+            f"lora.target_parameters: {module} does not take a row for each token, with what the "
+            "router says of it, and cannot be parted among several policies; leave it out"
+        )
+    wrappers, inner = [layer], layer.base_layer
+    while isinstance(inner, ParamWrapper):
+        wrappers.append(inner)
+        inner = inner.base_layer
+    unit, parts = route.units(len(x)), list[Tensor]()
+    for segment in route.segments:
+        span = slice(unit * segment.start, unit * segment.stop)
+        with ExitStack() as stack:
+            for wrapper in wrappers:
+                stack.enter_context(wrapper._activate_lora([segment.adapter or ""]))
+            mine = {key: value[span] for key, value in kwargs.items()}
+            parts.append(inner(x[span], *(value[span] for value in args), **mine))
+    return torch.cat(parts)
 
 
 def is_routable(module: nn.Module) -> bool:
@@ -220,6 +264,39 @@ def target_modules(model: nn.Module, targets: Sequence[str]) -> list[nn.Module]:
         if not named:
             raise InputError(
                 f"lora.targets = {list(targets)!r}: no module of this model is called {target!r}"
+            )
+        found |= named
+    return list(found.values())
+
+
+def target_parameters(model: nn.Module, targets: Sequence[str]) -> list[nn.Parameter]:
+    """Parameters that `lora.target_parameters` names, as PEFT matches them.
+
+    Raises:
+        InputError: a name that no parameter has, or one of a layer that `lora.targets` is for.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for target in targets:
+        # PEFT's wrappers stand in the name as `base_layer` once there is an adapter.
+        named: dict[str, nn.Parameter] = {}
+        modules: dict[str, nn.Module] = {}
+        fused: set[str] = set()
+        for path, module in model.named_modules():
+            for last, parameter in module.named_parameters(recurse=False):
+                name = f"{path}.{last}".replace(".base_layer", "")
+                if name == target or name.endswith(f".{target}"):
+                    named[name], modules[name] = parameter, module
+                elif parameter.ndim == 3:
+                    fused.add(".".join(name.split(".")[-2:]))
+        if not named:
+            raise InputError(
+                f"lora.target_parameters = {list(targets)!r}: no parameter of this model is called "
+                f"{target!r}; of experts there are {' '.join(sorted(fused)) or 'none'}"
+            )
+        if linear := [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)]:
+            raise InputError(
+                f"lora.target_parameters: {linear[0]} belongs to a linear layer; name that in "
+                "lora.targets"
             )
         found |= named
     return list(found.values())

@@ -115,7 +115,7 @@ def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None 
         "longest": longest,
         "layout": backbone.layout,
         "cache": backbone.cache,
-        "targets": [str(lora.target_modules), lora.r],
+        "targets": [str(lora.target_modules), str(lora.target_parameters), lora.r],
         "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
     }
     verdict = kept if kept and kept.about == about else _tried(backbone, like, longest, about)

@@ -103,10 +103,13 @@ def save(folder: Path, family: str, changes: dict[str, Any]) -> None:
     helpers.make_tokenizer().save_pretrained(folder)
 
 
-def adapt(folder: Path) -> None:
+LORA = LoraConfig(r=4, alpha=6)
+
+
+def adapt(folder: Path, lora: LoraConfig = LORA) -> None:
     backbone = load(folder)
     for seed, name in enumerate((POLICY, PREVIOUS)):
-        backbone.add_adapter(name, LoraConfig(r=4, alpha=6), seed=seed, iteration=0)
+        backbone.add_adapter(name, lora, seed=seed, iteration=0)
         perturb(backbone, name, seed)
         (folder / name).mkdir()
         backbone.save_adapter(name, folder / name)
@@ -192,6 +195,11 @@ def test_a_family_equals_plain_peft(family: str, tmp_path: Path) -> None:
     layout, changes = FAMILIES[family]
     save(tmp_path, family, changes)
     adapt(tmp_path)
+    assert_equal_to_plain_peft(tmp_path, layout)
+
+
+def assert_equal_to_plain_peft(tmp_path: Path, layout: str) -> None:
+    """Values, gradients and recorded log-probs of the folder's base, `policy` and `previous`."""
     backbone = load(tmp_path, POLICY, PREVIOUS)
     assert backbone.layout == layout, backbone.layout_reason
     groups = [(POLICY, make_trees(4, 1)), (PREVIOUS, make_trees(3, 2)), (None, make_trees(3, 3))]
