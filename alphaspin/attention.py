@@ -155,7 +155,7 @@ def attend(
         query: [R, A, S, D], R·S = T tokens.
         key: [R, G, S, D], G a divisor of A.
         value: as `key`.
-        attention_mask: not used.
+        attention_mask: None; the model makes none for this function, so that one is the layer's.
         places: of the T tokens.
         scaling: of the scores; 1/√D where not given.
         sliding_window: tokens see those less than it before them.
@@ -170,9 +170,11 @@ def attend(
     Raises:
         InputError: no places, or an argument that may change the result and is not known here.
     """
-    del module, attention_mask
+    del module
     if places is None:
         raise InputError("its attention layers do not hand on the arguments of the model")
+    if attention_mask is not None:
+        raise InputError("its attention has a mask of its own")
     for name, argument in kwargs.items():
         if name == "is_causal" and argument is False:
             raise InputError("its attention is not causal")

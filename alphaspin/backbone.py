@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import ParamWrapper
@@ -46,6 +47,7 @@ from alphaspin.routing import (
 )
 from alphaspin.runs import file_hash
 
+PREFIX = "base_model.model."  # PEFT's, before a module's own name
 WEIGHTS = "adapter_model.safetensors"
 # Of the head at once, on a CPU: what its BLAS repacks in each call then stays in the cache. 32 rows
 # times 512 × 128,000 took 92 ms in one product and 80 ms in parts (fp32, one thread).
@@ -116,13 +118,11 @@ class Backbone(nn.Module):
         self._layers: list[nn.Module] = list(getattr(self.decoder, "layers", ()))
         for layer in self._layers:
             layer.forward = partial(self._both, layer)
-        self._takes = set(inspect.signature(self.decoder.forward).parameters)
+        self._takes = _parameters(self.decoder)
         self.scale, self.softcap = self._find_head()
         self.layout_reason = self._why_not_packed()
         self.layout = "padded" if self.layout_reason else "packed"
         self.cache = "slots" if self.layout == "packed" else "own"
-        if self.cache == "own" and (problem := self._own_cache_problem()):
-            self.cache, self.cache_reason = "none", problem
 
     @property
     def device(self) -> torch.device:
@@ -138,8 +138,21 @@ class Backbone(nn.Module):
     def decoder(self) -> nn.Module:
         """The transformer below the head."""
         found = cast(nn.Module, self._causal_lm.get_decoder())
-        # Llama 4's is not found by transformers, which then returns the whole.
-        return cast(nn.Module, cast(Any, found).model) if found is self._causal_lm else found
+        # It is the whole for Llama 4, and the head for ModernBERT.
+        right = found is not self._causal_lm and "input_ids" in _parameters(found)
+        return found if right else self._causal_lm.base_model
+
+    @property
+    def ordinary_tokens(self) -> NDArray[np.int32]:
+        """Ids that the configuration does not name: others may stand for an image or a sound."""
+        named = {
+            int(value)
+            for key, value in _numbers(self._causal_lm.config)
+            if key.endswith(("token_id", "token_index"))
+        }
+        return np.array(
+            [i for i in range(1, self.head.weight.shape[0]) if i not in named], np.int32
+        )
 
     @property
     def family(self) -> str:
@@ -190,7 +203,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: the logits are not of that form.
         """
-        ids = torch.arange(1, 9, device=self.device)[None] % self.head.weight.shape[0]
+        ids = torch.from_numpy(self.ordinary_tokens[:8]).long().to(self.device)[None]
         run = cast(Any, self._causal_lm)
         # A cap hardly shows in small logits: they are made large, by a factor that rounds nothing.
         size = float(run(input_ids=ids, use_cache=False).logits.abs().max())
@@ -198,7 +211,7 @@ class Backbone(nn.Module):
         self.head.weight *= factor
         try:
             expected = run(input_ids=ids, use_cache=False).logits.float()
-            hidden = self._plain_hidden(ids)
+            hidden = self.plain_hidden(ids)
             self.scale = 1.0
             found = self.logits(hidden).float()
         finally:
@@ -226,7 +239,7 @@ class Backbone(nn.Module):
             )
         return best[1:]
 
-    def _plain_hidden(self, ids: Tensor) -> Tensor:
+    def plain_hidden(self, ids: Tensor) -> Tensor:
         """Hidden states [R, S, H] by the family's own code."""
         return cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
 
@@ -237,42 +250,66 @@ class Backbone(nn.Module):
         A family that derives positions or masks in a way of its own, or whose layers mix tokens
         otherwise than by attention, would be computed wrongly and silently. (What depends on
         adapters, or shows in longer sequences only, is `verify`'s to find.)
+
+        Raises:
+            InputError: it is no better in padded rows, or a token sees what comes after it.
         """
+        ids_1S = torch.from_numpy(self.ordinary_tokens[:12]).long().to(self.device)[None]
+        whole_H, part_H = self.plain_hidden(ids_1S)[0, 7], self.plain_hidden(ids_1S[:, :8])[0, 7]
+        if self.unlike(whole_H.float(), part_H.float(), ""):
+            raise InputError(
+                f"{self.path}: models of type {self.family} cannot be served here: a token sees "
+                "what comes after it, so that log-probs of tokens do not add up"
+            )
         unknown = self.layer_types - {"full_attention", "sliding_attention"}
-        if unknown:
-            return f"it has layers of type {', '.join(sorted(unknown))}"
+        reason = f"it has layers of type {', '.join(sorted(unknown))}" if unknown else ""
+        reason = reason or self._differs("packed")
+        if reason and (worse := self._differs("padded")):
+            raise InputError(
+                f"{self.path}: models of type {self.family} cannot be served here: {reason}, and "
+                f"{worse}"
+            )
+        return reason
+
+    def _differs(self, layout: Literal["packed", "padded"]) -> str:
+        """What is wrong with a layout, or nothing."""
         # In 16 bits rounding alone can send a token to another expert; not with all tokens.
         tries = 1 if self.head.weight.dtype == torch.float32 else 3
         reason = ""
         for seed in range(tries):
-            reason = self._packed_differs(seed)
+            reason = self._differs_once(layout, seed)
             if not reason:
                 break
         return reason
 
-    def _packed_differs(self, seed: int) -> str:
+    def _differs_once(self, layout: Literal["packed", "padded"], seed: int) -> str:
         """The same for one draw of tokens."""
-        random, high = np.random.default_rng(seed), min(64, self.head.weight.shape[0])
-        draw = lambda n: random.integers(1, high, n).astype(np.int32)  # noqa: E731
+        random, tokens = np.random.default_rng(seed), self.ordinary_tokens[:64]
+        draw = lambda n: random.choice(tokens, n)  # noqa: E731
         trees = [Tree(draw(p), (draw(a), draw(b))) for p, a, b in ((3, 4, 2), (7, 12, 5))]
-        batch = collate([(None, trees)], layout="packed").to(self.device)
+        batch = collate([(None, trees)], layout=layout).to(self.device)
         try:
-            found = self(batch).float()
+            found = cast(Tensor, self(batch)).float()
         except InputError as error:
             return str(error)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return f"it cannot attend to packed trees ({str(error).splitlines()[0][:100]})"
+            reason = next(iter(str(error).splitlines()), "")
+            return f"it cannot attend to {layout} trees ({reason[:100]})"
         expected: list[Tensor] = []
         for tree in trees:
             for answer in tree.responses:
                 ids = torch.from_numpy(np.concatenate([tree.prompt, answer])).long()[None]
                 start = len(tree.prompt) - 1
-                plain = self._plain_hidden(ids.to(self.device))
+                plain = self.plain_hidden(ids.to(self.device))
                 expected.append(plain[0, start : start + len(answer)].float())
-        error = (found - torch.cat(expected)).abs().max() / torch.cat(expected).abs().max()
-        if not error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
-            return f"packed and single sequences differ by {error:.2g} of its hidden states"
-        return ""
+        return self.unlike(found, torch.cat(expected), f"{layout} and single sequences")
+
+    def unlike(self, found: Tensor, expected: Tensor, what: str) -> str:
+        """How far hidden states are from others, or nothing where rounding explains it."""
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
+            return ""
+        return f"{what} differ by {error:.2g} of its hidden states"
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Full logits [..., V] in fp32 (float64 of a float64 model): for sampling one position."""
@@ -322,6 +359,7 @@ class Backbone(nn.Module):
             task_type="CAUSAL_LM",
         )
         self._inject(name, peft_config, rng.key(seed, iteration, "adapter") % 2**63)
+        self._fill(name, self.adapter_state(name))  # what cannot be read back is not trained
 
     def _inject(self, name: str, config: PeftLoraConfig, seed: int) -> None:
         config._register_custom_module({nn.Linear: RoutedLinear, Conv1D: RoutedLinear})
@@ -352,7 +390,7 @@ class Backbone(nn.Module):
         for module_name, layer in self.model.named_modules():
             if isinstance(layer, RoutedLinear):
                 layer.route = self.route
-                layer.number = next(numbers)
+                layer.number, layer.name = next(numbers), module_name.removeprefix(PREFIX)
                 routable = is_routable(layer.get_base_layer())
             elif isinstance(layer, ParamWrapper):
                 route_parameters(layer, self.route)
@@ -378,11 +416,17 @@ class Backbone(nn.Module):
         config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
         if not self.has_adapter(name):
             self._inject(name, config, seed=0)
-        weights = load_file(folder / WEIGHTS, device=str(self.device))
-        result = set_peft_model_state_dict(self._peft, weights, adapter_name=name)
-        assert not result.unexpected_keys, result.unexpected_keys
+        self._fill(name, load_file(folder / WEIGHTS, device=str(self.device)))
         self.adapter_ids[name] = file_hash(folder / WEIGHTS)
         self.adapter_folders[name] = folder
+
+    def _fill(self, name: str, state: dict[str, Tensor]) -> None:
+        result = set_peft_model_state_dict(self._peft, state, adapter_name=name)
+        if result.unexpected_keys:
+            layer = min(result.unexpected_keys).removeprefix(PREFIX).split(".lora_")[0]
+            raise InputError(
+                f"PEFT does not read back the adapter of {layer}; leave it out of lora.targets"
+            )
 
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`."""
@@ -402,7 +446,7 @@ class Backbone(nn.Module):
 
     def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
         """Overwrite an adapter's tensors; it then has no identity until saved and loaded."""
-        set_peft_model_state_dict(self._peft, state, adapter_name=name)
+        self._fill(name, state)
         self.adapter_ids.pop(name, None)
         self.adapter_folders.pop(name, None)
 
@@ -446,7 +490,7 @@ class Backbone(nn.Module):
             route.rounding = (
                 None if seed is None else torch.Generator(self.device).manual_seed(seed)
             )
-            return self._plain_hidden(ids_RS)
+            return self.plain_hidden(ids_RS)
 
         with nullcontext() if name else self._peft.disable_adapter():
             if name:
@@ -553,28 +597,6 @@ class Backbone(nn.Module):
         given = {} if cache is None else {self.cache_name: cache}
         output = self._run(ids_RS, start, use_cache=True, **given)
         return output.last_hidden_state, getattr(output, self.cache_name)
-
-    @torch.no_grad()
-    def _own_cache_problem(self) -> str:
-        """Why the family's own cache cannot serve the sampler, or nothing; found by trying it."""
-        random, high = np.random.default_rng(2), min(64, self.head.weight.shape[0])
-        ids_2S = torch.from_numpy(random.integers(1, high, (2, 9))).to(self.device)
-        rows_3 = torch.tensor([1, 0, 1], device=self.device)
-        try:
-            _, cache = self.own_cache_rows((), ids_2S[:, :6])
-            cache.reorder_cache(rows_3)
-            steps: list[Tensor] = []
-            for at in range(6, 9):
-                ids_31 = ids_2S[rows_3, at : at + 1]
-                hidden_31H, cache = self.own_cache_rows((), ids_31, start=at, cache=cache)
-                steps.append(hidden_31H.float())
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            return f"it has no cache that could be used ({next(iter(str(error).splitlines()), '')})"
-        expected = self._plain_hidden(ids_2S[rows_3])[:, 6:].float()
-        error = (torch.cat(steps, 1) - expected).abs().max() / expected.abs().max()
-        if not error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
-            return f"hidden states with its cache and without differ by {error:.2g} of their size"
-        return ""
 
     @property
     def cache_name(self) -> str:
@@ -685,8 +707,8 @@ class Backbone(nn.Module):
         if self.layout != "packed":
             self._joint = f"{NOT_JOINT}: {self.layout_reason or 'train.layout is not packed'}"
             return self._joint
-        random, high = np.random.default_rng(1), min(64, self.head.weight.shape[0])
-        draw = lambda n: random.integers(1, high, n).astype(np.int32)  # noqa: E731
+        random, tokens = np.random.default_rng(1), self.ordinary_tokens[:64]
+        draw = lambda n: random.choice(tokens, n)  # noqa: E731
         mine, theirs = ([Tree(draw(5), (draw(9), draw(3)))] for _ in range(2))
         policy = POLICY if self.has_adapter(POLICY) else None
         batch = collate([(policy, mine)], layout="packed").to(self.device)
@@ -724,6 +746,11 @@ class Backbone(nn.Module):
             yield
         finally:
             config._attn_implementation = usual
+
+
+def _parameters(module: nn.Module) -> set[str]:
+    """Names of what a module's forward pass takes."""
+    return set(inspect.signature(module.forward).parameters)
 
 
 def _extended(ropes: dict[str, Any], factor: float) -> int:

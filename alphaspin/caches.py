@@ -12,7 +12,7 @@ longest prompt in it, H hidden size, W width of the cache.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -438,3 +438,39 @@ def _parts(
 
 CACHES = {"slots": Slots, "own": Own, "none": Recomputed}
 """By `Backbone.cache`, in the order in which they are tried."""
+
+
+@torch.no_grad()
+def choose(backbone: Backbone) -> None:
+    """Set `backbone.cache` to the first of `CACHES`, from where it is, that is right."""
+    kinds = list(CACHES)
+    for kind in kinds[kinds.index(backbone.cache) : -1]:
+        problem = _problem(backbone, CACHES[kind](backbone))
+        if not problem:
+            break
+        backbone.cache = cast(Any, kinds[kinds.index(kind) + 1])
+        backbone.cache_reason = problem
+
+
+def _problem(backbone: Backbone, kept: Slots | Own | Recomputed) -> str:
+    """What is wrong with a way for the base's answers to two prompts, or nothing."""
+    random, tokens = np.random.default_rng(2), backbone.ordinary_tokens[:64]
+    texts = [random.choice(tokens, n) for n in (6, 9)]
+    last = torch.from_numpy(random.choice(tokens, (3, 3))).long()
+    picks = [1, 0, 1]
+    try:
+        kept.prefill(texts, [[None], [None]])
+        kept.select(picks)
+        kept.step(last[:, 0])
+        kept.step(last[:, 1])
+        hidden_RH, rows = kept.step(last[:, 2])
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return f"it has no cache that could be used ({next(iter(str(error).splitlines()), '')})"
+    expected: list[Tensor] = []
+    for pick, tail_3 in zip(picks, last, strict=True):
+        ids_S = torch.cat([torch.from_numpy(texts[pick]).long(), tail_3]).to(backbone.device)
+        expected.append(backbone.plain_hidden(ids_S[None])[0, -1])
+    found_3H = hidden_RH[[row for (row,) in rows]]
+    return backbone.unlike(
+        found_3H.float(), torch.stack(expected).float(), "tokens with its cache and without"
+    )

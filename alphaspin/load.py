@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from alphaspin import caches
 from alphaspin.backbone import Backbone
 from alphaspin.config import InputError, check_installed, packaged
 from alphaspin.runs import folder_hash
@@ -74,6 +75,7 @@ def load_base(
     model = cast(PreTrainedModel, cast(nn.Module, model).to(device))
     try:
         backbone = Backbone(model, where, identity, longest=longest)
+        caches.choose(backbone)
     except InputError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

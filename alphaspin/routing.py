@@ -48,11 +48,12 @@ class Route:
     plain: bool = False
     rounding: torch.Generator | None = None
 
-    def units(self, rows: int) -> int:
-        """Of so many rows or tokens, how many are one of the segments' unit.
+    def units(self, rows: int, name: str) -> int:
+        """Of so many rows of a layer's input, how many are one of the segments' unit.
 
         Raises:
-            InputError: a pass of several batches is outside of the layers.
+            InputError: a pass of several batches is outside of the layers, or the layer's input
+                is not a row for each token.
         """
         if self.beside is not None and not self.inside:
             raise InputError(
@@ -60,7 +61,11 @@ class Route:
                 "policies pass together"
             )
         unit, rest = divmod(rows, self.segments[-1].stop)
-        assert not rest, "segments of whole rows or tokens"
+        if rest:
+            raise InputError(
+                f"{name} takes {rows} rows for {self.segments[-1].stop} tokens or sequences: "
+                "it cannot carry the adapters of several policies; leave it out of lora.targets"
+            )
         return unit
 
 
@@ -68,6 +73,7 @@ class RoutedLinear(LoraLinear):
     """PEFT's LoRA layer with tokens routed to adapters, in training mode too."""
 
     route: Route
+    name: str  # the module's
     number: int  # of this layer, so that each has noise of its own
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -84,7 +90,7 @@ class RoutedLinear(LoraLinear):
         if self.route.plain:
             return self._plain(super().forward(x, *args, **kwargs))
         x_NI = x.reshape(-1, x.shape[-1])
-        unit = self.route.units(len(x_NI))
+        unit = self.route.units(len(x_NI), self.name)
         adapters: list[tuple[Tensor, Tensor] | None] = []
         counts: list[int] = []
         scaling: list[float] = []
@@ -161,7 +167,7 @@ def _run_for_each(layer: ParamWrapper, route: Route, x: Tensor, *args: Any, **kw
     while isinstance(inner, ParamWrapper):
         wrappers.append(inner)
         inner = inner.base_layer
-    unit, parts = route.units(len(x)), list[Tensor]()
+    unit, parts = route.units(len(x), type(inner).__name__), list[Tensor]()
     for segment in route.segments:
         span = slice(unit * segment.start, unit * segment.stop)
         with ExitStack() as stack:

@@ -154,7 +154,7 @@ class _Trial:
 
     def __init__(self, backbone: Backbone, like: str, longest: int, seed: int = 0):
         self.backbone, self.like, self.seed = backbone, like, seed
-        random, high = np.random.default_rng(seed), backbone.head.weight.shape[0]
+        random, tokens = np.random.default_rng(seed), backbone.ordinary_tokens
         # Of each sequence of the long tree: three policies, plain and in every other way.
         passes = 3 * (1 + 4) + ROUNDINGS
         size = sum(p.numel() for p in backbone.parameters())
@@ -163,7 +163,7 @@ class _Trial:
         half = self.longest // 2
 
         def draw(count: int) -> NDArray[np.int32]:
-            return random.integers(0, high, count).astype(np.int32)
+            return random.choice(tokens, count)
 
         short = min(SHORT, self.longest) // 3
         self.trees = [
@@ -221,10 +221,10 @@ class _Trial:
     def _must(self, reason: str, way: str) -> None:
         if reason:
             family = self.backbone.family
+            settings = "" if "lora.target" in reason else "; no setting here makes them right"
             raise InputError(
                 f"{self.backbone.path}: the log-probs of {way} are not those of transformers and "
-                f"PEFT for this model of type {family} ({reason}); nothing that could be set "
-                "here makes them right"
+                f"PEFT for this model of type {family} ({reason}){settings}"
             )
 
     def _plain(self) -> tuple[list[Tensor], list[float]]:
