@@ -118,7 +118,7 @@ class Backbone(nn.Module):
         self._layers: list[nn.Module] = list(getattr(self.decoder, "layers", ()))
         for layer in self._layers:
             layer.forward = partial(self._both, layer)
-        self._takes = _parameters(self.decoder)
+        self._takes = set(inspect.signature(self.decoder.forward).parameters)
         self.scale, self.softcap = self._find_head()
         self.layout_reason = self._why_not_packed()
         self.layout = "padded" if self.layout_reason else "packed"
@@ -138,9 +138,8 @@ class Backbone(nn.Module):
     def decoder(self) -> nn.Module:
         """The transformer below the head."""
         found = cast(nn.Module, self._causal_lm.get_decoder())
-        # It is the whole for Llama 4, and the head for ModernBERT.
-        right = found is not self._causal_lm and "input_ids" in _parameters(found)
-        return found if right else self._causal_lm.base_model
+        # Llama 4's is not found by transformers, which then returns the whole.
+        return cast(nn.Module, cast(Any, found).model) if found is self._causal_lm else found
 
     @property
     def ordinary_tokens(self) -> NDArray[np.int32]:
@@ -746,11 +745,6 @@ class Backbone(nn.Module):
             yield
         finally:
             config._attn_implementation = usual
-
-
-def _parameters(module: nn.Module) -> set[str]:
-    """Names of what a module's forward pass takes."""
-    return set(inspect.signature(module.forward).parameters)
 
 
 def _extended(ropes: dict[str, Any], factor: float) -> int:

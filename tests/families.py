@@ -5,16 +5,19 @@ calls a thing is nearly uniform, and what is not stands in `HINTS`. `python test
 all of them and writes `tests/families.json`, from which the README's table is made.
 """
 
+import json
 import re
 import sys
-import time
 import warnings
+from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import helpers
+import peft
 import torch
+import transformers
 from test_backbone import load
 from test_families import adapt, assert_equal_to_plain_peft
 from transformers import AutoModelForCausalLM
@@ -23,6 +26,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from alphaspin.config import InputError
 
+ROOT = Path(__file__).parent
+FILE, README = ROOT / "families.json", ROOT.parent / "README.md"
+BEGIN, END = "<!-- families: python tests/families.py -->", "<!-- end of families -->"
+PADDED = "exact, padded rows (one sequence each; chosen by itself, slower)"
+REASONS = {
+    "softcap(c (W h + b))": "the head is more than softcap(c (W h + b))",
+    "what comes after it": "a token sees what comes after it",
+    "cannot be loaded": "transformers does not load what it saved",
+    "does not read back": "all-linear: PEFT does not read back some adapters; others can be named",
+    "leave it out of lora": "all-linear: a layer takes other rows; others can be named",
+    "expanded size": "its own code fails at this size",
+    "Error": "its default configuration, shrunk by rule, is none",
+}
 LARGEST = 1_500_000
 HIDDEN, POSITIONS = 32, 128
 VOCABULARY, SPECIAL = 300, 310  # ids of images and sounds are never drawn
@@ -77,7 +93,7 @@ HINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "xlstm": {"num_blocks": 2, "num_hidden_layers": 2},
+    "xlstm": {"num_blocks": 2, "chunk_size": 64},
     "qwen4_exp_text": QSA,
     "xmod": {"default_language": "en_XX"},
 }
@@ -187,15 +203,42 @@ def verdict(family: str, folder: Path) -> str:
 def _line(error: Exception) -> str:
     """What it says, without the folder's name, which is another in each run."""
     said = re.sub(r"(model = )?/\S+: ", "", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {said[:160]}"
+    return f"{type(error).__name__}: {said[:240]}"
+
+
+def table(verdicts: dict[str, str]) -> str:
+    """The verdicts as the README has them."""
+    rows: dict[str, list[str]] = {}
+    for family, found in verdicts.items():
+        kind, _, reason = found.partition(": ")
+        reason = next((text for part, text in REASONS.items() if part in reason), reason)
+        rows.setdefault({"packed": "exact, packed rows", "padded": PADDED}.get(kind, kind), [])
+        title = {"packed": "exact, packed rows", "padded": PADDED}.get(kind, f"{kind}: {reason}")
+        rows.setdefault(title, []).append(family)
+    order = sorted(
+        rows, key=lambda title: (title[0] != "e", "not tried" in title, -len(rows[title]))
+    )
+    lines = [f"| {title} | {', '.join(rows[title])} |" for title in order if rows[title]]
+    return "\n".join(["| verdict | families |", "|---|---|", *lines])
+
+
+def main() -> None:
+    """Try the families that are named, or all: then write the file and the README's table."""
+    warnings.simplefilter("ignore")
+    found: dict[str, str] = {}
+    for family in sys.argv[1:] or names():
+        with TemporaryDirectory() as folder:
+            found[family] = verdict(family, Path(folder))
+        print(f"{family}: {found[family]}", flush=True)
+    if sys.argv[1:]:
+        return
+    versions = f"transformers {transformers.__version__}, PEFT {peft.__version__}"
+    about = f"{versions}, torch {torch.__version__}, CPU, fp32, {date.today()}"
+    FILE.write_text(json.dumps({"about": about, "verdicts": found}, indent=1) + "\n")
+    text = README.read_text()
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    README.write_text(f"{text[:start]}\n{about}\n\n{table(found)}\n{text[end:]}")
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wanted = sys.argv[1:] or names()
-        for name in wanted:
-            with TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                found = verdict(name, Path(folder))
-            print(f"{name}: {found} ({time.perf_counter() - start:.1f} s)", flush=True)
+    main()
