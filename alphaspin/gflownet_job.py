@@ -71,6 +71,8 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
     backbone.load_adapter(ADAPTER, adapter)
     kept = Verdict.read(Path(config.output))
     verdict = verify(backbone, ADAPTER, longest=config.text.longest, kept=kept)
+    if note := verdict.note():
+        console.note(note)
     for note in backbone.notes():
         console.note(note)
     guard.check()

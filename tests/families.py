@@ -36,7 +36,7 @@ REASONS = {
     "cannot be loaded": "transformers does not load what it saved",
     "does not read back": "all-linear: PEFT does not read back some adapters; others can be named",
     "leave it out of lora": "all-linear: a layer takes other rows; others can be named",
-    "expanded size": "its own code fails at this size",
+    "cannot be served here (": "its own code does not run as transformers' others do",
     "Error": "its default configuration, shrunk by rule, is none",
 }
 LARGEST = 1_500_000
