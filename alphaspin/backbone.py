@@ -149,9 +149,9 @@ class Backbone(nn.Module):
             for key, value in _numbers(self._causal_lm.config)
             if key.endswith(("token_id", "token_index"))
         }
-        return np.array(
-            [i for i in range(1, self.head.weight.shape[0]) if i not in named], np.int32
-        )
+        every = np.arange(self.head.weight.shape[0], dtype=np.int32)
+        ordinary = every[~np.isin(every, list(named))]
+        return ordinary if len(ordinary) else every
 
     @property
     def family(self) -> str:
@@ -202,7 +202,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: the logits are not of that form.
         """
-        ids = torch.from_numpy(self.ordinary_tokens[:8]).long().to(self.device)[None]
+        ids = torch.from_numpy(np.resize(self.ordinary_tokens, 8)).long().to(self.device)[None]
         run = cast(Any, self._causal_lm)
         # A cap hardly shows in small logits: they are made large, by a factor that rounds nothing.
         size = float(run(input_ids=ids, use_cache=False).logits.abs().max())
@@ -224,7 +224,9 @@ class Backbone(nn.Module):
                 bent = (expected / cap).abs() < 0.9  # where tanh can be undone
                 inner, linear = cap * torch.atanh(expected[bent] / cap), found[bent]
             ratio = _ratio(linear, inner)
-            if abs(ratio - 1) > 8 * rounding:
+            if abs(ratio - 1) <= 8 * rounding:
+                ratio = 1.0
+            else:
                 ratio = _configured(self._causal_lm.config, ratio, 32 * rounding)
             mine = cap * torch.tanh(ratio * found / cap) if cap else ratio * found
             error = float((mine - expected).abs().max() / expected.abs().max())
@@ -253,7 +255,7 @@ class Backbone(nn.Module):
         Raises:
             InputError: it is no better in padded rows, or a token sees what comes after it.
         """
-        ids_1S = torch.from_numpy(self.ordinary_tokens[:12]).long().to(self.device)[None]
+        ids_1S = torch.from_numpy(np.resize(self.ordinary_tokens, 12)).long().to(self.device)[None]
         whole_H, part_H = self.plain_hidden(ids_1S)[0, 7], self.plain_hidden(ids_1S[:, :8])[0, 7]
         if self.unlike(whole_H.float(), part_H.float(), ""):
             raise InputError(
@@ -314,9 +316,8 @@ class Backbone(nn.Module):
         """Full logits [..., V] in fp32 (float64 of a float64 model): for sampling one position."""
         weight_VH: Tensor = self.head.weight
         rows = HEAD_ROWS if weight_VH.device.type == "cpu" else len(weight_VH)
-        parts = [nn.functional.linear(hidden_NH, part) for part in weight_VH.split(rows)]
+        parts = [_product(hidden_NH, part) for part in weight_VH.split(rows)]
         logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         bias = cast(Tensor | None, self.head.bias)
         if bias is not None:
             logits += bias
@@ -508,7 +509,12 @@ class Backbone(nn.Module):
         return self.model
 
     def policy_parameters(self) -> dict[str, nn.Parameter]:
-        """The policy's parameters by name: all that is ever trained."""
+        """The policy's parameters by name: all that is ever trained.
+
+        Who has them may change them: it has no identity until it is saved and loaded.
+        """
+        self.adapter_ids.pop(POLICY, None)
+        self.adapter_folders.pop(POLICY, None)
         return {n: p for n, p in self.named_parameters() if f".{POLICY}." in n}
 
     # Forward passes
@@ -769,6 +775,17 @@ def _pinned(
     last = torch.full_like(position_ids[..., :1], longest - 1)
     found = forward(x, torch.cat([position_ids, last], -1), *args, **kw)
     return tuple(part[..., :-1, :] for part in found)
+
+
+def _product(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T, [..., O], with sums that are not rounded to 16 bits where the factors have 16."""
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    if weight_OI.dtype == wide:
+        return nn.functional.linear(x, weight_OI)
+    if weight_OI.is_cuda:
+        found = torch.mm(x.reshape(-1, x.shape[-1]), weight_OI.T, out_dtype=wide)
+        return found.view(*x.shape[:-1], -1)
+    return nn.functional.linear(x.to(wide), weight_OI.to(wide))
 
 
 def _ratio(found: Tensor, expected: Tensor) -> float:

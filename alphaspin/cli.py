@@ -87,6 +87,11 @@ def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
         source = "default" if own else "tiny"
     _check_keys(TrainCommand, rest)
     recipe = load_config(source)
+    words = [word for a in rest for word in a.split("=", 1)]
+    if "--loss.kind" in words[:-1]:
+        kind = words[words.index("--loss.kind") + 1]
+        mixture = any("mixture" in word for word in [*words, recipe.selfplay.opponent])
+        recipe = recipe.with_loss(kind, keep_alpha=mixture)
     default = TrainCommand.model_construct(
         **{name: getattr(recipe, name) for name in Config.model_fields}
     )
@@ -152,7 +157,17 @@ def _plan(config: Config) -> None:
     plan.show(config)
 
 
+def _alone(command: str) -> None:
+    """Refuse several processes, which would want the same folder and do the same work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"alphaspin {command} runs in one process, on one device: start it without torchrun or "
+            "accelerate launch"
+        )
+
+
 def _gflownet(arguments: Sequence[str]) -> None:
+    _alone("gflownet")
     _check_keys(GFlowNetRun, arguments)
     config = _parsed(GFlowNetRun, None, "alphaspin gflownet", arguments)
     from alphaspin import gflownet_job
@@ -182,6 +197,7 @@ def _run_and_options(
     command: str, kind: type[Section], arguments: Sequence[str]
 ) -> tuple[Path, list[str]]:
     """RUN and the rest of a command's arguments; `--help` alone prints the options."""
+    _alone(command)
     if "--help" in arguments or "-h" in arguments:
         _parsed(kind, None, f"alphaspin {command} RUN", ["--help"])
     if not arguments or arguments[0].startswith("-"):

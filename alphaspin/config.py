@@ -168,8 +168,17 @@ class Section(BaseModel):
             field.description = " ".join((field.description or "").split()) or None
 
 
+RECORDED = object()
+"""Context of a validation that reads what a finished run was given: settings without effect, which
+earlier versions accepted, stay as they are."""
+
+
 def _refuse_unused(
-    settings: Section, choice: str, chosen: str, keys: dict[str, tuple[str, ...]], prefix: str = ""
+    settings: Section,
+    choice: str,
+    chosen: str,
+    keys: Mapping[str, tuple[str, ...]],
+    prefix: str = "",
 ) -> None:
     """Refuse what was set and would have no effect under the chosen method or kind.
 
@@ -284,6 +293,21 @@ class LossConfig(Section):
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the winner's negative log-likelihood per token, added to any loss."""
 
+    @model_validator(mode="after")
+    def _used(self, info: ValidationInfo) -> "LossConfig":
+        if info.context is not RECORDED:
+            _refuse_unused(self, "loss.kind", self.kind, LOSS_KEYS, "loss.")
+        return self
+
+
+LOSS_KEYS: dict[str, tuple[str, ...]] = {
+    "beta": ("dpo", "hinge"),
+    "label_smoothing": ("dpo",),
+    **dict.fromkeys(("ipo_tau", "ipo_length"), ("ipo",)),
+    **dict.fromkeys(("slic_delta", "slic_lambda"), ("slic",)),
+}
+"""Settings of a loss that only some kinds look at."""
+
 
 class JudgeConfig(Section):
     """Who says which of two responses is better; for every `method` but `spin`."""
@@ -364,6 +388,17 @@ class PreferenceConfig(Section):
     """τ of `nash_md`: weight of the KL to the base, against win probabilities."""
     mixture: Fraction = 0.25
     """m of `nash_md`: share of the base's logits in the opponent's."""
+
+    @model_validator(mode="after")
+    def _used(self, info: ValidationInfo) -> "PreferenceConfig":
+        users = {
+            "clamp": ("forward_kl", "forward_reverse", "chi2"),
+            "reverse_weight": ("forward_reverse",),
+        }
+        if info.context is not RECORDED:
+            chosen = self.regulariser
+            _refuse_unused(self, "preference.regulariser", chosen, users, "preference.")
+        return self
 
 
 JUDGE_KEYS: dict[str, tuple[str, ...]] = {
@@ -696,7 +731,7 @@ class Config(Section):
     hints: PlanHints | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Config":
+    def _consistent(self, info: ValidationInfo) -> "Config":
         if self.train.batch_size % self.train.accumulation:
             raise ValueError(
                 f"train.batch_size = {self.train.batch_size} is not a multiple of "
@@ -713,6 +748,11 @@ class Config(Section):
             raise ValueError(
                 f"selfplay.opponent = {self.selfplay.opponent} is a geometric mixture, "
                 "reference.kind = arithmetic is not: choose geometric or ema"
+            )
+        if self.selfplay.opponent == "mixture-gflownet" and self.train.sharding != "none":
+            raise ValueError(
+                "selfplay.opponent = mixture-gflownet needs train.sharding = none: each process "
+                "trains the sampler by itself, with passes that the others would have to join"
             )
         if self.lora.target_parameters:
             for key, alone in {
@@ -733,7 +773,14 @@ class Config(Section):
         _refuse_unused(self, "method", self.method, METHOD_KEYS)
         opponent = self.selfplay.opponent
         _refuse_unused(self, "selfplay.opponent", opponent, OPPONENT_KEYS)
+        if info.context is not RECORDED:
+            self._refuse_unused_reference()
         drawn = self.sampling
+        if drawn.engine == "transformers" and self.selfplay.iterations > 1:
+            raise ValueError(
+                "sampling.engine = transformers needs selfplay.iterations = 1: `transformers "
+                "serve` has no adapters, so only the base can play; use local, vllm or sglang"
+            )
         weighed = None
         if self.method in POINTWISE and 0 < self.reference.alpha < 1:
             if self.reference.kind != "arithmetic":
@@ -762,6 +809,30 @@ class Config(Section):
                 "gradient holds for responses of the policy that is trained"
             )
         return self
+
+    def with_loss(self, kind: str, *, keep_alpha: bool) -> "Config":
+        """The same without what has no effect with this kind of loss: to change a recipe's."""
+        loss = {
+            key: LossConfig.model_fields[key].default
+            for key, users in LOSS_KEYS.items()
+            if kind not in users
+        }
+        update: dict[str, Any] = {"loss": self.loss.model_copy(update=loss)}
+        if kind == "slic" and not keep_alpha:
+            default = {key: ReferenceConfig.model_fields[key].default for key in ("alpha", "mode")}
+            update["reference"] = self.reference.model_copy(update=default)
+        return self.model_copy(update=update)
+
+    def _refuse_unused_reference(self) -> None:
+        opponent, reference = self.selfplay.opponent, self.reference
+        if "ema" not in (opponent, reference.kind):
+            users = {"ema_decay": ("ema",)}
+            _refuse_unused(reference, "reference.kind", reference.kind, users, "reference.")
+        if self.method == "spin" and self.loss.kind == "slic":
+            keys = ["mode"] if opponent.startswith("mixture") else ["mode", "alpha", "kind"]
+            others: tuple[str, ...] = ("dpo", "ipo", "hinge")
+            users = {key: others for key in keys if not (key == "kind" and opponent == "ema")}
+            _refuse_unused(reference, "loss.kind", "slic", users, "reference.")
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same: all but where results go and how the work is cut up.
@@ -822,7 +893,7 @@ class Config(Section):
             for file in sorted(Path("runs").glob(f"{self.name}-????????/manifest.json")):
                 with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                     settings = json.loads(file.read_text(encoding="utf-8"))["config"]
-                    if Config.model_validate(settings).digest() == digest:
+                    if Config.model_validate(settings, context=RECORDED).digest() == digest:
                         return file.parent
         return folder
 
@@ -894,7 +965,7 @@ class ExportOptions(Section):
 
 
 def contraction_note(config: Config) -> str | None:
-    """Whether β lies outside the bound of the tabular theory (`algorithms.md`, section 1).
+    """Whether β lies outside the bound of the tabular theory (`docs/theory.md`, section 1).
 
     The iteration `e_{t+1} = (α - 1/β) e_t + (1-α) e_base` contracts for β > 1/(1+α), and with the
     mixture as the opponent `e_{t+1} = (1 - 1/β)(α e_t + (1-α) e_base)` does for β > α/(1+α). The

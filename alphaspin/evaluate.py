@@ -41,8 +41,9 @@ class Evaluation:
     the sampled answer is preferred to the base's, ties counted half. margin: mean over prompts of
     β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)] where they differ.
     kl: mean of lp_t - lp_base of the sampled answers, an unbiased estimate of KL(π_t‖π_base), nats
-    per answer. length: mean tokens of the sampled answers. distinct_1 to 3, self_bleu: diversity of
-    the sampled answers, see `diversity`. inputs: hash of all that these depend on.
+    per answer; None where answers are not drawn from π_t itself (temperature, top_p, top_k).
+    length: mean tokens of the sampled answers. distinct_1 to 3, self_bleu: diversity of the sampled
+    answers, see `diversity`. inputs: hash of all that these depend on.
 
     With a judge, named in `judge`: verdicts: P(sampled answer ≻ the base's) of each prompt. judged:
     their mean. controlled: the win rate at equal length in characters. low and high are the ends of
@@ -91,8 +92,17 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path) -> "Evaluation":
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: a version with other measures wrote it.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: not what this version of alphaspin writes ({error})"
+            ) from None
 
     def numbers(self) -> dict[str, Any]:
         """The name and all measures that are one number: a row of `summary.json`."""
@@ -243,7 +253,7 @@ def evaluate(
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
         margin=reward_scale(config, iteration) * float(margins.mean()) if len(margins) else 0.0,
-        **_mean("kl", divergence.tolist()),
+        **(_mean("kl", divergence.tolist()) if _from_policy(config) else {}),
         **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),
@@ -292,6 +302,12 @@ def compared(
     )
 
 
+def _from_policy(config: Config) -> bool:
+    """Whether answers are drawn from the policy, and not from one that is sharper or cut."""
+    drawn = config.sampling
+    return (drawn.temperature, drawn.top_p, drawn.top_k) == (1, 1, 0)
+
+
 def _mean(name: str, values: list[float]) -> dict[str, float]:
     """The mean and its standard error, under `name` and `name_se`."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -324,7 +340,8 @@ def row(evaluation: Evaluation) -> list[str]:
     ]
     if e.judged is not None:
         cells.append(percent(e.judged, e.judged_se))
-        cells += [f"{e.kl:.3f} ± {e.kl_se:.3f}", f"{e.length:.1f} ± {e.length_se:.1f}"]
+        divergence = "-" if e.kl is None else f"{e.kl:.3f} ± {e.kl_se:.3f}"
+        cells += [divergence, f"{e.length:.1f} ± {e.length_se:.1f}"]
     return cells
 
 

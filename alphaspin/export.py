@@ -172,7 +172,8 @@ def _write_adapter(played: Played, adapter: Path, folder: Path) -> str:
     `target_modules`; no bias, no `modules_to_save`, no DoRA, no adapter on embeddings or head.
     """
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["bias"] == "none" and not config["modules_to_save"] and not config["use_dora"]
+    if config["bias"] != "none" or config["modules_to_save"] or config["use_dora"]:
+        raise InputError(f"{adapter}: is no plain LoRA adapter (bias, modules_to_save or DoRA)")
     config["base_model_name_or_path"] = _base_name(played)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from alphaspin import console, mixture
 from alphaspin.backbone import WEIGHTS
 from alphaspin.config import GFlowNetRun, InputError, TrainConfig, check_there, packaged
 from alphaspin.data import ChatFormat, fingerprint, load_demonstrations
-from alphaspin.distributed import Team
+from alphaspin.distributed import Team, repeatable
 from alphaspin.gflownet import Task, train_sampler
 from alphaspin.load import load_base
 from alphaspin.runs import Metrics, Run, SignalGuard, file_hash, write_atomically
@@ -32,13 +31,13 @@ def run(config: GFlowNetRun) -> dict[str, Any]:
     """
     guard = SignalGuard()
     try:
-        return _run(config, guard)
+        with repeatable():
+            return _run(config, guard)
     finally:
         guard.restore()
 
 
 def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
     adapter = Path(config.adapter)
     if not (adapter / WEIGHTS).is_file():
         raise InputError(f"adapter = {config.adapter}: no {WEIGHTS} in this folder")

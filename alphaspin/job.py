@@ -29,9 +29,9 @@ from alphaspin.config import (
     packaged,
 )
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
-from alphaspin.distributed import Team, TeamJudge
+from alphaspin.distributed import Team, TeamJudge, repeatable
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
-from alphaspin.load import choose_bf16, load_base
+from alphaspin.load import base_hash, choose_bf16, load_base
 from alphaspin.openai_api import key_of
 from alphaspin.routing import POLICY
 from alphaspin.runs import (
@@ -64,11 +64,13 @@ def run(config: Config) -> dict[str, Any]:
     if config.train.optimizer == "adamw_8bit":
         check_installed("bitsandbytes", "train.optimizer = adamw_8bit", "quantization")
     check_there("model", config.model)
-    guard = SignalGuard()
+    guard, quiet = SignalGuard(), console.console.quiet
     try:
-        return _run(config, guard)
+        with repeatable():
+            return _run(config, guard)
     finally:
         guard.restore()
+        console.console.quiet = quiet
 
 
 def is_main() -> bool:
@@ -82,7 +84,6 @@ def disconnect() -> None:
 
 
 def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
     # Precision, accumulation and sharding are this configuration's, not those of `accelerate
     # config`. Under torchrun alone Accelerate does not look for others where there is no GPU.
     accelerator = Accelerator(
@@ -100,9 +101,11 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
     team = Team.of(accelerator, guard)
     console.console.quiet = not team.main
     sharded = config.train.sharding == "fsdp" and team.count > 1
+    identity = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
     with team.together():
         backbone, tokenizer = load_base(
             config.model,
+            identity=identity,
             dtype="bf16" if choose_bf16(config.train.dtype, team.device) else "fp32",
             # A base that is to be sharded may be too large for one device.
             device=torch.device("cpu") if sharded else team.device,

@@ -26,11 +26,13 @@ def load_base(
     quantization: Literal["none", "nf4"] = "none",
     liger: Literal["auto", "off"] = "auto",
     longest: int | None = None,
+    identity: str | None = None,
 ) -> tuple[Backbone, Any]:
     """The frozen base and its tokenizer, from a folder, a hub id, or the embedded `tiny`.
 
     Only safetensors are read and no code from the model's folder is run. With `nf4` the linear
-    layers but the head are rounded to 4 bits as they are read. `longest` as in `Backbone`.
+    layers but the head are rounded to 4 bits as they are read. `longest` as in `Backbone`;
+    `identity`: what `base_hash` gave, where it is known.
 
     Raises:
         InputError: what is missing or cannot be served, by name.
@@ -38,7 +40,7 @@ def load_base(
     if quantization != "none":
         check_installed("bitsandbytes", f"train.quantization = {quantization}", "quantization")
     transformers.utils.logging.disable_progress_bar()
-    where = str(packaged("tiny/model")) if path == "tiny" else path
+    where = _where(path)
     folder = Path(where)
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"model = {path}: no config.json in this folder")
@@ -68,10 +70,7 @@ def load_base(
     keep_format(model)
     if liger == "auto":
         fuse(model, device)
-    if folder.exists():
-        identity = folder_hash(folder, ("*.safetensors", "config.json"))
-    else:
-        identity = f"{path}@{getattr(config, '_commit_hash', None)}"
+    identity = identity or base_hash(path) or f"{path}@{getattr(config, '_commit_hash', None)}"
     model = cast(PreTrainedModel, cast(nn.Module, model).to(device))
     try:
         backbone = Backbone(model, where, identity, longest=longest)
@@ -82,6 +81,16 @@ def load_base(
         reason = next(iter(str(error).splitlines()), "") or repr(error)
         raise InputError(f"model = {path}: its family cannot be served here ({reason})") from None
     return backbone, tokenizer
+
+
+def base_hash(path: str) -> str | None:
+    """The hash of a base's weights and configuration; None for a hub id."""
+    folder = Path(_where(path))
+    return folder_hash(folder, ("*.safetensors", "config.json")) if folder.exists() else None
+
+
+def _where(path: str) -> str:
+    return str(packaged("tiny/model")) if path == "tiny" else path
 
 
 def _attention(config: Any) -> str:
@@ -109,11 +118,11 @@ def loading(path: str) -> Generator[None]:
 
 
 def choose_bf16(dtype: Literal["auto", "bf16", "fp32"], device: torch.device) -> bool:
-    """Whether the base is held in bf16; `auto`: on a GPU that has it.
+    """Whether the base is held in bf16; `auto`: on a GPU that has it, not where it is emulated.
 
     Not on CPUs: attention backward in bf16 was measured 7 times slower than fp32 there, and many
     have no bf16 units at all.
     """
     if dtype == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype == "bf16"

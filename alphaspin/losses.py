@@ -285,15 +285,15 @@ def regularised(
 def reward_scale(config: Config, iteration: int) -> float:
     """Factor of lp_θ - lp_ref in the rewards that are logged.
 
-    β, or τ for `ipo`, as in TRL; 1/η for SPPO and RSPO, whose rewards so aim at P̂ - ½; τ for
-    Nash-MD, whose reference is the base: what its KL term takes from P - ½.
+    β, or τ for `ipo`, as in TRL; 1 for `slic`, which has none; 1/η for SPPO and RSPO, whose rewards
+    so aim at P̂ - ½; τ for Nash-MD, whose reference is the base: what its KL term takes from P - ½.
     """
     if config.method == "nash_md":
         return config.preference.tau
     if config.method != "spin":
         return 1 / config.preference.eta
     loss = config.loss
-    return loss.ipo_tau if loss.kind == "ipo" else at(loss.beta, iteration)
+    return {"ipo": loss.ipo_tau, "slic": 1.0}.get(loss.kind, at(loss.beta, iteration))
 
 
 def ignores_equal_pairs(config: LossConfig) -> bool:

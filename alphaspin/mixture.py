@@ -1,6 +1,6 @@
 """Exact answers from the geometric mixture π(y) ∝ R(y) = Π_i π_i(y)^{w_i}, by weighting draws.
 
-No product of per-token distributions equals π (`algorithms.md`, section 4): answers are drawn from
+No product of per-token distributions equals π (`docs/theory.md`, section 4): answers are drawn from
 a proposal q that is easy to sample, and corrected by
 
     log w(y) = log R(y) - log q(y),    log Ẑ(x) = log mean_n w(y_n),    E[Ẑ] = Σ_y R(y) = Z(x).

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from alphaspin.backbone import WEIGHTS, Backbone
 from alphaspin.config import (
+    RECORDED,
     Config,
     EvaluateOptions,
     ExportOptions,
@@ -81,7 +82,7 @@ class Played:
                 "run adds it"
             )
         try:
-            config = Config.model_validate(manifest["config"])
+            config = Config.model_validate(manifest["config"], context=RECORDED)
         except ValidationError as error:
             raise InputError(f"{file}: {explain(error)}") from None
         return cls(path, config, manifest)

@@ -223,11 +223,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is damaged.
     """
+    manifest: dict[str, Any] = {}
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        assert {"identity", "adapters"} <= manifest.keys()
-        assert isinstance(manifest["adapters"], dict)
-    except (ValueError, AttributeError, AssertionError):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        whole = "identity" in manifest and isinstance(manifest["adapters"], dict)
+    except (ValueError, TypeError, LookupError):
+        whole = False
+    if not whole:
         raise InputError(f"{path}: damaged; restore it, or choose another --output") from None
     return manifest
 

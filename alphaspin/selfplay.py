@@ -45,6 +45,17 @@ from alphaspin.scoring import OnlineReference, batched, choose_mode
 from alphaspin.session import Session, Shard
 from alphaspin.trainer import REMEDY, Example, Job, Objective, train
 
+REMEDIES = {
+    kind: f"consider loss.nll_weight, {setting} or a smaller train.lr"
+    for kind, setting in {
+        "dpo": "a larger loss.beta",
+        "hinge": "a larger loss.beta",
+        "ipo": "a larger loss.ipo_tau",
+        "slic": "a larger loss.slic_lambda",
+    }.items()
+}
+"""Against log-probs of winners and losers that fall together, by the loss of `spin`."""
+
 
 def play(session: Session) -> list[measures.Evaluation]:
     """All iterations, then the control; the evaluations in the order of the table."""
@@ -203,7 +214,7 @@ def fit(
         seed=config.seed,
         stage=f"{stage}/{iteration}",
         checkpoints=folder / "checkpoints",
-        remedy=REMEDY if config.method == "spin" else "consider a smaller train.lr",
+        remedy=REMEDIES[config.loss.kind] if config.method == "spin" else REMEDY,
         online=online,
     )
     train(session.team, session.backbone, examples, job, session.metrics)

@@ -2,7 +2,7 @@
 
 A policy here is a mixture, adapters with weights that sum to 1: at every step the next token has
 the distribution softmax(Σ_i w_i z_i / T), with z_i the logits of component i (geometric decoding;
-`algorithms.md`, section 4). One component of weight 1 is a plain policy. All components of all
+`docs/theory.md`, section 4). One component of weight 1 is a plain policy. All components of all
 sequences are rows of a forward pass of the shared base; `caches` has what is kept of them.
 
 Shapes: N sequences, C components at most, R rows (one per sequence and component), V vocabulary,
@@ -123,17 +123,17 @@ class Stepper:
     def _ahead(self, hidden_RH: Tensor, row_NC: Tensor, weight_NC: Tensor) -> Ahead:
         """Mix hidden states before one head product, or logits where that is not enough.
 
-        A soft-capped head is not linear. log Z = logsumexp_v(Σ_i w_i z_i) - Σ_i w_i logsumexp_v z_i
-        needs the components' own logits.
+        A soft-capped head is not linear, and a mixed state would be rounded to 16 bits. log Z =
+        logsumexp_v(Σ_i w_i z_i) - Σ_i w_i logsumexp_v z_i needs the components' own logits.
         """
         logits = self._backbone.logits
         if row_NC.shape[1] == 1:
             logits_NV = logits(hidden_RH[row_NC[:, 0]])
             zero_N = logits_NV.new_zeros(len(logits_NV))
             return Ahead(logits_NV, zero_N if self._log_normalisers else None)
-        if not self._backbone.softcap and not self._log_normalisers:
-            mixed_NH = _mixed(hidden_RH, row_NC, weight_NC)
-            return Ahead(logits(mixed_NH.to(hidden_RH.dtype)), None)
+        linear = not self._backbone.softcap and hidden_RH.dtype == weight_NC.dtype
+        if linear and not self._log_normalisers:
+            return Ahead(logits(_mixed(hidden_RH, row_NC, weight_NC)), None)
         logits_RV = logits(hidden_RH)
         logits_NV = _mixed(logits_RV, row_NC, weight_NC)
         if not self._log_normalisers:

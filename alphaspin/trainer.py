@@ -48,7 +48,7 @@ Objective = Callable[..., Tensor]
 """(lp_θ [B, K], lp_ref [B, K], tokens [B, K], *facts [B, K]) → loss [B]."""
 
 
-REMEDY = "consider loss.nll_weight, a larger loss.beta or a smaller train.lr"
+REMEDY = "consider a smaller train.lr"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from alphaspin.backbone import Backbone
 from alphaspin.sampling import Draw
 from alphaspin.stepper import Policy, Stepper
 
-# algorithms.md, section 4: α, Z, TV(exact, token level), KL(exact‖token level), p(∅) of both.
+# docs/theory.md, section 4: α, Z, TV(exact, token level), KL(exact‖token level), p(∅) of both.
 CHECK_VALUES = [
     (0.25, "0.849728", "0.047324", "5.316e-03", "0.332863", "0.301023"),
     (0.5, "0.791773", "0.066751", "1.0314e-02", "0.252598", "0.216388"),

@@ -171,7 +171,7 @@ def settings_of(folder: Path, kind: str) -> Config:
         "model": str(folder / "model"),
         "data": str(folder / "data.jsonl"),
         "output": str(folder / "run"),
-        "reference": {"alpha": 0.6, "ema_decay": 0.25},
+        "reference": {"alpha": 0.6} | ({"ema_decay": 0.25} if kind == "ema" else {}),
         "selfplay": {"opponent": kind, "iterations": 3, "prompts": 12},
         "text": {"max_response_tokens": CAP},
         "lora": {"r": 2},

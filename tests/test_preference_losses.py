@@ -1,6 +1,6 @@
 """SPPO, RSPO and Nash-MD: each against its equation in plain Python, and against known games.
 
-The games are those of `algorithms.md`, section 3: one prompt, three answers, a policy with one
+The games are those of `docs/theory.md`, section 3: one prompt, three answers, a policy with one
 logit per answer that the project's own losses move, in float64.
 """
 
@@ -53,7 +53,7 @@ def test_sppo(eta: float) -> None:
 
 
 def regularisers(lp: float, base: float, name: str) -> tuple[float, float]:
-    """R and dR/dlp from the table of `algorithms.md`."""
+    """R and dR/dlp from the table of `docs/theory.md`."""
     d = lp - base
     match name:
         case "reverse_kl":

@@ -284,13 +284,13 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
         Config.model_validate(settings)
 
 
-def small_run(base: str, data: Path, output: Path, **sampling: Any) -> Config:
+def small_run(base: str, data: Path, output: Path, iterations: int = 2, **sampling: Any) -> Config:
     return Config.model_validate(
         {
             "model": base,
             "data": str(data),
             "output": str(output),
-            "selfplay": {"iterations": 2, "prompts": 8},
+            "selfplay": {"iterations": iterations, "prompts": 8},
             "text": {"max_response_tokens": 6},
             "lora": {"r": 2},
             "train": {"batch_size": 4, "lr": 1e-2},
@@ -396,8 +396,5 @@ def test_transformers_serve(
     assert ask(30, 0) == first != ask(30, 1) and first != greedy
 
     data = packaged("tiny/train.jsonl")
-    played = small_run("tiny", data, tmp_path / "run", **options)
-    played = played.model_copy(
-        update={"selfplay": played.selfplay.model_copy(update={"iterations": 1})}
-    )
+    played = small_run("tiny", data, tmp_path / "run", iterations=1, **options)
     assert run(played)["adapters"]

@@ -1,4 +1,4 @@
-"""The tabular theory of `algorithms.md`, section 1, as an oracle for losses and opponents.
+"""The tabular theory of `docs/theory.md`, section 1, as an oracle for losses and opponents.
 
 A policy over four answers to one prompt is trained to the optimum of the project's own loss over
 all (winner, loser) pairs, in float64; winners come from p, losers from the project's own opponents.

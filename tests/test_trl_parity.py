@@ -56,9 +56,9 @@ LOSSES: dict[str, tuple[LossConfig, dict[str, Any]]] = {
         },
     ),
     "hinge": (LossConfig(kind="hinge", beta=(0.2,)), {"beta": 0.2, "loss_type": ["hinge"]}),
-    # TRL averages over tokens, and its β is the paper's τ; ours scales the logged rewards alone.
+    # TRL averages over tokens, and its β is the paper's τ.
     "ipo": (
-        LossConfig(kind="ipo", ipo_length="mean", ipo_tau=0.4, beta=(0.4,)),
+        LossConfig(kind="ipo", ipo_length="mean", ipo_tau=0.4),
         {"beta": 0.4, "loss_type": ["ipo"]},
     ),
 }
@@ -139,7 +139,7 @@ def step(
     job = Job(
         objective=objective,
         config=config,
-        beta=loss.beta[0],
+        beta=loss.ipo_tau if loss.kind == "ipo" else loss.beta[0],
         iteration=0,
         seed=0,
         stage="test",

@@ -86,7 +86,7 @@ CHAIN_ROWS = {  # rows ∅, a, b; columns a, b, ⊤
 
 
 def chain() -> dict[str | None, Levels]:
-    """The Markov chain of `algorithms.md`, section 4: the next token depends on the last one."""
+    """The Markov chain of `docs/theory.md`, section 4: the next token depends on the last one."""
     result: dict[str | None, Levels] = {}
     for name, rows in CHAIN_ROWS.items():
         log_p = torch.tensor(rows, dtype=torch.float64).log()

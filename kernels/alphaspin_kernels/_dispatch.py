@@ -41,6 +41,8 @@ def choose(operator: str, tensor: Tensor) -> Implementation:
         return "torch"
     if tensor.is_cuda or interpreting():
         reason = triton_problem()
+        if tensor.is_cuda and tensor.dtype == torch.bfloat16:
+            reason = reason or _bf16_problem(torch.cuda.get_device_capability(tensor.device))
         if reason is None:
             return "triton"
     elif operator not in CSRC:
@@ -63,6 +65,13 @@ def triton_problem() -> str | None:
     """Return None, or the reason why the Triton kernels cannot be used."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    return None
+
+
+def _bf16_problem(capability: tuple[int, int]) -> str | None:
+    """Return None, or that Triton has no bfloat16 for a GPU of this compute capability."""
+    if capability < (8, 0):
+        return "compute capability {}.{} has no bfloat16 (8.0 has)".format(*capability)
     return None
 
 

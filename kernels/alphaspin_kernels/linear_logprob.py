@@ -79,7 +79,7 @@ def linear_logprob(
         logps = linear_logprob(hidden.flatten(0, 1), model.lm_head.weight, labels[:, 1:].flatten())
         logps = logps.view(len(labels), -1).sum(1)  # one per sequence; labels of -100 count as 0
 
-    Source: the two-product form is section 5 of the project's algorithm notes; the running
+    Source: the two-product form is section 5 of `docs/theory.md`; the running
     log-sum-exp is Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
     check_linear_logprob(hidden, weight, targets, bias, softcap, temperature)

@@ -70,7 +70,7 @@ def logits_logprob(
             softcap or temperature that is not positive; with ``inplace_backward`` and logits that
             require a gradient, logits that are a leaf or whose rows are strided or overlap.
 
-    Source: section 5 of the project's algorithm notes; the running log-sum-exp is Milakov and
+    Source: section 5 of `docs/theory.md`; the running log-sum-exp is Milakov and
     Gimelshein, "Online normalizer calculation for softmax" (2018).
     """
     check_logits_logprob(logits, targets, softcap, temperature, inplace_backward)

@@ -66,7 +66,7 @@ def mixture_logprob(
             target outside [0, V); tensors that require a gradient while gradients are enabled:
             the mixture is a reference and a sampler, and has no derivative here.
 
-    Source: section 4 of the project's algorithm notes; the mixture is the token-level form of the
+    Source: section 4 of `docs/theory.md`; the mixture is the token-level form of the
     reference of α-SPIN (Alami et al., arXiv 2404.04291) and of Nash-MD's opponent (Munos et al.,
     arXiv 2312.00886).
     """

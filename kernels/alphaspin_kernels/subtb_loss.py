@@ -60,7 +60,7 @@ def subtb_loss(
             a lam that is negative or not finite.
 
     Source: Madan et al., "Learning GFlowNets from partial episodes" (2209.12782), eq. 6, with the
-    flows of Hu et al. (2310.04363), eq. 3; section 4 of the project's algorithm notes.
+    flows of Hu et al. (2310.04363), eq. 3; section 4 of `docs/theory.md`.
     """
     check_subtb_loss(log_pf, log_pterm, log_reward, lengths, lam)
     dtype = accumulation_dtype(log_pf.dtype)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Triton's interpreter multiplies the raw bits of bf16 in tl.dot (triton issue 11584).
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOWEST = tl.constexpr(-3.4028234e38)  # of fp32
 SIGNATURE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -141,7 +142,9 @@ def combine(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
 def multiply_add(c: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
     """c <- (c +) a b with c in fp32: 16-bit factors through cuBLAS's fp32 sums, never rounded."""
     if a.is_cuda and a.dtype != torch.float32:
-        if add:
+        if add and TORCH < (2, 10):  # its addmm takes no fp32 summand (pytorch 167931)
+            c += torch.mm(a, b, out_dtype=torch.float32)
+        elif add:
             torch.addmm(c, a, b, out_dtype=torch.float32, out=c)
         else:
             torch.mm(a, b, out_dtype=torch.float32, out=c)
