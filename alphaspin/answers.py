@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError
 
 
 def checked_part(pattern: str | None) -> Callable[[str], str | None]:

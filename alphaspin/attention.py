@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError
 
 TREES = "alphaspin_trees"
 WITHOUT_EFFECT = frozenset(

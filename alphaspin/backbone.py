@@ -32,7 +32,8 @@ from transformers.pytorch_utils import Conv1D
 from alphaspin import rng
 from alphaspin.attention import TREES, Places
 from alphaspin.batching import Batch, Segment, Tree, collate
-from alphaspin.config import InputError, LoraConfig
+from alphaspin.config import LoraConfig
+from alphaspin.errors import InputError
 from alphaspin.routing import (
     NOT_JOINT,
     POLICY,

@@ -21,7 +21,6 @@ from alphaspin.config import (
     EvaluateOptions,
     ExportOptions,
     GFlowNetRun,
-    InputError,
     JudgeConfig,
     Section,
     all_keys,
@@ -32,16 +31,14 @@ from alphaspin.config import (
     packaged,
     recipe_names,
 )
-from alphaspin.judges import JudgeError
-from alphaspin.openai_api import ServerError
-from alphaspin.runs import (
-    EXIT_INPUT,
+from alphaspin.errors import (
+    EXIT_CODES,
     EXIT_OK,
     EXIT_RESUMABLE,
-    EXIT_STOPPED,
     Elsewhere,
-    Interrupted,
-    TrainingStopped,
+    InputError,
+    exit_code,
+    told,
 )
 
 S = TypeVar("S", bound=Section)
@@ -281,26 +278,14 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     try:
         body(sys.argv[1:])
         return EXIT_OK
-    except InputError as error:
-        return _fail(str(error), EXIT_INPUT)
-    except Interrupted:
-        return _fail("stopped by a signal; the same command goes on from here", EXIT_RESUMABLE)
     except KeyboardInterrupt:
         return _fail("stopped before the run began", EXIT_RESUMABLE)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        return _fail(f"{error.filename or 'run folder'}: {error.strerror}", EXIT_INPUT)
-    except JudgeError as error:
-        told = f"{error}; its verdicts so far are kept: the same command goes on from here"
-        return _fail(told, EXIT_STOPPED)
-    except ServerError as error:
-        told = f"{error}; the answers so far are kept: the same command goes on from here"
-        return _fail(told, EXIT_STOPPED)
-    except TrainingStopped as error:
-        return _fail(str(error), EXIT_STOPPED)
     except Elsewhere as error:  # the process that failed says why
         return error.code
+    except tuple(EXIT_CODES) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        return _fail(told(error), exit_code(error))
 
 
 def _fail(message: str, code: int) -> int:

@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from alphaspin import console, report
 from alphaspin import evaluate as measures
 from alphaspin.backbone import Backbone
-from alphaspin.config import Config, EvaluateOptions, InputError
+from alphaspin.config import Config, EvaluateOptions
 from alphaspin.data import ChatFormat, Demonstration
 from alphaspin.distributed import Team, TeamJudge
+from alphaspin.errors import InputError
 from alphaspin.evaluate import Evaluation
 from alphaspin.job import check_lengths, load_judge, load_source
 from alphaspin.judges import CachedJudge

@@ -31,11 +31,9 @@ from pydantic import (
     model_validator,
 )
 
+from alphaspin.errors import InputError
+
 T = TypeVar("T")
-
-
-class InputError(ValueError):
-    """Something the user can put right: the message names key and value, or file and line."""
 
 
 def check_installed(package: str, setting: str, extra: str) -> None:

@@ -20,7 +20,8 @@ import jinja2
 import numpy as np
 
 from alphaspin import rng
-from alphaspin.config import InputError, TextConfig
+from alphaspin.config import TextConfig
+from alphaspin.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -30,30 +30,16 @@ from torch.distributed.fsdp import fully_shard
 from alphaspin import console
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Segment
-from alphaspin.config import InputError
-from alphaspin.judges import Comparison, Judge, JudgeError
-from alphaspin.openai_api import ServerError
-from alphaspin.runs import (
-    EXIT_INPUT,
-    EXIT_RESUMABLE,
-    EXIT_STOPPED,
+from alphaspin.errors import (
+    EXIT_CODES,
     Elsewhere,
     Interrupted,
-    SignalGuard,
-    TrainingStopped,
+    exit_code,
 )
+from alphaspin.judges import Comparison, Judge
+from alphaspin.runs import SignalGuard
 
 T = TypeVar("T")
-
-EXIT_CODES: dict[type[Exception], int] = {
-    InputError: EXIT_INPUT,
-    OSError: EXIT_INPUT,
-    JudgeError: EXIT_STOPPED,
-    ServerError: EXIT_STOPPED,
-    TrainingStopped: EXIT_STOPPED,
-    Interrupted: EXIT_RESUMABLE,
-}
-"""Errors that end a run in an orderly way. Any other ends its process, the launcher the others."""
 
 PATIENCE = timedelta(days=1)
 """How long a process waits for others that sample, score or judge. It is no safeguard against a
@@ -266,11 +252,6 @@ def repeatable() -> Generator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = before[2]
-
-
-def exit_code(error: Exception) -> int:
-    """The exit code of an error of `EXIT_CODES`."""
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
 @dataclass(frozen=True)

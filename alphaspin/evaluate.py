@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from alphaspin.answers import checked_part, preference, word_f1
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree
-from alphaspin.config import Config, InputError
+from alphaspin.config import Config
 from alphaspin.data import ChatFormat, Demonstration, fingerprint
 from alphaspin.distributed import Team
 from alphaspin.diversity import distinct, self_bleu
+from alphaspin.errors import InputError
 from alphaspin.judges import Comparison, Judge, Prompt, preferences
 from alphaspin.losses import reward_scale
 from alphaspin.sampling import Answer, Draw, Request, decode

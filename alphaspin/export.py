@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from alphaspin import console
 from alphaspin import evaluate as measures
 from alphaspin.backbone import WEIGHTS
-from alphaspin.config import ExportOptions, InputError, packaged
+from alphaspin.config import ExportOptions, packaged
 from alphaspin.data import ChatFormat
+from alphaspin.errors import InputError
 from alphaspin.evaluate import Evaluation
 from alphaspin.played import Played, Policy
 from alphaspin.report import describe

@@ -44,17 +44,11 @@ from torch import Tensor
 from alphaspin import console, mixture, rng
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens, Tree, collate
-from alphaspin.config import NO_STACK, GFlowNetConfig, InputError, LoraConfig, SamplingConfig
+from alphaspin.config import NO_STACK, GFlowNetConfig, LoraConfig, SamplingConfig
 from alphaspin.distributed import Team
+from alphaspin.errors import InputError, Interrupted, TrainingStopped
 from alphaspin.routing import POLICY
-from alphaspin.runs import (
-    Interrupted,
-    Metrics,
-    TrainingStopped,
-    commit,
-    remove,
-    verifies,
-)
+from alphaspin.runs import Metrics, commit, remove, verifies
 from alphaspin.sampling import Answer, Draw, Request, decode, invert, uniforms
 from alphaspin.scoring import batched
 from alphaspin.stepper import Policy

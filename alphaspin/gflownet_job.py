@@ -9,9 +9,10 @@ from accelerate import Accelerator
 
 from alphaspin import console, mixture
 from alphaspin.backbone import WEIGHTS
-from alphaspin.config import GFlowNetRun, InputError, TrainConfig, check_there, packaged
+from alphaspin.config import GFlowNetRun, TrainConfig, check_there, packaged
 from alphaspin.data import ChatFormat, fingerprint, load_demonstrations
 from alphaspin.distributed import Team, repeatable
+from alphaspin.errors import InputError
 from alphaspin.gflownet import Task, train_sampler
 from alphaspin.load import load_base
 from alphaspin.runs import Metrics, Run, SignalGuard, file_hash, write_atomically

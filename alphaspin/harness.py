@@ -20,8 +20,9 @@ from torch import nn
 from alphaspin import console, report
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Segment
-from alphaspin.config import EvaluateOptions, InputError
+from alphaspin.config import EvaluateOptions
 from alphaspin.data import ChatFormat
+from alphaspin.errors import InputError
 from alphaspin.played import Played, Policy
 from alphaspin.runs import SignalGuard, commit, folder_hash, verifies
 

@@ -19,17 +19,10 @@ from accelerate.utils import GradientAccumulationPlugin
 from alphaspin import __version__, console
 from alphaspin import evaluate as measures
 from alphaspin.backbone import Backbone
-from alphaspin.config import (
-    Config,
-    InputError,
-    check_installed,
-    check_there,
-    contraction_note,
-    flat,
-    packaged,
-)
+from alphaspin.config import Config, check_installed, check_there, contraction_note, flat, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations
 from alphaspin.distributed import Team, TeamJudge, repeatable
+from alphaspin.errors import InputError
 from alphaspin.judges import CachedJudge, CallableJudge, Judge, VerifiableJudge
 from alphaspin.load import base_hash, choose_bf16, load_base
 from alphaspin.openai_api import key_of

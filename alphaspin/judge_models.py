@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alphaspin.config import InputError
 from alphaspin.data import Messages
+from alphaspin.errors import InputError
 from alphaspin.judges import Comparison, plain_text
 from alphaspin.runs import folder_hash
 

@@ -5,8 +5,9 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-from alphaspin.judges import Comparison, JudgeError, plain_text
-from alphaspin.openai_api import Client, ServerError, parsed
+from alphaspin.errors import JudgeError, ServerError
+from alphaspin.judges import Comparison, plain_text
+from alphaspin.openai_api import Client, parsed
 
 SYSTEM = (
     "You compare two answers to the same conversation. Judge correctness first, then helpfulness "

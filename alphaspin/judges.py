@@ -26,15 +26,11 @@ from typing import Literal, NamedTuple, Protocol, cast
 import numpy as np
 
 from alphaspin.answers import checked_part
-from alphaspin.config import InputError
 from alphaspin.data import Messages
+from alphaspin.errors import InputError, JudgeError
 from alphaspin.runs import file_hash, write_atomically
 
 Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
-
-
-class JudgeError(ValueError):
-    """A judge gave no usable verdict. Those it gave before are kept where a cache is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from alphaspin import caches
 from alphaspin.backbone import Backbone
-from alphaspin.config import InputError, check_installed, packaged
+from alphaspin.config import check_installed, packaged
+from alphaspin.errors import InputError
 from alphaspin.runs import folder_hash
 from alphaspin.speedups import fuse, in_4_bits, keep_format
 

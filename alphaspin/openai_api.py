@@ -15,19 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError, ServerError
 
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-class ServerError(ValueError):
-    """A request failed for good: the message has its address and what came back."""
-
-    def __init__(self, message: str, status: int | None = None):
-        """`status` is that of a final HTTP error, None after retries."""
-        super().__init__(message)
-        self.status = status
 
 
 class Client:

@@ -17,7 +17,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from alphaspin.config import InputError, flat
+from alphaspin.config import flat
+from alphaspin.errors import InputError
 from alphaspin.report import (
     SHARES,
     Curves,

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin import console
-from alphaspin.config import Config, InputError, PlanHints, at, contraction_note, packaged
+from alphaspin.config import Config, PlanHints, at, contraction_note, packaged
 from alphaspin.data import ChatFormat
+from alphaspin.errors import InputError
 from alphaspin.job import load_data
 from alphaspin.load import choose_bf16, loading
 from alphaspin.losses import reward_scale

@@ -13,16 +13,9 @@ import torch
 from pydantic import ValidationError
 
 from alphaspin.backbone import WEIGHTS, Backbone
-from alphaspin.config import (
-    RECORDED,
-    Config,
-    EvaluateOptions,
-    ExportOptions,
-    InputError,
-    check_there,
-    explain,
-)
+from alphaspin.config import RECORDED, Config, EvaluateOptions, ExportOptions, check_there, explain
 from alphaspin.data import ChatFormat, Demonstration, fingerprint
+from alphaspin.errors import InputError
 from alphaspin.job import load_data, load_source
 from alphaspin.load import load_base
 from alphaspin.runs import file_hash, read_manifest, verifies

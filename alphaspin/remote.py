@@ -25,9 +25,10 @@ import numpy as np
 
 from alphaspin import rng
 from alphaspin.backbone import Backbone
-from alphaspin.config import InputError, SamplingConfig
+from alphaspin.config import SamplingConfig
 from alphaspin.data import ChatFormat
-from alphaspin.openai_api import Client, ServerError, key_of, parsed
+from alphaspin.errors import InputError, ServerError
+from alphaspin.openai_api import Client, key_of, parsed
 from alphaspin.sampling import Answer, Request, decode
 from alphaspin.stepper import components
 

@@ -26,7 +26,8 @@ from matplotlib.ticker import MaxNLocator
 from pydantic import BaseModel, Field, ValidationError
 
 from alphaspin.answers import checked_part
-from alphaspin.config import Config, InputError
+from alphaspin.config import Config
+from alphaspin.errors import InputError
 from alphaspin.runs import Metrics, verifies, write_atomically
 
 COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {

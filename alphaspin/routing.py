@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from alphaspin.batching import Batch, Segment
-from alphaspin.config import InputError
+from alphaspin.errors import InputError
 from alphaspin.speedups import dequantise, is_quantised
 
 POLICY = "policy"

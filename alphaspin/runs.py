@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError, Interrupted
 
 HASHES = "hashes.json"
 TEMPORARY = ".tmp-"
@@ -37,32 +37,6 @@ HASHED = (
     ("judge", "judge", "model"),
 )
 """An entry of a run's identity that holds a hash, and the setting that tells where that is from."""
-
-EXIT_OK = 0
-EXIT_INPUT = 2
-"""Bad input: nothing was changed."""
-EXIT_STOPPED = 3
-"""Training stopped itself, e.g. at a loss that is not finite, or the judge failed; the last
-checkpoint and all verdicts stand."""
-EXIT_RESUMABLE = 75
-"""Stopped by SIGTERM or Ctrl-C after saving (sysexits' EX_TEMPFAIL): the same command goes on."""
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived; the work up to here is on disk."""
-
-
-class TrainingStopped(Exception):
-    """Training must not go on, e.g. because the loss is not finite; no update was made."""
-
-
-class Elsewhere(Exception):
-    """Another process of the job failed and says why; this one stops with the same exit code."""
-
-    def __init__(self, code: int):
-        """`code` is that exit code."""
-        super().__init__(f"another process stopped with exit code {code}")
-        self.code = code
 
 
 def file_hash(path: Path) -> str:

@@ -13,7 +13,7 @@ from alphaspin_kernels import segmented_lora
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of a weight: blocks of 64 have a scale of 8 bits, blocks of 256 scales one of 32."""

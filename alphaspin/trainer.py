@@ -33,15 +33,9 @@ from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree, collate
 from alphaspin.config import TrainConfig, at
 from alphaspin.distributed import Team
+from alphaspin.errors import Interrupted, TrainingStopped
 from alphaspin.routing import POLICY
-from alphaspin.runs import (
-    Interrupted,
-    Metrics,
-    TrainingStopped,
-    commit,
-    remove,
-    verifies,
-)
+from alphaspin.runs import Metrics, commit, remove, verifies
 from alphaspin.scoring import OnlineReference, sequence_logps
 
 Objective = Callable[..., Tensor]

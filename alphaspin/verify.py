@@ -29,7 +29,7 @@ from alphaspin import __version__
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Batch, Tree, collate
 from alphaspin.caches import CACHES
-from alphaspin.config import InputError
+from alphaspin.errors import InputError
 from alphaspin.routing import NOT_JOINT
 from alphaspin.runs import write_atomically
 from alphaspin.scoring import hidden_logps

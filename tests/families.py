@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError
 
 ROOT = Path(__file__).parent
 FILE, README = ROOT / "families.json", ROOT.parent / "README.md"

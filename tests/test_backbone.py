@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from alphaspin.backbone import WEIGHTS, Backbone
 from alphaspin.batching import Batch, Segment, Tree, collate
-from alphaspin.config import InputError, LoraConfig
+from alphaspin.config import LoraConfig
+from alphaspin.errors import InputError
 from alphaspin.load import load_base
 from alphaspin.routing import POLICY, RoutedLinear
 from alphaspin.scoring import sequence_logps

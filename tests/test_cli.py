@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from alphaspin import cli
-from alphaspin.config import Config, InputError, load_config, recipe_names
+from alphaspin.config import Config, load_config, recipe_names
 from alphaspin.data import ChatFormat, load_demonstrations
-from alphaspin.runs import EXIT_INPUT, EXIT_STOPPED, Metrics
+from alphaspin.errors import EXIT_INPUT, EXIT_STOPPED, InputError
+from alphaspin.runs import Metrics
 from alphaspin.trainer import Watch, learning_rate
 
 SMALL = [

@@ -23,8 +23,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from alphaspin import data
-from alphaspin.config import InputError, TextConfig
+from alphaspin.config import TextConfig
 from alphaspin.data import ChatFormat, Demonstration, load_demonstrations, load_messages
+from alphaspin.errors import InputError
 
 CORPUS = [
     "Hello, how many clips did she sell in May? She sold 48/2 = 24 clips altogether.\n\n",

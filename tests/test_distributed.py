@@ -24,11 +24,12 @@ from torch.distributed.tensor import DTensor
 
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tree, collate
-from alphaspin.config import InputError, LoraConfig, LossConfig, TrainConfig
+from alphaspin.config import LoraConfig, LossConfig, TrainConfig
 from alphaspin.distributed import Team
+from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
 from alphaspin.losses import pairwise
 from alphaspin.routing import POLICY
-from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, TEMPORARY, Metrics, Run
+from alphaspin.runs import TEMPORARY, Metrics, Run
 from alphaspin.trainer import Example, Job, accumulate_gradients, train
 
 KINDS = ("sampling", "scoring", "training", "saving")

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from alphaspin import export
 from alphaspin.batching import collate
-from alphaspin.config import Config, InputError, LoraConfig
+from alphaspin.config import Config, LoraConfig
 from alphaspin.data import ChatFormat
+from alphaspin.errors import InputError
 from alphaspin.load import load_base
 from alphaspin.routing import POLICY
 from alphaspin.scoring import sequence_logps

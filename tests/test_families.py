@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from alphaspin.batching import Tree, collate
-from alphaspin.config import InputError, LoraConfig, SamplingConfig
+from alphaspin.config import LoraConfig, SamplingConfig
+from alphaspin.errors import InputError
 from alphaspin.load import load_base
 from alphaspin.routing import POLICY
 from alphaspin.sampling import Draw, Request, decode

@@ -16,12 +16,13 @@ from torch import Tensor
 from alphaspin import gflownet, mixture
 from alphaspin.backbone import WEIGHTS, Backbone
 from alphaspin.batching import Tokens
-from alphaspin.config import GFlowNetConfig, GFlowNetRun, InputError, LoraConfig
+from alphaspin.config import GFlowNetConfig, GFlowNetRun, LoraConfig
 from alphaspin.distributed import Team
+from alphaspin.errors import InputError, Interrupted
 from alphaspin.gflownet import Replay, Task, Trajectory, edit_distance
 from alphaspin.gflownet_job import run
 from alphaspin.routing import POLICY
-from alphaspin.runs import Interrupted, Metrics, SignalGuard
+from alphaspin.runs import Metrics, SignalGuard
 from alphaspin.sampling import Answer, Draw
 from alphaspin.stepper import Policy
 

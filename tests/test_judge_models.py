@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError
 from alphaspin.judge_models import PairRMJudge, RewardModelJudge
 from alphaspin.judges import CachedJudge, Comparison, Prompt, preferences, win_probabilities
 

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 from alphaspin import job
 from alphaspin.config import Config
 from alphaspin.data import ChatFormat, hold_out, load_demonstrations
+from alphaspin.errors import JudgeError
 from alphaspin.judge_models import PairRMJudge, RewardModelJudge
-from alphaspin.judges import JudgeError, Prompt, pick_pair, win_probabilities
+from alphaspin.judges import Prompt, pick_pair, win_probabilities
 from alphaspin.runs import file_hash
 
 __all__ = ["serve"]  # a fixture

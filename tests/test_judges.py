@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from helpers import http_servers
 
-from alphaspin.config import InputError
+from alphaspin.errors import InputError, JudgeError
 from alphaspin.judge_server import ServerJudge, parse_verdict
 from alphaspin.judges import (
     CachedJudge,
     CallableJudge,
     Comparison,
-    JudgeError,
     Pair,
     Prompt,
     VerifiableJudge,

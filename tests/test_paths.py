@@ -18,14 +18,14 @@ from alphaspin.config import (
     EvaluateOptions,
     ExportOptions,
     GFlowNetRun,
-    InputError,
     JudgeConfig,
     load_config,
     recipe_names,
 )
+from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.export import writable
 from alphaspin.played import Played
-from alphaspin.runs import EXIT_INPUT, Run, relocated
+from alphaspin.runs import Run, relocated
 
 SETTINGS: dict[str, Any] = {
     "text": {"max_response_tokens": 10},

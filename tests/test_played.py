@@ -25,9 +25,10 @@ from alphaspin.backbone import WEIGHTS
 from alphaspin.config import Config, LoraConfig, load_config
 from alphaspin.data import ChatFormat
 from alphaspin.diversity import distinct, self_bleu
+from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
 from alphaspin.load import load_base
 from alphaspin.played import Played
-from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, Run, verifies
+from alphaspin.runs import Run, verifies
 from alphaspin.winrate import at_equal_length, win_rate
 
 Command = Callable[..., tuple[int, str]]

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.config import Config, LoraConfig, SamplingConfig, load_config
 from alphaspin.data import ChatFormat, hold_out, load_demonstrations
+from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED
 from alphaspin.load import load_base
-from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, HASHES, TEMPORARY, file_hash
+from alphaspin.runs import HASHES, TEMPORARY, file_hash
 from alphaspin.sampling import Answer, Draw, Request, decode, uniforms
 from alphaspin.stepper import mixture
 

@@ -20,11 +20,11 @@ from pydantic import ValidationError
 
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens
-from alphaspin.config import Config, InputError, LoraConfig, SamplingConfig, packaged
+from alphaspin.config import Config, LoraConfig, SamplingConfig, packaged
 from alphaspin.data import ChatFormat
+from alphaspin.errors import InputError, ServerError
 from alphaspin.job import run
 from alphaspin.load import load_base
-from alphaspin.openai_api import ServerError
 from alphaspin.remote import ServerSampler
 from alphaspin.runs import file_hash
 from alphaspin.sampling import Draw, Request, decode

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from alphaspin import overview, report
-from alphaspin.config import Config, InputError
+from alphaspin.config import Config
+from alphaspin.errors import InputError
 from alphaspin.runs import commit
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)>"

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from helpers import arithmetic, save_model, write_rows
 
-from alphaspin.runs import EXIT_INPUT, EXIT_RESUMABLE, HASHES, TEMPORARY, file_hash
+from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
+from alphaspin.runs import HASHES, TEMPORARY, file_hash
 
 KINDS = ("sampling", "scoring", "training", "saving")
 POINTS_PER_KIND = 30 if os.environ.get("ALPHASPIN_SWEEP") else 9

@@ -14,8 +14,9 @@ from test_backbone import LORA, PREVIOUS, load, make_folder
 from alphaspin import console
 from alphaspin.backbone import Backbone
 from alphaspin.cli import main, parse
-from alphaspin.config import RECORDED, Config, InputError
+from alphaspin.config import RECORDED, Config
 from alphaspin.distributed import Team, repeatable
+from alphaspin.errors import InputError
 from alphaspin.evaluate import Evaluation
 from alphaspin.load import choose_bf16
 from alphaspin.routing import POLICY

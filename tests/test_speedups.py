@@ -34,11 +34,11 @@ from transformers import AutoModelForCausalLM
 from alphaspin import export, job, plan, routing
 from alphaspin.backbone import Backbone
 from alphaspin.batching import collate
-from alphaspin.config import Config, ExportOptions, InputError, LoraConfig, TrainConfig
+from alphaspin.config import Config, ExportOptions, LoraConfig, TrainConfig
+from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.load import load_base
 from alphaspin.played import Played
 from alphaspin.routing import POLICY
-from alphaspin.runs import EXIT_INPUT
 from alphaspin.scoring import sequence_logps
 from alphaspin.speedups import dequantise, is_quantised, liger_problem
 from alphaspin.trainer import _optimizer, load_optimizer, optimizer_tensors

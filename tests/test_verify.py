@@ -10,7 +10,8 @@ from test_families import FAMILIES, save
 
 from alphaspin import attention, caches, verify
 from alphaspin.backbone import Backbone
-from alphaspin.config import InputError, LoraConfig
+from alphaspin.config import LoraConfig
+from alphaspin.errors import InputError
 from alphaspin.load import load_base
 from alphaspin.routing import POLICY, RoutedLinear
 
