@@ -17,12 +17,13 @@ OUT ?= $(CURDIR)/gpu-results
 demo: .venv/installed  ## self-play on the embedded model
 	$(BIN)/alphaspin-train
 
-test: .venv/installed  ## tests, linter, types: what CI runs
+test: .venv/installed  ## tests, linters, types: what CI runs
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-all: .venv/installed  ## the same tests with more kill points
+test-all: .venv/installed  ## the same tests with more kill points and all model families
 	ALPHASPIN_SWEEP=1 ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 gpu:  ## on a CUDA machine: kernel tests, benchmarks, a profile, into $(OUT); 9 minutes at most

@@ -4,7 +4,6 @@ Every operator is registered with ``torch.library`` in the namespace ``alphaspin
 by device, and has a plain PyTorch definition of the same name in ``alphaspin_kernels.reference``.
 """
 
-from alphaspin_kernels import reference
 from alphaspin_kernels._dispatch import OPERATORS, kernel_status
 from alphaspin_kernels.linear_logprob import linear_logprob
 from alphaspin_kernels.logits_logprob import logits_logprob
@@ -19,7 +18,6 @@ __all__ = [
     "linear_logprob",
     "logits_logprob",
     "mixture_logprob",
-    "reference",
     "segmented_lora",
     "sequence_logprob",
     "subtb_loss",

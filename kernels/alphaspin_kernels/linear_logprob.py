@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
-from alphaspin_kernels.reference import accumulation_dtype, check_linear_logprob, check_targets
+from alphaspin_kernels.checks import accumulation_dtype, check_linear_logprob, check_targets
 
 # Workspace of the portable version: ROWS x TILE logits and a TILE x H copy of the head in fp32.
 ROWS = 1024

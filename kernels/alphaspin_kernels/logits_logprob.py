@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
-from alphaspin_kernels.reference import accumulation_dtype, check_logits_logprob, check_targets
+from alphaspin_kernels.checks import accumulation_dtype, check_logits_logprob, check_targets
 
 # Workspace of the portable version: logits of one chunk of rows in fp32, at least one row.
 CHUNK = 1 << 20

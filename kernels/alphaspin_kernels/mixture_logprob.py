@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from alphaspin_kernels import _dispatch
+from alphaspin_kernels.checks import (
+    accumulation_dtype,
+    check_mixture_logprob,
+    check_targets,
+)
 from alphaspin_kernels.linear_logprob import (
     ROWS,
     TILE,
     linear_logprob,
     local_targets,
     logit_tile,
-)
-from alphaspin_kernels.reference import (
-    accumulation_dtype,
-    check_mixture_logprob,
-    check_targets,
 )
 
 

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from alphaspin_kernels import _dispatch
-from alphaspin_kernels.reference import (
+from alphaspin_kernels.checks import (
     Adapter,
     accumulation_dtype,
     check_segmented_lora,

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
+from alphaspin_kernels.checks import check_boundaries, check_cu_seqlens
 from alphaspin_kernels.linear_logprob import linear_logprob
-from alphaspin_kernels.reference import check_boundaries, check_cu_seqlens
 
 
 def sequence_logprob(

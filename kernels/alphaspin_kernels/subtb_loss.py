@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
-from alphaspin_kernels.reference import accumulation_dtype, check_lengths, check_subtb_loss
+from alphaspin_kernels.checks import accumulation_dtype, check_lengths, check_subtb_loss
 
 
 def subtb_loss(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from alphaspin_kernels import reference, segmented_lora
-from alphaspin_kernels.reference import dropout_mask
+from alphaspin_kernels.checks import dropout_mask
 from alphaspin_kernels.segmented_lora import (
     _segmented_lora,
     _segmented_lora_backward,

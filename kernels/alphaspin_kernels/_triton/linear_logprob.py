@@ -34,8 +34,8 @@ from alphaspin_kernels._triton.common import (
     store_chosen,
     unit_stride,
 )
+from alphaspin_kernels.checks import check_targets
 from alphaspin_kernels.linear_logprob import target_slope
-from alphaspin_kernels.reference import check_targets
 
 # Logits of a chunk take at most 4096 x 2048 x 4 bytes: 32 MiB stay in the L2 cache of an H100.
 ROWS = 4096

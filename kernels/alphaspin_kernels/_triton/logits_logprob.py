@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaspin_kernels._triton.common import SIGNATURE, Kernel, Launch, multiples_of_16, tanh
-from alphaspin_kernels.reference import check_targets
+from alphaspin_kernels.checks import check_targets
 
 TILE = 4096
 NUM_WARPS = 8

@@ -24,8 +24,8 @@ from alphaspin_kernels._triton.common import (
     store_chosen,
     unit_stride,
 )
+from alphaspin_kernels.checks import check_targets
 from alphaspin_kernels.mixture_logprob import finish
-from alphaspin_kernels.reference import check_targets
 
 
 @Kernel("prev base weight H hidden_stride weight_stride")

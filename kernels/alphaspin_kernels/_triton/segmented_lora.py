@@ -26,7 +26,7 @@ from alphaspin_kernels._triton.common import (
     processors,
     unit_stride,
 )
-from alphaspin_kernels.reference import dropout_key, dropout_threshold, signed
+from alphaspin_kernels.checks import dropout_key, dropout_threshold, signed
 from alphaspin_kernels.segmented_lora import segment_pairs
 
 SEGMENTS = 8  # per launch; their ends are arguments of the kernel
@@ -45,7 +45,7 @@ def _mix(h):
 
 @triton.jit
 def _mask(row_R, column_C, key, threshold):
-    """Which entries dropout keeps: `reference.dropout_mask`."""
+    """Which entries dropout keeps: `checks.dropout_mask`."""
     row_R = _mix(_mix(row_R.to(tl.uint32)) ^ key.to(tl.uint32))
     bits_RC = _mix(row_R[:, None] ^ _mix(column_C.to(tl.uint32))[None, :])
     return bits_RC.to(tl.int32, bitcast=True) >= threshold

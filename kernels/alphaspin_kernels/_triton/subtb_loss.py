@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaspin_kernels._triton.common import Launch
-from alphaspin_kernels.reference import check_lengths
+from alphaspin_kernels.checks import check_lengths
 from alphaspin_kernels.subtb_loss import rates
 
 ROWS = 32
