@@ -221,10 +221,10 @@ def _evaluate(arguments: Sequence[str]) -> None:
 def _export(arguments: Sequence[str]) -> None:
     path, rest = _run_and_options("export", ExportOptions, arguments)
     options = _parsed(ExportOptions, None, "alphaspin export RUN", rest)
-    from alphaspin import export
+    from alphaspin import exporting
     from alphaspin.played import Played
 
-    export.run(Played.open(path).moved(options), options)
+    exporting.run(Played.open(path).moved(options), options)
 
 
 def _report(arguments: Sequence[str]) -> None:

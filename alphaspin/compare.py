@@ -13,16 +13,15 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from alphaspin import console, report
-from alphaspin import evaluate as measures
+from alphaspin import console, measures, report
 from alphaspin.backbone import Backbone
 from alphaspin.config import Config, EvaluateOptions
 from alphaspin.data import ChatFormat, Demonstration
 from alphaspin.distributed import Team, TeamJudge
 from alphaspin.errors import InputError
-from alphaspin.evaluate import Evaluation
 from alphaspin.job import check_lengths, load_judge, load_source
 from alphaspin.judges import CachedJudge
+from alphaspin.measures import Evaluation
 from alphaspin.played import Played, Policy
 from alphaspin.runs import Run, SignalGuard, commit, make_folder, verifies, write_atomically
 

@@ -16,8 +16,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 
-from alphaspin import __version__, console
-from alphaspin import evaluate as measures
+from alphaspin import __version__, console, measures
 from alphaspin.backbone import Backbone
 from alphaspin.config import Config, check_installed, check_there, contraction_note, flat, packaged
 from alphaspin.data import ChatFormat, Demonstration, fingerprint, hold_out, load_demonstrations

@@ -70,7 +70,7 @@ UNSEEN = str.maketrans(
 
 
 class Row(BaseModel):
-    """Held-out measures of one policy; see `evaluate.Evaluation`."""
+    """Held-out measures of one policy; see `measures.Evaluation`."""
 
     name: Annotated[str, Field(pattern=r"^(base|(sft )?[0-9]+)$")]
     nll: float

@@ -30,8 +30,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from alphaspin import console
-from alphaspin import evaluate as measures
+from alphaspin import console, measures
 from alphaspin.batching import Tree
 from alphaspin.config import Config
 from alphaspin.data import Demonstration

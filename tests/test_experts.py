@@ -11,7 +11,7 @@ from test_backbone import PREVIOUS, load, make_trees, plain_logps, plain_model
 from test_families import FAMILIES, adapt, assert_equal_to_plain_peft, save
 from transformers import AutoModelForCausalLM
 
-from alphaspin import export
+from alphaspin import exporting
 from alphaspin.batching import collate
 from alphaspin.config import Config, LoraConfig
 from alphaspin.data import ChatFormat
@@ -93,7 +93,7 @@ def test_merged_weights_are_the_adapted_model(family: str, tmp_path: Path) -> No
     adapt(tmp_path, LoraConfig(r=3, alpha=5) if family == "gpt2" else LORA)
     _, tokenizer = load_base(str(tmp_path), dtype="fp32", device=CPU)
     chat = ChatFormat.create(tokenizer)
-    told = export._write_merged(str(tmp_path), tmp_path / POLICY, chat, tmp_path / "merged")
+    told = exporting._write_merged(str(tmp_path), tmp_path / POLICY, chat, tmp_path / "merged")
     assert "float32" in told
     trees = make_trees(3, 5)
     with torch.no_grad():

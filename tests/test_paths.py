@@ -23,7 +23,7 @@ from alphaspin.config import (
     recipe_names,
 )
 from alphaspin.errors import EXIT_INPUT, InputError
-from alphaspin.export import writable
+from alphaspin.exporting import writable
 from alphaspin.played import Played
 from alphaspin.runs import Run, relocated
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphaspin import cli, evaluate, export, job
+from alphaspin import cli, exporting, job, measures
 from alphaspin.backbone import WEIGHTS
 from alphaspin.config import Config, LoraConfig, load_config
 from alphaspin.data import ChatFormat
@@ -129,7 +129,7 @@ def test_another_judge_is_asked_about_the_answers_that_are_there(
     run: Path, alphaspin: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "decode", no_decoding)
+        patch.setattr(measures, "decode", no_decoding)
         code, printed = alphaspin("evaluate", run, *LONGER)
         assert code == 0, printed
     assert "judge callable:judge_of_length:longer" in printed and "distinct-" in printed, printed
@@ -468,7 +468,7 @@ def test_merging_keeps_ties_and_precision(family: str, dtype: torch.dtype, tmp_p
     (tmp_path / "adapter").mkdir()
     backbone.save_adapter("policy", tmp_path / "adapter")
     chat = ChatFormat.create(tokenizer)
-    told = export._write_merged(backbone.path, tmp_path / "adapter", chat, tmp_path / "out")
+    told = exporting._write_merged(backbone.path, tmp_path / "adapter", chat, tmp_path / "out")
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert after.dtype == dtype and str(dtype).removeprefix("torch.") in told
@@ -510,8 +510,8 @@ def test_the_card_names_a_base_of_the_hub(run: Path) -> None:
     played = Played.open(run)
     hub = played.config.model_copy(update={"model": "someone/base-7b"})
     played = Played(run, hub, played.manifest)
-    options = export.ExportOptions(to="x", vllm=True)
-    card = ModelCard(export._card(played, played.policies()[1], options, "an adapter"))
+    options = exporting.ExportOptions(to="x", vllm=True)
+    card = ModelCard(exporting._card(played, played.policies()[1], options, "an adapter"))
     assert card.data.base_model == "someone/base-7b" and card.data.library_name == "peft"
     assert "vllm serve someone/base-7b" in card.text
 
@@ -527,7 +527,7 @@ def test_the_embedded_model_too(tmp_path: Path, alphaspin: Command) -> None:
     assert alphaspin("export", "tiny", "--to=adapter", "--vllm")[0] == 0
     base, merged = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        for path in (export._base_name(Played.open(Path("tiny"))), "merged")
+        for path in (exporting._base_name(Played.open(Path("tiny"))), "merged")
     )
     before = logits(base)
     wanted = logits(PeftModel.from_pretrained(base, "adapter"))

@@ -17,8 +17,8 @@ from alphaspin.cli import main, parse
 from alphaspin.config import RECORDED, Config
 from alphaspin.distributed import Team, repeatable
 from alphaspin.errors import InputError
-from alphaspin.evaluate import Evaluation
 from alphaspin.load import choose_bf16
+from alphaspin.measures import Evaluation
 from alphaspin.routing import POLICY
 from alphaspin.stepper import Stepper
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
-from alphaspin import export, job, plan, routing
+from alphaspin import exporting, job, plan, routing
 from alphaspin.backbone import Backbone
 from alphaspin.batching import collate
 from alphaspin.config import Config, ExportOptions, LoraConfig, TrainConfig
@@ -312,7 +312,7 @@ def test_a_quantised_run_is_evaluated_and_exported(
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
-    export.run(Played.open(Path(run)), ExportOptions(to=out, merge=True))
+    exporting.run(Played.open(Path(run)), ExportOptions(to=out, merge=True))
     ids = torch.arange(5, 25)[None]
     base = AutoModelForCausalLM.from_pretrained(world / "model")
     adapted = PeftModel.from_pretrained(base, f"{run}/iterations/1/adapter").eval()

@@ -16,13 +16,12 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from alphaspin import console
-from alphaspin import evaluate as measures
+from alphaspin import console, measures
 from alphaspin.backbone import WEIGHTS
 from alphaspin.config import ExportOptions, packaged
 from alphaspin.data import ChatFormat
 from alphaspin.errors import InputError
-from alphaspin.evaluate import Evaluation
+from alphaspin.measures import Evaluation
 from alphaspin.played import Played, Policy
 from alphaspin.report import describe
 from alphaspin.runs import commit, verifies
