@@ -139,12 +139,11 @@ def _train(arguments: Sequence[str]) -> None:
     if plan_only:
         _plan(config)
         return
-    from alphaspin import job, report  # torch takes seconds to import; --help need not wait
+    from alphaspin import api, job  # torch takes seconds to import; --help need not wait
 
-    job.run(config)
+    result = api.play(config)
     if job.is_main():
-        page = report.write(config.run_folder())
-        console.note(f"report: {page}")
+        console.note(f"report: {result.path / 'report.html'}")
     job.disconnect()
 
 
@@ -221,10 +220,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
 def _export(arguments: Sequence[str]) -> None:
     path, rest = _run_and_options("export", ExportOptions, arguments)
     options = _parsed(ExportOptions, None, "alphaspin export RUN", rest)
-    from alphaspin import exporting
-    from alphaspin.played import Played
+    from alphaspin import api
 
-    exporting.run(Played.open(path).moved(options), options)
+    api.export(path, **options.model_dump())
 
 
 def _report(arguments: Sequence[str]) -> None:

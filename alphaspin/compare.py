@@ -29,8 +29,11 @@ LOADED = "evaluated"
 """Name under which the adapter in question is loaded."""
 
 
-def run(played: Played, options: EvaluateOptions) -> None:
+def run(played: Played, options: EvaluateOptions) -> list[Evaluation]:
     """Measure what is asked for, print the tables, and put them into the report.
+
+    Returns:
+        The evaluations; none where tasks are asked for.
 
     Raises:
         InputError: a policy, the data, the judge or a task cannot be used.
@@ -47,14 +50,16 @@ def run(played: Played, options: EvaluateOptions) -> None:
                 from alphaspin import harness  # the `eval` extra
 
                 harness.run(played, policies, backbone, chat, options, guard)
+                rows = []
             else:
-                _compare(played, policies, backbone, chat, options, guard)
+                rows = _compare(played, policies, backbone, chat, options, guard)
     finally:
         guard.restore()
     if (played.path / "summary.json").exists():
         console.note(f"report: {report.write(played.path)}")
     else:
         console.note(f"{played.path}: the report is written when the run ends")
+    return rows
 
 
 def _compare(
@@ -64,7 +69,7 @@ def _compare(
     chat: ChatFormat,
     options: EvaluateOptions,
     guard: SignalGuard,
-) -> None:
+) -> list[Evaluation]:
     config = played.config.model_copy(update={"judge": options.judge})
     heldout = _prompts(played, chat, options)
     check_lengths(config, backbone, heldout)
@@ -93,6 +98,7 @@ def _compare(
     title = "win rates with 95 % intervals; diversity of the answers"
     console.table(title, measures.COMPARED, [measures.comparison(row) for row in rows])
     console.text(f"judge {cached.identity}")
+    return rows
 
 
 def _prompts(played: Played, chat: ChatFormat, options: EvaluateOptions) -> list[Demonstration]:

@@ -177,9 +177,7 @@ def _write_adapter(played: Played, adapter: Path, folder: Path) -> str:
     config["base_model_name_or_path"] = _base_name(played)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
-    return (
-        f"a LoRA adapter in PEFT's format, for PEFT{'' if _not_for_vllm(played) else ' and vLLM'}"
-    )
+    return "a LoRA adapter in PEFT's format, for PEFT and vLLM"
 
 
 def _not_for_vllm(played: Played) -> str:
@@ -245,13 +243,6 @@ def _usage(played: Played, options: ExportOptions) -> str:
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{name}")',
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        ]
-        return "```python\n" + "\n".join(lines) + "\n```"
-    if _not_for_vllm(played):
-        lines = [
-            "from peft import AutoPeftModelForCausalLM",
-            "",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
         ]
         return "```python\n" + "\n".join(lines) + "\n```"
     rank = min(rank for rank in VLLM_RANKS if rank >= played.config.lora.r)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ from alphaspin.runs import (
     write_atomically,
 )
 from alphaspin.scoring import ReferenceCache
-from alphaspin.selfplay import play
+from alphaspin.selfplay import Callback, play, teller
 from alphaspin.session import Session
 from alphaspin.verify import Verdict, verify
 
 
-def run(config: Config) -> dict[str, Any]:
-    """The whole job of `alphaspin-train`: returns what `summary.json` holds.
+def run(
+    config: Config, callbacks: Sequence[Callback] = ()
+) -> tuple[dict[str, Any], list[measures.Evaluation]]:
+    """The whole job of `alphaspin-train`: what `summary.json` holds, and the table.
 
     Raises:
         InputError: the model, the data or the folder cannot be used; nothing was changed.
@@ -59,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
     guard, quiet = SignalGuard(), console.console.quiet
     try:
         with repeatable():
-            return _run(config, guard)
+            return _run(config, guard, callbacks)
     finally:
         guard.restore()
         console.console.quiet = quiet
@@ -75,7 +78,9 @@ def disconnect() -> None:
     PartialState().destroy_process_group()
 
 
-def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
+def _run(
+    config: Config, guard: SignalGuard, callbacks: Sequence[Callback]
+) -> tuple[dict[str, Any], list[measures.Evaluation]]:
     # Precision, accumulation and sharding are this configuration's, not those of `accelerate
     # config`. Under torchrun alone Accelerate does not look for others where there is no GPU.
     accelerator = Accelerator(
@@ -146,7 +151,8 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             settings = {key: str(value) for key, value in flat(config.identity()).items()}
             accelerator.init_trackers(config.name, config=settings)
             mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
-        metrics = Metrics(folder.path / "metrics.jsonl", mirror, writes=team.main)
+        tell = teller(callbacks)
+        metrics = Metrics(folder.path / "metrics.jsonl", mirror, writes=team.main, tell=tell)
         with team.together():
             if team.main:
                 # All settings, with what the identity leaves out: the folder alone tells how to
@@ -168,7 +174,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             ReferenceCache(),
             TeamJudge.of(team, cached) if config.method != "spin" else None,
         )
-        rows = play(session)
+        rows = play(session, callbacks)
 
         def write() -> dict[str, Any]:
             summary = summarise(config, folder, metrics, rows, heldout, chat)
@@ -184,7 +190,7 @@ def _run(config: Config, guard: SignalGuard) -> dict[str, Any]:
             console.note(f"{kind}: {count:,} response tokens that carried a gradient")
         for tracker in accelerator.trackers:
             tracker.finish()
-        return summary
+        return summary, rows
 
 
 def check_settings(team: Team, settings: dict[str, Any]) -> None:

@@ -149,14 +149,22 @@ Mirror = Callable[[Mapping[str, float], int], None]
 class Metrics:
     """`metrics.jsonl`: a JSON object a line, each with its `stage` (e.g. `train/0`) and `step`."""
 
-    def __init__(self, path: Path, mirror: Mirror | None = None, *, writes: bool = True):
-        """Open `path`; `mirror` also gets the numbers (TensorBoard, wandb).
+    def __init__(
+        self,
+        path: Path,
+        mirror: Mirror | None = None,
+        *,
+        writes: bool = True,
+        tell: Callable[[str, int, Mapping[str, float | str]], None] = lambda *_: None,
+    ):
+        """Open `path`; `mirror` also gets the numbers (TensorBoard, wandb), `tell` the records.
 
         With `writes` off nothing is written: a file has one writer among several processes.
         """
         self._path = path
         self._mirror = mirror
         self._writes = writes
+        self._tell = tell
         self._step = 0
 
     def read(self) -> list[dict[str, Any]]:
@@ -185,6 +193,7 @@ class Metrics:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self._step += 1
+        self._tell(stage, step, values)
         if self._mirror:
             prefix = stage.split("/")[0]
             numbers = {f"{prefix}/{k}": v for k, v in values.items() if not isinstance(v, str)}

@@ -24,6 +24,7 @@ from what is, as a function of (seed, t, example), so a killed run that is start
 the same bits as one that was never killed.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,19 +57,56 @@ REMEDIES = {
 """Against log-probs of winners and losers that fall together, by the loss of `spin`."""
 
 
-def play(session: Session) -> list[measures.Evaluation]:
+class Callback:
+    """What a run tells while it goes on; a subclass overrides what it wants to hear.
+
+    What is on disk from an earlier call is not told again, but for iterates and evaluations.
+    """
+
+    def on_step(self, stage: str, step: int, values: Mapping[str, float | str]) -> None:
+        """A record of `metrics.jsonl`: a step of `train/t`, `control/t` or `gflownet/t`, …"""
+
+    def on_phase(self, name: str, iteration: int, seconds: float) -> None:
+        """A phase has ended: `opponents`, `responses`, `judge`, `reference`, `train`, …"""
+
+    def on_iterate(self, iteration: int, adapter: Path) -> None:
+        """Iterate t is on disk."""
+
+    def on_evaluation(self, evaluation: measures.Evaluation) -> None:
+        """The base, an iterate or the control has been measured."""
+
+
+def teller(callbacks: Sequence[Callback]) -> Callable[[str, int, Mapping[str, float | str]], None]:
+    """What hands the records of `Metrics` on to callbacks."""
+
+    def tell(stage: str, step: int, values: Mapping[str, float | str]) -> None:
+        for callback in callbacks:
+            if stage.startswith("time/"):
+                callback.on_phase(stage.removeprefix("time/"), step, float(values["seconds"]))
+            else:
+                callback.on_step(stage, step, values)
+
+    return tell
+
+
+def play(session: Session, callbacks: Sequence[Callback] = ()) -> list[measures.Evaluation]:
     """All iterations, then the control; the evaluations in the order of the table."""
+    callbacks = callbacks if session.team.main else ()
     config = session.config
     rows: list[measures.Evaluation] = []
     base = None
     if session.heldout:
         base = evaluate(session, "base", session.run.path / "base", None, None, 0)
         rows.append(base)
+        _told(callbacks, base)
     for t in range(config.selfplay.iterations):
         train_iterate(session, t)
+        adapter = session.folder(t) / "adapter"
+        for callback in callbacks:
+            callback.on_iterate(t, adapter)
         if base:
-            adapter = session.folder(t) / "adapter"
             rows.append(evaluate(session, str(t), session.folder(t), adapter, base, t))
+            _told(callbacks, rows[-1])
             console.note(f"t={t}: {measures.line(rows[-1])}")
     if config.control == "sft":
         for t in range(config.selfplay.iterations):
@@ -76,7 +114,13 @@ def play(session: Session) -> list[measures.Evaluation]:
             if base:
                 adapter = folder / "adapter"
                 rows.append(evaluate(session, f"sft {t}", folder, adapter, base, t))
+                _told(callbacks, rows[-1])
     return rows
+
+
+def _told(callbacks: Sequence[Callback], evaluation: measures.Evaluation) -> None:
+    for callback in callbacks:
+        callback.on_evaluation(evaluation)
 
 
 def train_iterate(session: Session, iteration: int) -> None:

@@ -1,0 +1,120 @@
+"""The commands as functions, for scripts and notebooks.
+
+    from alphaspin import Callback, load_config, play
+
+    class Print(Callback):
+        def on_step(self, stage, step, values):
+            print(stage, step, values)
+
+    run = play(load_config("tiny"), callbacks=[Print()])
+    run.table[-1].nll, run.adapters[-1], pandas.DataFrame(run.metrics)
+
+A call with the same configuration goes on with the run where it stopped, as the commands do.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from alphaspin import compare, exporting, job, report
+from alphaspin.config import Config, EvaluateOptions, ExportOptions, explain
+from alphaspin.errors import InputError
+from alphaspin.measures import Evaluation
+from alphaspin.played import Played
+from alphaspin.runs import Metrics
+from alphaspin.selfplay import Callback
+
+T = TypeVar("T")
+
+__all__ = ["Callback", "Result", "evaluate", "export", "play"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    path: its folder, with `report.html`. table: evaluations of the base, the iterates and the
+    control, in this order. adapters: the iterates' folders, in PEFT's format. metrics: what was
+    recorded, a dict for each step and phase. summary: what `summary.json` holds.
+    """
+
+    path: Path
+    config: Config
+    table: list[Evaluation]
+    adapters: list[Path]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def play(config: Config | Mapping[str, Any], *, callbacks: Sequence[Callback] = ()) -> Result:
+    """Self-play as `alphaspin-train` does it; goes on with the run where it stopped.
+
+    Args:
+        config: or its settings as nested dicts, as in a recipe.
+        callbacks: are told what happens, in process 0.
+
+    Raises:
+        InputError: a setting, the model, the data or the folder cannot be used.
+        Interrupted: a signal came; the same call goes on from there.
+        TrainingStopped: the loss or the gradient is not finite.
+    """
+    settings = config if isinstance(config, Config) else _checked(Config.model_validate, config)
+    summary, table = job.run(settings, callbacks)
+    path = settings.run_folder()
+    if job.is_main():
+        report.write(path)
+    folders = [path / "iterations" / str(t) for t in range(settings.selfplay.iterations)]
+    return Result(
+        path,
+        settings,
+        table,
+        [folder / "adapter" for folder in folders],
+        Metrics(path / "metrics.jsonl").read(),
+        summary,
+    )
+
+
+def evaluate(run: str | Path, **options: Any) -> list[Evaluation]:
+    """Compare the policies of a run folder, as `alphaspin evaluate` does.
+
+    Args:
+        run: its folder.
+        options: those of the command (`EvaluateOptions`); without `judge` the run's own.
+
+    Returns:
+        Evaluations of the base, the iterates and the control; none for `tasks`, which are kept in
+        the folder.
+
+    Raises:
+        InputError: an option, a policy, the data, the judge or a task cannot be used.
+    """
+    played = Played.open(Path(run))
+    options = {"judge": played.config.judge, **options}
+    chosen = _checked(EvaluateOptions.model_validate, options)
+    return compare.run(played.moved(chosen), chosen)
+
+
+def export(run: str | Path, to: str | Path, **options: Any) -> Path:
+    """Write a policy for use elsewhere, as `alphaspin export` does; returns the folder.
+
+    Args:
+        run: the run's folder.
+        to: the folder to write, which must not exist.
+        options: those of the command (`ExportOptions`): `merge` or `vllm`, `iteration`, `model`.
+
+    Raises:
+        InputError: an option, the iteration, the base or the adapter cannot be used.
+    """
+    chosen = _checked(ExportOptions.model_validate, {"to": str(to), **options})
+    exporting.run(Played.open(Path(run)).moved(chosen), chosen)
+    return Path(chosen.to)
+
+
+def _checked(validate: Callable[[Any], T], settings: Mapping[str, Any]) -> T:
+    try:
+        return validate(dict(settings))
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
