@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -817,3 +818,10 @@ def average_adapters(
 ) -> dict[str, Tensor]:
     """decay · old + (1-decay) · new, tensor by tensor: the moving average of adapter weights."""
     return {key: decay * old[key] + (1 - decay) * new[key] for key in new}
+
+
+def __getattr__(name: str) -> Any:
+    """`load_base` and what belongs to it lived here until they got a module of their own."""
+    if name in ("load_base", "loading", "choose_bf16"):
+        return getattr(import_module("alphaspin.load"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,6 +24,7 @@ from alphaspin.backbone import Backbone
 from alphaspin.batching import Tokens
 from alphaspin.config import SamplingConfig
 from alphaspin.stepper import Ahead, Components, Policy, Stepper, components
+from alphaspin.stepper import mixture as mixture
 
 SPAN = 256  # tokens summed at once
 REFILL = 8  # newcomers wait until 1/REFILL of the batch is free, so that their passes are few

@@ -55,6 +55,9 @@ def hidden_logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
     )
 
 
+_logps = hidden_logps  # its earlier name, which scripts outside of this repository have
+
+
 @dataclass(frozen=True, slots=True)
 class OnlineReference:
     """A reference that is computed at each step, for responses that are trained on once or less.
