@@ -62,16 +62,17 @@ def play(config: Config | Mapping[str, Any], *, callbacks: Sequence[Callback] = 
         TrainingStopped: the loss or the gradient is not finite.
     """
     settings = config if isinstance(config, Config) else _checked(Config.model_validate, config)
-    summary, table = job.run(settings, callbacks)
+    summary = job.run(settings, callbacks)
     path = settings.run_folder()
     if job.is_main():
         report.write(path)
-    folders = [path / "iterations" / str(t) for t in range(settings.selfplay.iterations)]
+    policies = Played.open(path).policies()
+    files = [policy.folder / "evaluation" / "evaluation.json" for policy in policies]
     return Result(
         path,
         settings,
-        table,
-        [folder / "adapter" for folder in folders],
+        [Evaluation.load(file) for file in files if file.is_file()],
+        [policy.folder / "adapter" for policy in policies if policy.name.isdecimal()],
         Metrics(path / "metrics.jsonl").read(),
         summary,
     )

@@ -42,10 +42,8 @@ from alphaspin.session import Session
 from alphaspin.verify import Verdict, verify
 
 
-def run(
-    config: Config, callbacks: Sequence[Callback] = ()
-) -> tuple[dict[str, Any], list[measures.Evaluation]]:
-    """The whole job of `alphaspin-train`: what `summary.json` holds, and the table.
+def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    """The whole job of `alphaspin-train`: returns what `summary.json` holds.
 
     Raises:
         InputError: the model, the data or the folder cannot be used; nothing was changed.
@@ -78,9 +76,7 @@ def disconnect() -> None:
     PartialState().destroy_process_group()
 
 
-def _run(
-    config: Config, guard: SignalGuard, callbacks: Sequence[Callback]
-) -> tuple[dict[str, Any], list[measures.Evaluation]]:
+def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> dict[str, Any]:
     # Precision, accumulation and sharding are this configuration's, not those of `accelerate
     # config`. Under torchrun alone Accelerate does not look for others where there is no GPU.
     accelerator = Accelerator(
@@ -190,7 +186,7 @@ def _run(
             console.note(f"{kind}: {count:,} response tokens that carried a gradient")
         for tracker in accelerator.trackers:
             tracker.finish()
-        return summary, rows
+        return summary
 
 
 def check_settings(team: Team, settings: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def test_a_run_with_a_model_as_judge(
 ) -> None:
     """The pairs of each iteration are what the model says of the sampled answers."""
     folder = str(inputs / f"make_{kind}")
-    summary, _ = job.run(config(inputs, tmp_path / "run", kind=kind, model=folder))
+    summary = job.run(config(inputs, tmp_path / "run", kind=kind, model=folder))
     judge = {"reward_model": RewardModelJudge, "pairrm": PairRMJudge}[kind](folder)
     for t in (0, 1):
         groups = responses(inputs, tmp_path / "run", t)
@@ -141,7 +141,7 @@ def test_a_run_with_a_server_that_falls_ill(
                 job.run(settings)
             assert len(answered) == limit
         else:
-            summary, _ = job.run(settings)
+            summary = job.run(settings)
     assert answered == expected
     assert result(tmp_path / "run") == result(tmp_path / "whole")
     assert len(set(summary["adapters"].values())) == 2
