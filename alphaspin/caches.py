@@ -9,9 +9,9 @@ Shapes: N sequences, R rows (one per sequence and policy), U rows of a prefill, 
 longest prompt in it, H hidden size, W width of the cache.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +26,8 @@ from alphaspin.batching import Segment, Tokens
 Names = Sequence[str | None]
 Rows = list[list[int]]
 """Of each sequence: the row of each of its policies."""
+Key = tuple[str | None, bytes]
+"""A policy and a prompt."""
 
 BLOCK = 64  # columns; the cache's width is a multiple of it
 PREFILL_TOKENS = 16_384  # of one forward pass over prompts, padding included
@@ -125,27 +127,23 @@ class Slots:
             [*self._rows, *([-1] * len(mine) for mine in names)],
             [*self._lengths.tolist(), *map(len, prompts)],
         )
-        rows: dict[tuple[str | None, bytes], list[int]] = {}  # that hold the same prompt
-        prompt_of: dict[tuple[str | None, bytes], Tokens] = {}
-        asked: list[list[tuple[str | None, bytes]]] = []
-        for prompt, mine, places in zip(prompts, names, self._rows[first:], strict=True):
-            asked.append([(name, prompt.tobytes()) for name in mine])
-            for key, row in zip(asked[-1], places, strict=True):
-                rows.setdefault(key, []).append(row)
-                prompt_of[key] = prompt
+        owners, prompt_of = _wanted(prompts, names)
         hidden: list[Tensor] = []
-        number: dict[tuple[str | None, bytes], int] = {}
-        for part in _parts(sorted(rows, key=lambda key: len(key[1])), prompt_of):
+        rows = [[0] * len(mine) for mine in names]
+        number = itertools.count()
+        for part in _parts(sorted(owners, key=lambda key: len(key[1])), prompt_of):
             part.sort(key=lambda key: key[0] or "")
-            number |= {key: len(number) + u for u, key in enumerate(part)}
             hidden.append(
                 self._prompts(
                     [key[0] for key in part],
                     [prompt_of[key] for key in part],
-                    [rows[key] for key in part],
+                    [[self._rows[first + i][c] for i, c in owners[key]] for key in part],
                 )
             )
-        return torch.cat(hidden), [[number[key] for key in keys] for keys in asked]
+            for key, row in zip(part, number, strict=False):
+                for i, c in owners[key]:
+                    rows[i][c] = row
+        return torch.cat(hidden), rows
 
     def _prompts(
         self, names: list[str | None], prompts: list[Tokens], rows: list[list[int]]
@@ -275,12 +273,13 @@ class _Batch:
     """Rows of one length, side by side in one cache of the family's.
 
     length: tokens of each row. owners: of each row, the sequence and which of its policies; rows
-    of one adapter are together.
+    of one adapter are together, which `segments` says.
     """
 
     cache: Any
     length: int
     owners: list[tuple[int, int]]
+    segments: list[Segment] = field(default_factory=list[Segment])
 
 
 class Own:
@@ -294,22 +293,22 @@ class Own:
         """No sequence yet."""
         self._backbone = backbone
         self._names: list[Names] = []
+        self._rows: Rows = []  # in the order of the batches
         self._batches: list[_Batch] = []
 
     def prefill(self, prompts: Sequence[Tokens], names: Sequence[Names]) -> tuple[Tensor, Rows]:
         """Add sequences: prompts [P_i], and the policies of each."""
         first, device = len(self._names), self._backbone.device
         self._names += names
-        owners: dict[tuple[str | None, bytes], list[tuple[int, int]]] = {}  # of the same prompt
-        prompt_of: dict[tuple[str | None, bytes], Tokens] = {}
-        for i, (prompt, mine) in enumerate(zip(prompts, names, strict=True)):
-            for c, name in enumerate(mine):
-                owners.setdefault((name, prompt.tobytes()), []).append((i, c))
-                prompt_of[name, prompt.tobytes()] = prompt
+        owners, prompt_of = _wanted(prompts, names)
         hidden: list[Tensor] = []
         rows = [[0] * len(mine) for mine in names]
-        number = 0
-        for _, keys in groupby(sorted(owners, key=lambda key: len(key[1])), lambda k: len(k[1])):
+        number = itertools.count()
+
+        def length(key: Key) -> int:
+            return len(key[1])
+
+        for _, keys in itertools.groupby(sorted(owners, key=length), length):
             for part in _parts(sorted(keys, key=lambda key: key[0] or ""), prompt_of):
                 ids_UP = torch.from_numpy(np.stack([prompt_of[key] for key in part])).long()
                 hidden_UPH, cache = self._backbone.own_cache_rows(
@@ -318,35 +317,30 @@ class Own:
                 hidden.append(hidden_UPH[:, -1])
                 sources: list[int] = []
                 whose: list[tuple[int, int]] = []
-                for u, key in enumerate(part):
+                for (u, key), row in zip(enumerate(part), number, strict=False):
                     for i, c in owners[key]:
-                        rows[i][c] = number
+                        rows[i][c] = row
                         sources.append(u)
                         whose.append((first + i, c))
-                    number += 1
                 self._batches.append(_Batch(cache, ids_UP.shape[1], whose))
                 self._keep(self._batches[-1], sources, len(part))
+        self._settle()
         return torch.cat(hidden), rows
 
     def step(self, tokens_N: Tensor) -> tuple[Tensor, Rows]:
         """Append one token to each sequence."""
         ids_N = tokens_N.to(self._backbone.device, torch.int64)
         hidden: list[Tensor] = []
-        rows = [[0] * len(mine) for mine in self._names]
-        number = 0
         for batch in self._batches:
             hidden_R1H, batch.cache = self._backbone.own_cache_rows(
-                _segments([self._names[i][c] for i, c in batch.owners]),
+                batch.segments,
                 ids_N[[i for i, _ in batch.owners], None],
                 start=batch.length,
                 cache=batch.cache,
             )
             batch.length += 1
             hidden.append(hidden_R1H[:, 0])
-            for i, c in batch.owners:
-                rows[i][c] = number
-                number += 1
-        return torch.cat(hidden), rows
+        return torch.cat(hidden), self._rows
 
     def select(self, indices: Sequence[int]) -> None:
         """Sequence i becomes what sequence `indices[i]` was."""
@@ -360,6 +354,16 @@ class Own:
             batch.owners = [(new, c) for _, new, c in kept]
             self._keep(batch, [u for u, _, _ in kept], len(before))
         self._batches = [batch for batch in self._batches if batch.owners]
+        self._settle()
+
+    def _settle(self) -> None:
+        """Number the rows of all batches, and part each by adapter, until sequences change."""
+        self._rows = [[0] * len(mine) for mine in self._names]
+        number = itertools.count()
+        for batch in self._batches:
+            batch.segments = _segments([self._names[i][c] for i, c in batch.owners])
+            for (i, c), row in zip(batch.owners, number, strict=False):
+                self._rows[i][c] = row
 
     def _keep(self, batch: _Batch, sources: list[int], count: int) -> None:
         """Row r of a cache of `count` rows becomes what row `sources[r]` was."""
@@ -424,11 +428,22 @@ def _segments(names: Sequence[str | None]) -> list[Segment]:
     return [Segment(names[start], start, stop) for start, stop in zip(starts, ends, strict=True)]
 
 
-def _parts(
-    keys: list[tuple[str | None, bytes]], prompts: Mapping[tuple[str | None, bytes], Tokens]
-) -> list[list[tuple[str | None, bytes]]]:
+def _wanted(
+    prompts: Sequence[Tokens], names: Sequence[Names]
+) -> tuple[dict[Key, list[tuple[int, int]]], dict[Key, Tokens]]:
+    """Prompts under policies, each once: who wants it (sequence, which of its policies), and it."""
+    owners: dict[Key, list[tuple[int, int]]] = {}
+    prompt_of: dict[Key, Tokens] = {}
+    for i, (prompt, mine) in enumerate(zip(prompts, names, strict=True)):
+        for c, name in enumerate(mine):
+            owners.setdefault((name, prompt.tobytes()), []).append((i, c))
+            prompt_of[name, prompt.tobytes()] = prompt
+    return owners, prompt_of
+
+
+def _parts(keys: list[Key], prompts: Mapping[Key, Tokens]) -> list[list[Key]]:
     """Consecutive prompts, ordered by length, cut where a pass would have too many tokens."""
-    parts: list[list[tuple[str | None, bytes]]] = []
+    parts: list[list[Key]] = []
     for key in keys:
         if not parts or (len(parts[-1]) + 1) * len(prompts[key]) > PREFILL_TOKENS:
             parts.append([])
@@ -443,13 +458,18 @@ CACHES = {"slots": Slots, "own": Own, "none": Recomputed}
 @torch.no_grad()
 def choose(backbone: Backbone) -> None:
     """Set `backbone.cache` to the first of `CACHES`, from where it is, that is right."""
-    kinds = list(CACHES)
-    for kind in kinds[kinds.index(backbone.cache) : -1]:
-        problem = _problem(backbone, CACHES[kind](backbone))
+    while backbone.cache != "none":
+        problem = _problem(backbone, CACHES[backbone.cache](backbone))
         if not problem:
             break
-        backbone.cache = cast(Any, kinds[kinds.index(kind) + 1])
-        backbone.cache_reason = problem
+        give_up(backbone, problem)
+
+
+def give_up(backbone: Backbone, reason: str) -> None:
+    """Go on to the next of `CACHES`, and say why."""
+    kinds = list(CACHES)
+    backbone.cache = cast(Any, kinds[kinds.index(backbone.cache) + 1])
+    backbone.cache_reason = reason
 
 
 def _problem(backbone: Backbone, kept: Slots | Own | Recomputed) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from alphaspin import __version__
 from alphaspin.backbone import Backbone
 from alphaspin.batching import Batch, Tree, collate
-from alphaspin.caches import CACHES
+from alphaspin.caches import CACHES, give_up
 from alphaspin.errors import InputError
 from alphaspin.routing import NOT_JOINT
 from alphaspin.runs import write_atomically
@@ -64,10 +64,9 @@ class Verdict:
         """Forbid what was found to be wrong."""
         if self.packed:
             backbone.layout, backbone.layout_reason = "padded", self.packed
-        for cache, then in cast(Any, (("slots", "own"), ("own", "none"))):
-            reason: str = getattr(self, cache)
+        for cache, reason in (("slots", self.slots), ("own", self.own)):
             if backbone.cache == cache and reason:
-                backbone.cache, backbone.cache_reason = then, reason
+                give_up(backbone, reason)
         if self.joint:
             backbone.forbid_joint(self.joint)
 
