@@ -566,6 +566,11 @@ class SamplingConfig(Section):
     shard_size: PositiveInt = 1024
     """Prompts per durable shard of sampling and scoring: what a killed run repeats at most."""
 
+    @property
+    def untouched(self) -> bool:
+        """Whether answers are drawn from the policy itself, not from one that is sharper or cut."""
+        return (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
+
     @model_validator(mode="after")
     def _complete(self) -> "SamplingConfig":
         _refuse_unused(self, "sampling.engine", self.engine, SAMPLING_KEYS, "sampling.")
@@ -785,7 +790,7 @@ class Config(Section):
                 weighed = f"reference.alpha = {self.reference.alpha:g} with method = {self.method}"
         elif opponent in ("mixture-smc", "mixture-gflownet"):
             weighed = f"selfplay.opponent = {opponent}"
-        if weighed and (drawn.temperature, drawn.top_p, drawn.top_k) != (1, 1, 0):
+        if weighed and not drawn.untouched:
             raise ValueError(
                 f"{weighed} needs sampling.temperature = 1 without top_p and top_k: answers are "
                 "weighed by the probability with which they were drawn"

@@ -254,7 +254,7 @@ def evaluate(
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
         margin=reward_scale(config, iteration) * float(margins.mean()) if len(margins) else 0.0,
-        **(_mean("kl", divergence.tolist()) if _from_policy(config) else {}),
+        **(_mean("kl", divergence.tolist()) if config.sampling.untouched else {}),
         **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),
@@ -301,12 +301,6 @@ def compared(
         controlled_low=controlled.low,
         controlled_high=controlled.high,
     )
-
-
-def _from_policy(config: Config) -> bool:
-    """Whether answers are drawn from the policy, and not from one that is sharper or cut."""
-    drawn = config.sampling
-    return (drawn.temperature, drawn.top_p, drawn.top_k) == (1, 1, 0)
 
 
 def _mean(name: str, values: list[float]) -> dict[str, float]:

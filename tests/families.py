@@ -212,13 +212,12 @@ def table(verdicts: dict[str, str]) -> str:
     for family, found in verdicts.items():
         kind, _, reason = found.partition(": ")
         reason = next((text for part, text in REASONS.items() if part in reason), reason)
-        rows.setdefault({"packed": "exact, packed rows", "padded": PADDED}.get(kind, kind), [])
         title = {"packed": "exact, packed rows", "padded": PADDED}.get(kind, f"{kind}: {reason}")
         rows.setdefault(title, []).append(family)
     order = sorted(
         rows, key=lambda title: (title[0] != "e", "not tried" in title, -len(rows[title]))
     )
-    lines = [f"| {title} | {', '.join(rows[title])} |" for title in order if rows[title]]
+    lines = [f"| {title} | {', '.join(rows[title])} |" for title in order]
     return "\n".join(["| verdict | families |", "|---|---|", *lines])
 
 
