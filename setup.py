@@ -71,7 +71,7 @@ setup(
         *find_packages("kernels"),
     ],
     package_data={
-        "alphaspin": ["*.html.jinja", *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES)]
+        "alphaspin": ["report/*.html.jinja", *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES)]
     },
     **extension_arguments(),
 )

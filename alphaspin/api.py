@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from alphaspin import compare, exporting, job, report
+from alphaspin.commands import compare, exporting, job
+from alphaspin.commands.played import Played
 from alphaspin.config import Config, EvaluateOptions, ExportOptions, explain
 from alphaspin.errors import InputError
-from alphaspin.measures import Evaluation
-from alphaspin.played import Played
-from alphaspin.runs import Metrics
-from alphaspin.selfplay import Callback
+from alphaspin.evaluation.measures import Evaluation
+from alphaspin.foundation.runs import Metrics
+from alphaspin.methods.selfplay import Callback
+from alphaspin.report import page as report
 
 T = TypeVar("T")
 

@@ -15,7 +15,6 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from pydantic import ValidationError
 
-from alphaspin import console
 from alphaspin.config import (
     Config,
     EvaluateOptions,
@@ -40,6 +39,7 @@ from alphaspin.errors import (
     exit_code,
     told,
 )
+from alphaspin.foundation import console
 
 S = TypeVar("S", bound=Section)
 
@@ -139,7 +139,8 @@ def _train(arguments: Sequence[str]) -> None:
     if plan_only:
         _plan(config)
         return
-    from alphaspin import api, job  # torch takes seconds to import; --help need not wait
+    from alphaspin import api
+    from alphaspin.commands import job  # torch takes seconds to import; --help need not wait
 
     result = api.play(config)
     if job.is_main():
@@ -148,7 +149,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _plan(config: Config) -> None:
-    from alphaspin import plan
+    from alphaspin.commands import plan
 
     plan.show(config)
 
@@ -166,7 +167,7 @@ def _gflownet(arguments: Sequence[str]) -> None:
     _alone("gflownet")
     _check_keys(GFlowNetRun, arguments)
     config = _parsed(GFlowNetRun, None, "alphaspin gflownet", arguments)
-    from alphaspin import gflownet_job
+    from alphaspin.commands import gflownet_job
 
     gflownet_job.run(config)
 
@@ -204,8 +205,8 @@ def _run_and_options(
 
 def _evaluate(arguments: Sequence[str]) -> None:
     path, rest = _run_and_options("evaluate", EvaluateOptions, arguments)
-    from alphaspin import compare
-    from alphaspin.played import Played
+    from alphaspin.commands import compare
+    from alphaspin.commands.played import Played
 
     played = Played.open(path)
     given = {argument.split("=")[0] for argument in rest}
@@ -226,7 +227,8 @@ def _export(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    from alphaspin import overview, report
+    from alphaspin.report import overview
+    from alphaspin.report import page as report
 
     match arguments:
         case [run] if not run.startswith("-"):
@@ -239,7 +241,7 @@ def _report(arguments: Sequence[str]) -> None:
 
 
 def _doctor(arguments: Sequence[str]) -> None:
-    from alphaspin import doctor
+    from alphaspin.commands import doctor
 
     if arguments:
         raise InputError("usage: alphaspin doctor")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from alphaspin.commands.job import run
 from alphaspin.config import load_config
-from alphaspin.job import run
 
 SEEDS = (0, 1, 2)
 

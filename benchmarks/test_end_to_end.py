@@ -35,15 +35,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from alphaspin.backbone import Backbone
-from alphaspin.batching import Segment, Tree, collate
 from alphaspin.config import LoraConfig, LossConfig, TrainConfig
-from alphaspin.distributed import Team
-from alphaspin.load import load_base
-from alphaspin.losses import mixture_reference, pairwise
-from alphaspin.routing import POLICY
-from alphaspin.scoring import OnlineReference, ReferenceCache, score, sequence_logps
-from alphaspin.trainer import Example, Job, accumulate_gradients
+from alphaspin.losses.equations import mixture_reference, pairwise
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Segment, Tree, collate
+from alphaspin.model.distributed import Team
+from alphaspin.model.load import load_base
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import OnlineReference, ReferenceCache, score, sequence_logps
+from alphaspin.training.trainer import Example, Job, accumulate_gradients
 
 PREVIOUS = "previous"
 BETA, RATE = 0.1, 1e-3

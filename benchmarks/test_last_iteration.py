@@ -26,15 +26,15 @@ import torch
 from numpy.typing import NDArray
 from test_self_play import ALPHA, ITERATIONS, RUNS, SEEDS, settings
 
-from alphaspin import mixture
-from alphaspin.batching import Tree
+from alphaspin.commands.job import load_data, run
+from alphaspin.commands.played import Played
 from alphaspin.config import Config, TrainConfig
-from alphaspin.job import load_data, run
-from alphaspin.played import Played
-from alphaspin.runs import TEMPORARY
-from alphaspin.sampling import Draw
-from alphaspin.scoring import logps
-from alphaspin.session import load_answers
+from alphaspin.foundation.runs import TEMPORARY
+from alphaspin.methods.session import load_answers
+from alphaspin.model.batching import Tree
+from alphaspin.model.scoring import logps
+from alphaspin.sampling import mixture
+from alphaspin.sampling.decode import Draw
 
 BETA, LAST = 0.4, ITERATIONS - 1
 GFLOWNET, SMC, TOKEN = (f"consistent, {sampler}" for sampler in ("GFlowNet", "SMC", "token level"))

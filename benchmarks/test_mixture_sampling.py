@@ -24,16 +24,16 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import worlds
 from test_self_play import RUNS, settings
 
-from alphaspin import gflownet, mixture
+from alphaspin.commands.job import run
 from alphaspin.config import GFlowNetConfig, LoraConfig, packaged
-from alphaspin.data import ChatFormat, load_demonstrations
-from alphaspin.distributed import Team
-from alphaspin.job import run
-from alphaspin.load import load_base
-from alphaspin.routing import POLICY
-from alphaspin.runs import Metrics
-from alphaspin.sampling import Draw
-from alphaspin.stepper import Policy, Stepper
+from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
+from alphaspin.foundation.runs import Metrics
+from alphaspin.model.distributed import Team
+from alphaspin.model.load import load_base
+from alphaspin.model.routing import POLICY
+from alphaspin.model.stepper import Policy, Stepper
+from alphaspin.sampling import gflownet, mixture
+from alphaspin.sampling.decode import Draw
 
 ALPHAS = (0.25, 0.5, 0.75, 0.95)
 Place = tuple[int, int, int, float, int]

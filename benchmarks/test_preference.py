@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from alphaspin.commands.job import run
 from alphaspin.config import load_config
-from alphaspin.job import run
 
 SEEDS = (0, 1, 2)
 RECIPES = ("tiny-sppo", "tiny-rspo", "tiny-nash-md")

@@ -21,10 +21,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from alphaspin.backbone import Backbone
 from alphaspin.config import LoraConfig, SamplingConfig
-from alphaspin.sampling import Draw, Request, decode, invert, uniforms
-from alphaspin.stepper import Policy, Stepper, mixture
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.stepper import Policy, Stepper, mixture
+from alphaspin.sampling.decode import Draw, Request, decode, invert, uniforms
 
 ADAPTER = "previous"
 STOPS: frozenset[int] = frozenset()

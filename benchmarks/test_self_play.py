@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from alphaspin import overview
 from alphaspin.config import Config, packaged
+from alphaspin.report import overview
 
 SEEDS = (0, 1, 2)
 PROMPTS = {1.0: 1024, 0.4: 3072}  # of an iteration, by β
@@ -110,7 +110,7 @@ def settings(label: str, beta: float, seed: int) -> Config:
 
 def play(label: str, beta: float, seed: int) -> dict[str, Any]:
     """The rows of one run's table; a finished run is read, not played."""
-    from alphaspin.job import run
+    from alphaspin.commands.job import run
 
     torch.set_num_threads(1)
     config = settings(label, beta, seed)

@@ -118,9 +118,9 @@ def test_names_are_there_without_being_imported() -> None:
 
 
 def test_scripts_written_for_earlier_modules_find_what_they_import() -> None:
-    from alphaspin.backbone import POLICY, choose_bf16, load_base
     from alphaspin.config import InputError as same
-    from alphaspin.sampling import Policy, Stepper, decode, mixture
+    from alphaspin.model.backbone import POLICY, choose_bf16, load_base
+    from alphaspin.sampling.decode import Policy, Stepper, decode, mixture
 
     assert same is InputError
     assert all((POLICY, choose_bf16, load_base, Policy, Stepper, decode, mixture))

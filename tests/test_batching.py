@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaspin.attention import attend
-from alphaspin.batching import Batch, Tree, collate
+from alphaspin.model.attention import attend
+from alphaspin.model.batching import Batch, Tree, collate
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 

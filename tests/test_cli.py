@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from alphaspin import cli
 from alphaspin.config import Config, load_config, recipe_names
-from alphaspin.data import ChatFormat, load_demonstrations
+from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_STOPPED, InputError
-from alphaspin.runs import Metrics
-from alphaspin.trainer import Watch, learning_rate
+from alphaspin.foundation.runs import Metrics
+from alphaspin.training.trainer import Watch, learning_rate
 
 SMALL = [
     "--text.max_response_tokens=10",

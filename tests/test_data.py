@@ -22,9 +22,14 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from alphaspin import data
 from alphaspin.config import TextConfig
-from alphaspin.data import ChatFormat, Demonstration, load_demonstrations, load_messages
+from alphaspin.data import demonstrations as data
+from alphaspin.data.demonstrations import (
+    ChatFormat,
+    Demonstration,
+    load_demonstrations,
+    load_messages,
+)
 from alphaspin.errors import InputError
 
 CORPUS = [
@@ -322,7 +327,7 @@ def test_template_without_special_tokens_gets_the_eos(tmp_path):
 
 
 def test_plain_template(caplog):
-    with caplog.at_level(logging.INFO, "alphaspin.data"):
+    with caplog.at_level(logging.INFO, "alphaspin.data.demonstrations"):
         chat = ChatFormat.create(tokenizer_of("plain"))
         ChatFormat.create(tokenizer_of("chatml"))
     assert [record.getMessage() for record in caplog.records] == [

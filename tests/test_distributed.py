@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from test_resume import CONTEXT, child, result, settings
 from torch.distributed.tensor import DTensor
 
-from alphaspin.backbone import Backbone
-from alphaspin.batching import Tree, collate
 from alphaspin.config import LoraConfig, LossConfig, TrainConfig
-from alphaspin.distributed import Team
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
-from alphaspin.losses import pairwise
-from alphaspin.routing import POLICY
-from alphaspin.runs import TEMPORARY, Metrics, Run
-from alphaspin.trainer import Example, Job, accumulate_gradients, train
+from alphaspin.foundation.runs import TEMPORARY, Metrics, Run
+from alphaspin.losses.equations import pairwise
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Tree, collate
+from alphaspin.model.distributed import Team
+from alphaspin.model.routing import POLICY
+from alphaspin.training.trainer import Example, Job, accumulate_gradients, train
 
 KINDS = ("sampling", "scoring", "training", "saving")
 SWEEP = bool(os.environ.get("ALPHASPIN_SWEEP"))

@@ -11,15 +11,15 @@ from test_backbone import PREVIOUS, load, make_trees, plain_logps, plain_model
 from test_families import FAMILIES, adapt, assert_equal_to_plain_peft, save
 from transformers import AutoModelForCausalLM
 
-from alphaspin import exporting
-from alphaspin.batching import collate
+from alphaspin.commands import exporting
 from alphaspin.config import Config, LoraConfig
-from alphaspin.data import ChatFormat
+from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
-from alphaspin.load import load_base
-from alphaspin.routing import POLICY
-from alphaspin.scoring import sequence_logps
-from alphaspin.verify import verify
+from alphaspin.model.batching import collate
+from alphaspin.model.load import load_base
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -109,7 +109,9 @@ def test_the_start_up_check_sees_experts(tmp_path: Path, monkeypatch: pytest.Mon
     backbone.add_adapter(POLICY, LORA, seed=0, iteration=0)
     found = verify(backbone, POLICY, longest=40)
     assert not (found.packed or found.joint or found.slots)
-    monkeypatch.setattr("alphaspin.routing.ExitStack.enter_context", lambda self, context: None)
+    monkeypatch.setattr(
+        "alphaspin.model.routing.ExitStack.enter_context", lambda self, context: None
+    )
     with pytest.raises(InputError, match="are not those of transformers and PEFT"):
         verify(backbone, POLICY, longest=40)
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from alphaspin.errors import InputError
-from alphaspin.judge_models import PairRMJudge, RewardModelJudge
-from alphaspin.judges import CachedJudge, Comparison, Prompt, preferences, win_probabilities
+from alphaspin.judges.base import CachedJudge, Comparison, Prompt, preferences, win_probabilities
+from alphaspin.judges.models import PairRMJudge, RewardModelJudge
 
 USER = [{"role": "user", "content": "what is the largest number"}]
 DIALOGUE = [

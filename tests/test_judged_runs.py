@@ -13,13 +13,13 @@ from test_judge_models import make_pairrm, make_reward_model
 from test_judges import answers_of, serve
 from transformers import AutoTokenizer
 
-from alphaspin import job
+from alphaspin.commands import job
 from alphaspin.config import Config
-from alphaspin.data import ChatFormat, hold_out, load_demonstrations
+from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
 from alphaspin.errors import JudgeError
-from alphaspin.judge_models import PairRMJudge, RewardModelJudge
-from alphaspin.judges import Prompt, pick_pair, win_probabilities
-from alphaspin.runs import file_hash
+from alphaspin.foundation.runs import file_hash
+from alphaspin.judges.base import Prompt, pick_pair, win_probabilities
+from alphaspin.judges.models import PairRMJudge, RewardModelJudge
 
 __all__ = ["serve"]  # a fixture
 PROMPTS, K = 6, 3

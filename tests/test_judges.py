@@ -12,8 +12,7 @@ import pytest
 from helpers import http_servers
 
 from alphaspin.errors import InputError, JudgeError
-from alphaspin.judge_server import ServerJudge, parse_verdict
-from alphaspin.judges import (
+from alphaspin.judges.base import (
     CachedJudge,
     CallableJudge,
     Comparison,
@@ -26,6 +25,7 @@ from alphaspin.judges import (
     win_probabilities,
     win_rates,
 )
+from alphaspin.judges.server import ServerJudge, parse_verdict
 
 ASK = Prompt([{"role": "user", "content": "which number is larger?"}], "seven")
 ALSO = Prompt([{"role": "user", "content": "name a number"}], "one")

@@ -8,9 +8,9 @@ import pytest
 import sacrebleu
 from scipy.optimize import minimize
 
-from alphaspin import rng
-from alphaspin.diversity import REFERENCES, distinct, self_bleu
-from alphaspin.winrate import RIDGE, Z, at_equal_length, win_rate
+from alphaspin.evaluation.diversity import REFERENCES, distinct, self_bleu
+from alphaspin.evaluation.winrate import RIDGE, Z, at_equal_length, win_rate
+from alphaspin.foundation import rng
 
 # Win rates
 

@@ -9,10 +9,11 @@ import torch
 import worlds
 from torch import Tensor
 
-from alphaspin import mixture, rng
-from alphaspin.backbone import Backbone
-from alphaspin.sampling import Draw
-from alphaspin.stepper import Policy, Stepper
+from alphaspin.foundation import rng
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.stepper import Policy, Stepper
+from alphaspin.sampling import mixture
+from alphaspin.sampling.decode import Draw
 
 # docs/theory.md, section 4: α, Z, TV(exact, token level), KL(exact‖token level), p(∅) of both.
 CHECK_VALUES = [

@@ -10,17 +10,18 @@ from helpers import arithmetic, save_model, write_rows
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from alphaspin import gflownet, job
-from alphaspin.backbone import Backbone, average_adapters
-from alphaspin.batching import Segment
+from alphaspin.commands import job
 from alphaspin.config import Config, Opponent, SelfPlayConfig, contraction_note
-from alphaspin.data import ChatFormat, load_demonstrations
-from alphaspin.load import load_base
-from alphaspin.mixture import Setting, sample
-from alphaspin.opponents import BASE, EMA, PLAYERS, assign, choose_prompts, opponents
-from alphaspin.runs import file_hash
-from alphaspin.sampling import Draw, invert, uniforms
-from alphaspin.stepper import Policy
+from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
+from alphaspin.foundation.runs import file_hash
+from alphaspin.model.backbone import Backbone, average_adapters
+from alphaspin.model.batching import Segment
+from alphaspin.model.load import load_base
+from alphaspin.model.stepper import Policy
+from alphaspin.opponents.base import BASE, EMA, PLAYERS, assign, choose_prompts, opponents
+from alphaspin.sampling import gflownet
+from alphaspin.sampling.decode import Draw, invert, uniforms
+from alphaspin.sampling.mixture import Setting, sample
 
 CAP = 10
 

@@ -12,7 +12,10 @@ import yaml
 from helpers import arithmetic, save_model, write_rows
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from alphaspin import cli, gflownet_job, job
+from alphaspin import cli
+from alphaspin.commands import gflownet_job, job
+from alphaspin.commands.exporting import writable
+from alphaspin.commands.played import Played
 from alphaspin.config import (
     Config,
     EvaluateOptions,
@@ -23,9 +26,7 @@ from alphaspin.config import (
     recipe_names,
 )
 from alphaspin.errors import EXIT_INPUT, InputError
-from alphaspin.exporting import writable
-from alphaspin.played import Played
-from alphaspin.runs import Run, relocated
+from alphaspin.foundation.runs import Run, relocated
 
 SETTINGS: dict[str, Any] = {
     "text": {"max_response_tokens": 10},

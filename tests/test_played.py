@@ -20,16 +20,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphaspin import cli, exporting, job, measures
-from alphaspin.backbone import WEIGHTS
+from alphaspin import cli
+from alphaspin.commands import exporting, job
+from alphaspin.commands.played import Played
 from alphaspin.config import Config, LoraConfig, load_config
-from alphaspin.data import ChatFormat
-from alphaspin.diversity import distinct, self_bleu
+from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
-from alphaspin.load import load_base
-from alphaspin.played import Played
-from alphaspin.runs import Run, verifies
-from alphaspin.winrate import at_equal_length, win_rate
+from alphaspin.evaluation import measures
+from alphaspin.evaluation.diversity import distinct, self_bleu
+from alphaspin.evaluation.winrate import at_equal_length, win_rate
+from alphaspin.foundation.runs import Run, verifies
+from alphaspin.model.backbone import WEIGHTS
+from alphaspin.model.load import load_base
 
 Command = Callable[..., tuple[int, str]]
 

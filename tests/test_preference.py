@@ -23,12 +23,12 @@ from test_resume import CONTEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.config import Config, LoraConfig, SamplingConfig, load_config
-from alphaspin.data import ChatFormat, hold_out, load_demonstrations
+from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED
-from alphaspin.load import load_base
-from alphaspin.runs import HASHES, TEMPORARY, file_hash
-from alphaspin.sampling import Answer, Draw, Request, decode, uniforms
-from alphaspin.stepper import mixture
+from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash
+from alphaspin.model.load import load_base
+from alphaspin.model.stepper import mixture
+from alphaspin.sampling.decode import Answer, Draw, Request, decode, uniforms
 
 JUDGE = '''
 import json, os, pathlib, signal, zlib

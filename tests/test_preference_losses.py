@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaspin import losses
+from alphaspin.losses import equations as losses
 
 P = torch.tensor([[0.5, 0.8, 0.3], [0.2, 0.5, 0.9], [0.7, 0.1, 0.5]], dtype=torch.float64)
 BASE = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()

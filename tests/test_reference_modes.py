@@ -12,14 +12,14 @@ from test_backbone import PREVIOUS, load, make_folder, make_trees, policy_gradie
 from test_resume import finish, settings
 from torch import Tensor
 
-from alphaspin.backbone import Backbone
-from alphaspin.batching import Tree, collate
 from alphaspin.config import Config, LoraConfig, LossConfig, TrainConfig
-from alphaspin.distributed import Team
-from alphaspin.losses import mixture_reference, pairwise
-from alphaspin.routing import POLICY
-from alphaspin.scoring import OnlineReference, ReferenceCache, choose_mode, score
-from alphaspin.trainer import Example, Job, accumulate_gradients
+from alphaspin.losses.equations import mixture_reference, pairwise
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Tree, collate
+from alphaspin.model.distributed import Team
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import OnlineReference, ReferenceCache, choose_mode, score
+from alphaspin.training.trainer import Example, Job, accumulate_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

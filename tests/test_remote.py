@@ -18,17 +18,17 @@ import torch
 from helpers import arithmetic, http_servers, make_tokenizer, save_model, write_rows
 from pydantic import ValidationError
 
-from alphaspin.backbone import Backbone
-from alphaspin.batching import Tokens
+from alphaspin.commands.job import run
 from alphaspin.config import Config, LoraConfig, SamplingConfig, packaged
-from alphaspin.data import ChatFormat
+from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError, ServerError
-from alphaspin.job import run
-from alphaspin.load import load_base
-from alphaspin.remote import ServerSampler
-from alphaspin.runs import file_hash
-from alphaspin.sampling import Draw, Request, decode
-from alphaspin.stepper import mixture
+from alphaspin.foundation.runs import file_hash
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Tokens
+from alphaspin.model.load import load_base
+from alphaspin.model.stepper import mixture
+from alphaspin.sampling.decode import Draw, Request, decode
+from alphaspin.sampling.remote import ServerSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from alphaspin import overview, report
 from alphaspin.config import Config
 from alphaspin.errors import InputError
-from alphaspin.runs import commit
+from alphaspin.foundation.runs import commit
+from alphaspin.report import overview
+from alphaspin.report import page as report
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)>"
 

@@ -21,13 +21,13 @@ import pytest
 from helpers import arithmetic, save_model, write_rows
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
-from alphaspin.runs import HASHES, TEMPORARY, file_hash
+from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash
 
 KINDS = ("sampling", "scoring", "training", "saving")
 POINTS_PER_KIND = 30 if os.environ.get("ALPHASPIN_SWEEP") else 9
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["alphaspin.job", "alphaspin.cli", "alphaspin.report"])
+CONTEXT.set_forkserver_preload(["alphaspin.commands.job", "alphaspin.cli", "alphaspin.report.page"])
 
 
 def settings(folder: Path, run: Path, **changes: str) -> list[str]:
@@ -63,7 +63,9 @@ def child(arguments: list[str], event: tuple[str, int] | None, action: str, log:
     """Run `alphaspin` in this process; at event (kind, k) do `action`; count events into `log`."""
     import torch
 
-    from alphaspin import cli, sampling, scoring
+    from alphaspin import cli
+    from alphaspin.model import scoring
+    from alphaspin.sampling import decode as sampling
 
     torch.set_num_threads(1)
     sys.argv = ["alphaspin", *arguments]

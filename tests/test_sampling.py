@@ -22,15 +22,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from alphaspin import caches
-from alphaspin.backbone import Backbone
-from alphaspin.batching import Tokens
-from alphaspin.caches import CACHES
 from alphaspin.config import SamplingConfig
-from alphaspin.routing import POLICY
-from alphaspin.sampling import Answer, Draw, Request, decode, filtered, invert, uniforms
-from alphaspin.scoring import sequence_logps
-from alphaspin.stepper import Policy, Stepper, mixture
+from alphaspin.model import caches
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Tokens
+from alphaspin.model.caches import CACHES
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.stepper import Policy, Stepper, mixture
+from alphaspin.sampling.decode import Answer, Draw, Request, decode, filtered, invert, uniforms
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -217,7 +217,7 @@ def test_the_head_in_parts_is_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     head = backbone.head
     head.bias = torch.nn.Parameter(torch.randn(300))
     hidden = torch.randn(7, head.in_features)
-    monkeypatch.setattr("alphaspin.backbone.HEAD_ROWS", 64)
+    monkeypatch.setattr("alphaspin.model.backbone.HEAD_ROWS", 64)
     torch.testing.assert_close(backbone.logits(hidden), head(hidden))
 
 

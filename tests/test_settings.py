@@ -11,16 +11,16 @@ import pytest
 import torch
 from test_backbone import LORA, PREVIOUS, load, make_folder
 
-from alphaspin import console
-from alphaspin.backbone import Backbone
 from alphaspin.cli import main, parse
 from alphaspin.config import RECORDED, Config
-from alphaspin.distributed import Team, repeatable
 from alphaspin.errors import InputError
-from alphaspin.load import choose_bf16
-from alphaspin.measures import Evaluation
-from alphaspin.routing import POLICY
-from alphaspin.stepper import Stepper
+from alphaspin.evaluation.measures import Evaluation
+from alphaspin.foundation import console
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.distributed import Team, repeatable
+from alphaspin.model.load import choose_bf16
+from alphaspin.model.routing import POLICY
+from alphaspin.model.stepper import Stepper
 
 SERVER = {"url": "http://x/v1", "model": "m"}
 WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [

@@ -31,17 +31,18 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
-from alphaspin import exporting, job, plan, routing
-from alphaspin.backbone import Backbone
-from alphaspin.batching import collate
+from alphaspin.commands import exporting, job, plan
+from alphaspin.commands.played import Played
 from alphaspin.config import Config, ExportOptions, LoraConfig, TrainConfig
 from alphaspin.errors import EXIT_INPUT, InputError
-from alphaspin.load import load_base
-from alphaspin.played import Played
-from alphaspin.routing import POLICY
-from alphaspin.scoring import sequence_logps
-from alphaspin.speedups import dequantise, is_quantised, liger_problem
-from alphaspin.trainer import _optimizer, load_optimizer, optimizer_tensors
+from alphaspin.model import routing
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import collate
+from alphaspin.model.load import load_base
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.speedups import dequantise, is_quantised, liger_problem
+from alphaspin.training.trainer import _optimizer, load_optimizer, optimizer_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from alphaspin.config import LossConfig
-from alphaspin.losses import mixture_reference, pairwise
-from alphaspin.opponents import opponents
+from alphaspin.losses.equations import mixture_reference, pairwise
+from alphaspin.opponents.base import opponents
 
 TARGET = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 BASE_POLICY = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alphaspin.config import packaged
-from alphaspin.load import load_base
+from alphaspin.model.load import load_base
 
 CPU = torch.device("cpu")
 

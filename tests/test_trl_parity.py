@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alphaspin.backbone import WEIGHTS, Backbone
-from alphaspin.batching import Tree
 from alphaspin.config import LoraConfig, LossConfig, TrainConfig
-from alphaspin.distributed import Team
-from alphaspin.load import load_base
-from alphaspin.losses import ignores_equal_pairs, pairwise
-from alphaspin.routing import POLICY
-from alphaspin.scoring import ReferenceCache, score
-from alphaspin.trainer import Example, Job, accumulate_gradients
+from alphaspin.losses.equations import ignores_equal_pairs, pairwise
+from alphaspin.model.backbone import WEIGHTS, Backbone
+from alphaspin.model.batching import Tree
+from alphaspin.model.distributed import Team
+from alphaspin.model.load import load_base
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import ReferenceCache, score
+from alphaspin.training.trainer import Example, Job, accumulate_gradients
 
 # TRL warns about its own experimental parts and about arguments that do not matter here.
 pytestmark = pytest.mark.filterwarnings("ignore")

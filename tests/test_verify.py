@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_families import FAMILIES, save
 
-from alphaspin import attention, caches, verify
-from alphaspin.backbone import Backbone
 from alphaspin.config import LoraConfig
 from alphaspin.errors import InputError
-from alphaspin.load import load_base
-from alphaspin.routing import POLICY, RoutedLinear
+from alphaspin.model import attention, caches, verify
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.load import load_base
+from alphaspin.model.routing import POLICY, RoutedLinear
 
 LONGEST = 60
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaspin.backbone import Backbone
-from alphaspin.batching import Segment, Tokens
 from alphaspin.config import LoraConfig
-from alphaspin.stepper import Ahead, Policy
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Segment, Tokens
+from alphaspin.model.stepper import Ahead, Policy
 
 Levels = list[Tensor]
 

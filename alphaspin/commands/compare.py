@@ -1,0 +1,181 @@
+"""`alphaspin evaluate RUN`: base, iterates and control on held-out prompts, or on harness tasks.
+
+Evaluations are kept in RUN/evaluation/heldout-KEY/NAME, where KEY is a hash of what they depend on:
+base, prompts, sampling, judge. What is there is not measured again, and where only the judge
+differs, the answers that are there are judged.
+"""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from alphaspin.commands.job import check_lengths, load_judge, load_source
+from alphaspin.commands.played import Played, Policy
+from alphaspin.config import Config, EvaluateOptions
+from alphaspin.data.demonstrations import ChatFormat, Demonstration
+from alphaspin.errors import InputError
+from alphaspin.evaluation import measures
+from alphaspin.evaluation.measures import Evaluation
+from alphaspin.foundation import console
+from alphaspin.foundation.runs import (
+    Run,
+    SignalGuard,
+    commit,
+    make_folder,
+    verifies,
+    write_atomically,
+)
+from alphaspin.judges.base import CachedJudge
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.distributed import Team, TeamJudge
+from alphaspin.report import page as report
+
+LOADED = "evaluated"
+"""Name under which the adapter in question is loaded."""
+
+
+def run(played: Played, options: EvaluateOptions) -> list[Evaluation]:
+    """Measure what is asked for, print the tables, and put them into the report.
+
+    Returns:
+        The evaluations; none where tasks are asked for.
+
+    Raises:
+        InputError: a policy, the data, the judge or a task cannot be used.
+        Interrupted: a signal came; the same call goes on from there.
+        JudgeError: the judge's.
+    """
+    guard = SignalGuard()
+    try:
+        # The lock: verdicts are appended to a file that a training process may be writing to.
+        with contextlib.closing(Run(played.path, played.manifest["identity"])):
+            policies = played.policies(options.chosen())
+            backbone, chat = played.load(Accelerator().device)
+            if options.tasks:
+                from alphaspin.commands import harness  # the `eval` extra
+
+                harness.run(played, policies, backbone, chat, options, guard)
+                rows = []
+            else:
+                rows = _compare(played, policies, backbone, chat, options, guard)
+    finally:
+        guard.restore()
+    if (played.path / "summary.json").exists():
+        console.note(f"report: {report.write(played.path)}")
+    else:
+        console.note(f"{played.path}: the report is written when the run ends")
+    return rows
+
+
+def _compare(
+    played: Played,
+    policies: list[Policy],
+    backbone: Backbone,
+    chat: ChatFormat,
+    options: EvaluateOptions,
+    guard: SignalGuard,
+) -> list[Evaluation]:
+    config = played.config.model_copy(update={"judge": options.judge})
+    heldout = _prompts(played, chat, options)
+    check_lengths(config, backbone, heldout)
+    measures.checked_answers(heldout, config.evaluate.answer)
+    cached = CachedJudge(load_judge(config), played.path / "verdicts")
+    base_inputs = measures.inputs(backbone, None, heldout, chat, config, 0)
+    key = hashlib.sha256(f"{base_inputs} {cached.identity}".encode()).hexdigest()[:8]
+    bench = _Bench(
+        make_folder(played.path / "evaluation" / f"heldout-{key}"),
+        backbone,
+        chat,
+        config,
+        heldout,
+        replace(TeamJudge.of(Team(backbone.device, guard), cached), label="judge"),
+    )
+    source = options.heldout or played.config.heldout or f"set aside from {played.config.data}"
+    about = {"heldout": source, "prompts": len(heldout), "judge": cached.identity}
+    write_atomically(bench.folder / "about.json", json.dumps(about, indent=1))
+    rows: list[Evaluation] = []
+    for policy in policies:
+        rows.append(bench.evaluate(policy, rows[0] if rows else None))
+        guard.check()
+    console.text(f"{len(heldout)} held-out prompts: {source}")
+    title = f"{played.config.name}: held-out measures"
+    console.table(title, measures.header(judged=True), [measures.row(row) for row in rows])
+    title = "win rates with 95 % intervals; diversity of the answers"
+    console.table(title, measures.COMPARED, [measures.comparison(row) for row in rows])
+    console.text(f"judge {cached.identity}")
+    return rows
+
+
+def _prompts(played: Played, chat: ChatFormat, options: EvaluateOptions) -> list[Demonstration]:
+    """The run's own held-out prompts, or those of another file; the first `--prompts` of them."""
+    if options.heldout:
+        found = load_source(played.config, chat, options.heldout, "tiny/heldout.jsonl")
+    else:
+        found = played.heldout(chat)
+    if not found:
+        raise InputError("evaluate.prompts = 0: this run held out nothing; give --heldout FILE")
+    if options.prompts and options.prompts > len(found):
+        # More of the training data would have been trained on.
+        raise InputError(
+            f"prompts = {options.prompts}: there are {len(found)} held-out prompts; give "
+            "--heldout FILE with more"
+        )
+    return found[: options.prompts]
+
+
+@dataclass(slots=True)
+class _Bench:
+    """What the policies of one comparison share."""
+
+    folder: Path
+    backbone: Backbone
+    chat: ChatFormat
+    config: Config
+    heldout: list[Demonstration]
+    judge: TeamJudge
+
+    def evaluate(self, policy: Policy, base: Evaluation | None) -> Evaluation:
+        """A policy's evaluation, from disk where one with the same inputs is there."""
+        loaded = LOADED if (adapter := policy.adapter()) else None
+        if adapter:
+            self.backbone.load_adapter(LOADED, adapter)
+        folder = self.folder / policy.name
+        found = self._known(policy, loaded, folder) or self._measured(policy, loaded, base)
+        if found.judge != self.judge.identity:
+            found = measures.compared(found, base or found, self.heldout, self.judge)
+        if not verifies(folder):
+            with commit(folder) as temporary:
+                found.save(temporary / "evaluation.json")
+        return found
+
+    def _known(self, policy: Policy, loaded: str | None, folder: Path) -> Evaluation | None:
+        """One with the same inputs: of this comparison, of the run, or of one by another judge."""
+        wanted = measures.inputs(
+            self.backbone, loaded, self.heldout, self.chat, self.config, policy.iteration
+        )
+        others = sorted(self.folder.parent.glob(f"heldout-*/{policy.name}"))
+        for place in (folder, policy.folder / "evaluation", *others):
+            if verifies(place):
+                evaluation = Evaluation.load(place / "evaluation.json")
+                if evaluation.inputs == wanted:
+                    return evaluation
+        return None
+
+    def _measured(self, policy: Policy, loaded: str | None, base: Evaluation | None) -> Evaluation:
+        count = 2 * len(self.heldout)  # sampled and greedy
+        with console.bar(f"evaluate {policy.name}", count, "answers") as advance:
+            return measures.evaluate(
+                policy.name,
+                self.backbone,
+                loaded,
+                self.heldout,
+                self.chat,
+                self.config,
+                base,
+                policy.iteration,
+                advance,
+            )

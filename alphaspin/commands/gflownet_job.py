@@ -1,0 +1,112 @@
+"""`alphaspin gflownet`: a sampler of the exact mixture, from configuration to `summary.json`."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from alphaspin.config import GFlowNetRun, TrainConfig, check_there, packaged
+from alphaspin.data.demonstrations import ChatFormat, fingerprint, load_demonstrations
+from alphaspin.errors import InputError
+from alphaspin.foundation import console
+from alphaspin.foundation.runs import Metrics, Run, SignalGuard, file_hash, write_atomically
+from alphaspin.model.backbone import WEIGHTS
+from alphaspin.model.distributed import Team, repeatable
+from alphaspin.model.load import load_base
+from alphaspin.model.verify import Verdict, verify
+from alphaspin.sampling import mixture
+from alphaspin.sampling.decode import Draw
+from alphaspin.sampling.gflownet import Task, train_sampler
+
+ADAPTER, SAMPLER = "previous", "sampler"
+
+
+def run(config: GFlowNetRun) -> dict[str, Any]:
+    """Train the sampler and compare it with token-level decoding; what `summary.json` holds.
+
+    Raises:
+        InputError: the model, the adapter, the data or the folder cannot be used.
+        Interrupted: a signal came; the same call goes on from there.
+        TrainingStopped: see `gflownet`.
+    """
+    guard = SignalGuard()
+    try:
+        with repeatable():
+            return _run(config, guard)
+    finally:
+        guard.restore()
+
+
+def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
+    adapter = Path(config.adapter)
+    if not (adapter / WEIGHTS).is_file():
+        raise InputError(f"adapter = {config.adapter}: no {WEIGHTS} in this folder")
+    check_there("model", config.model)
+    accelerator = Accelerator(mixed_precision="no")
+    backbone, tokenizer = load_base(
+        config.model, dtype=config.dtype, device=accelerator.device, longest=config.text.longest
+    )
+    chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
+    path = str(packaged("tiny/train.jsonl")) if config.data == "tiny" else config.data
+    demonstrations, _ = load_demonstrations(path, chat, config.text, config.split)
+    # Conversations that share their first turns have the same prompt.
+    prompts = list({demo.prompt.tobytes(): demo.prompt for demo in demonstrations}.values())
+    used = prompts[: config.gflownet.prompts]
+    fresh = prompts[len(used) :][: config.check_prompts] or used[: config.check_prompts]
+    longest = max(map(len, prompts)) + config.text.max_response_tokens
+    if backbone.max_positions is not None and longest > backbone.max_positions:
+        raise InputError(
+            f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest "
+            f"prompt that exceeds the model's {backbone.max_positions} positions"
+        )
+    identity = {
+        "config": config.identity(),
+        "base": backbone.identity,
+        "adapter": file_hash(adapter / WEIGHTS),
+        "dtype": str(backbone.head.weight.dtype),
+        "end_tokens": sorted(chat.stop_token_ids),
+        "data": fingerprint(demonstrations),
+    }
+    backbone.load_adapter(ADAPTER, adapter)
+    kept = Verdict.read(Path(config.output))
+    verdict = verify(backbone, ADAPTER, longest=config.text.longest, kept=kept)
+    if note := verdict.note():
+        console.note(note)
+    for note in backbone.notes():
+        console.note(note)
+    guard.check()
+    with contextlib.closing(Run(Path(config.output), identity)) as folder:
+        verdict.keep(folder.path)
+        task = Task(
+            weights={ADAPTER: config.alpha, None: 1 - config.alpha},
+            prompts=used,
+            cap=config.text.max_response_tokens,
+            stop_ids=chat.stop_token_ids,
+            config=config.gflownet,
+            seed=config.seed,
+            iteration=0,
+            stage="gflownet",
+            folder=folder.path,
+        )
+        metrics = Metrics(folder.path / "metrics.jsonl")
+        trained = train_sampler(backbone, task, metrics, Team(backbone.device, guard))
+        backbone.load_adapter(SAMPLER, trained)
+        setting = mixture.Setting(
+            task.weights, config.check_answers, task.cap, task.stop_ids, batch_size=256
+        )
+        draws = [Draw(config.seed, 0, "check", number) for number in range(len(fresh))]
+        summary: dict[str, Any] = {"prompts": len(fresh), "answers": config.check_answers}
+        for name, proposal in (("token", None), ("gflownet", SAMPLER)):
+            found = mixture.independent(
+                backbone, setting, fresh, draws, proposal=proposal, train=TrainConfig()
+            ).diagnose()
+            summary[name] = {
+                "ess": float(found.size.mean()),
+                "log_w_variance": float(found.spread.mean()),
+                "log_z": found.log_z.tolist(),
+            }
+            console.note(f"{name}: {found.note()}")
+        write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1))
+        return summary

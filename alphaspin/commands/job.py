@@ -1,0 +1,389 @@
+"""One run from its configuration to `summary.json`: load, check, play, summarise."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin
+
+from alphaspin import __version__
+from alphaspin.config import Config, check_installed, check_there, contraction_note, flat, packaged
+from alphaspin.data.demonstrations import (
+    ChatFormat,
+    Demonstration,
+    fingerprint,
+    hold_out,
+    load_demonstrations,
+)
+from alphaspin.errors import InputError
+from alphaspin.evaluation import measures
+from alphaspin.foundation import console
+from alphaspin.foundation.openai_api import key_of
+from alphaspin.foundation.runs import (
+    Metrics,
+    Mirror,
+    Run,
+    SignalGuard,
+    differences,
+    relocated,
+    write_atomically,
+)
+from alphaspin.judges.base import CachedJudge, CallableJudge, Judge, VerifiableJudge
+from alphaspin.methods.selfplay import Callback, play, teller
+from alphaspin.methods.session import Session
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.distributed import Team, TeamJudge, repeatable
+from alphaspin.model.load import base_hash, choose_bf16, load_base
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import ReferenceCache
+from alphaspin.model.verify import Verdict, verify
+
+
+def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+    """The whole job of `alphaspin-train`: returns what `summary.json` holds.
+
+    Raises:
+        InputError: the model, the data or the folder cannot be used; nothing was changed.
+        Interrupted: a signal came; the same call goes on from there.
+        TrainingStopped: see `trainer`.
+        Elsewhere: one of these was raised in another process of the job.
+    """
+    for tracker in config.log.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise InputError(f"log.trackers = {tracker}: not installed (pip install {tracker})")
+    if config.train.optimizer == "adamw_8bit":
+        check_installed("bitsandbytes", "train.optimizer = adamw_8bit", "quantization")
+    check_there("model", config.model)
+    guard, quiet = SignalGuard(), console.console.quiet
+    try:
+        with repeatable():
+            return _run(config, guard, callbacks)
+    finally:
+        guard.restore()
+        console.console.quiet = quiet
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return PartialState().is_main_process
+
+
+def disconnect() -> None:
+    """Close the connections between processes, as the last thing."""
+    PartialState().destroy_process_group()
+
+
+def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> dict[str, Any]:
+    # Precision, accumulation and sharding are this configuration's, not those of `accelerate
+    # config`. Under torchrun alone Accelerate does not look for others where there is no GPU.
+    accelerator = Accelerator(
+        cpu="LOCAL_RANK" in os.environ and not torch.accelerator.is_available(),
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(config.log.trackers) or None,
+        project_dir=str(config.run_folder()),
+    )
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise InputError(
+            f"accelerate is configured for {accelerator.distributed_type.value}: launch plain "
+            "processes, and set train.sharding = fsdp where the base must be sharded"
+        )
+    team = Team.of(accelerator, guard)
+    console.console.quiet = not team.main
+    sharded = config.train.sharding == "fsdp" and team.count > 1
+    identity = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
+    with team.together():
+        backbone, tokenizer = load_base(
+            config.model,
+            identity=identity,
+            dtype="bf16" if choose_bf16(config.train.dtype, team.device) else "fp32",
+            # A base that is to be sharded may be too large for one device.
+            device=torch.device("cpu") if sharded else team.device,
+            quantization=config.train.quantization,
+            liger=config.train.liger,
+            longest=config.text.longest,
+        )
+        backbone.use_layout(config.train.layout)
+        chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
+        demonstrations, heldout = load_data(config, chat)
+        check_lengths(config, backbone, demonstrations + heldout)
+    if sharded:
+        team.shard(backbone)
+    found = team.from_main(lambda: (kept := Verdict.read(config.run_folder())) and asdict(kept))
+    kept = Verdict(**found) if found else None
+    with team.together():
+        if config.train.activation_checkpointing:
+            backbone.enable_activation_checkpointing()
+        # What would fail in a later phase had better fail before a folder is bound to these
+        # settings.
+        backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
+        measures.checked_answers(heldout, config.evaluate.answer)
+        verdict = verify(backbone, POLICY, longest=config.text.longest, kept=kept)
+        if note := verdict.note():
+            console.note(note)
+        backbone.use_layout(config.train.layout)
+        if config.reference.mode == "joint" and (problem := backbone.joint_problem()):
+            raise InputError(problem)
+        judge = load_judge(config) if config.method != "spin" and team.main else None
+        if config.judge.kind == "verifiable" and judge:
+            measures.checked_answers(demonstrations, config.evaluate.answer)
+    identity = {
+        "config": config.identity(),
+        "base": backbone.identity,
+        "dtype": str(backbone.head.weight.dtype),
+        "end_tokens": sorted(chat.stop_token_ids),
+        "data": fingerprint(demonstrations),
+        "heldout": fingerprint(heldout),
+    }
+    check_settings(team, identity | {"config": config.model_dump(mode="json")})
+    if judge:
+        identity["judge"] = judge.identity
+    with contextlib.closing(open_run(team, config.run_folder(), identity)) as folder:
+        mirror: Mirror | None = None
+        if config.log.trackers:
+            settings = {key: str(value) for key, value in flat(config.identity()).items()}
+            accelerator.init_trackers(config.name, config=settings)
+            mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
+        tell = teller(callbacks)
+        metrics = Metrics(folder.path / "metrics.jsonl", mirror, writes=team.main, tell=tell)
+        with team.together():
+            if team.main:
+                # All settings, with what the identity leaves out: the folder alone tells how to
+                # go on.
+                settings = config.model_dump(mode="json")
+                folder.record(environment=environment(team), config=settings)
+                verdict.keep(folder.path)
+        introduce(config, folder, backbone, chat, demonstrations, heldout, team)
+        cached = CachedJudge(judge, folder.path / "verdicts") if judge else None
+        session = Session(
+            config,
+            folder,
+            backbone,
+            chat,
+            demonstrations,
+            heldout,
+            team,
+            metrics,
+            ReferenceCache(),
+            TeamJudge.of(team, cached) if config.method != "spin" else None,
+        )
+        rows = play(session, callbacks)
+
+        def write() -> dict[str, Any]:
+            summary = summarise(config, folder, metrics, rows, heldout, chat)
+            write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1))
+            return summary
+
+        summary = team.from_main(write)
+        if rows:
+            title = f"{config.name}: held-out measures by iteration ({len(heldout)} prompts)"
+            judged = config.method != "spin"
+            console.table(title, measures.header(judged), [measures.row(row) for row in rows])
+        for kind, count in summary["trained_tokens"].items():
+            console.note(f"{kind}: {count:,} response tokens that carried a gradient")
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        return summary
+
+
+def check_settings(team: Team, settings: dict[str, Any]) -> None:
+    """Whether all processes were given the same.
+
+    Raises:
+        InputError: one that process 0 was not given.
+    """
+    first = team.gather(settings)[0]
+    with team.together():
+        for line in differences(relocated(json.loads(json.dumps(settings)), first), first):
+            raise InputError(f"process {team.index} was started with other settings: {line}")
+
+
+def open_run(team: Team, path: Path, identity: dict[str, Any]) -> Run:
+    """The run folder, opened by process 0 and joined by the others.
+
+    Raises:
+        InputError: as `Run`, or a process does not see process 0's folder.
+    """
+    folder: Run | None = None
+    with team.together():
+        if team.main:
+            folder = Run(path, identity)
+            if team.count > 1:
+                folder.share()
+    owner = team.gather(folder and folder.owner)[0]
+    with team.together():
+        folder = folder or Run.join(path, owner)
+    return folder
+
+
+def load_judge(config: Config) -> Judge:
+    """The judge of `config.judge`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    # What loads models or talks to servers is imported only where it is used.
+    judge = config.judge
+    if judge.model and judge.kind != "server":
+        check_there("judge.model", judge.model)
+    match judge.kind:
+        case "verifiable":
+            return VerifiableJudge(config.evaluate.answer)
+        case "reward_model":
+            from alphaspin.judges.models import RewardModelJudge
+
+            return RewardModelJudge(str(judge.model), batch_size=judge.batch_size)
+        case "pairrm":
+            from alphaspin.judges.models import PairRMJudge
+
+            return PairRMJudge(judge.model or "llm-blender/PairRM-hf", batch_size=judge.batch_size)
+        case "server":
+            from alphaspin.judges.server import ServerJudge
+
+            key = key_of(judge.key_variable, "judge.key_variable")
+            url, model = str(judge.url), str(judge.model)
+            return ServerJudge(url, model, api_key=key, workers=judge.workers)
+        case "callable":
+            place, orders = str(judge.folder), judge.both_orders
+            return CallableJudge(str(judge.function), folder=place, both_orders=orders)
+
+
+def load_source(
+    config: Config, chat: ChatFormat, source: str, embedded: str
+) -> list[Demonstration]:
+    """Demonstrations of a file, folder or hub id; `embedded` is the packaged file behind `tiny`."""
+    path = str(packaged(embedded)) if source == "tiny" else source
+    found, dropped = load_demonstrations(path, chat, config.text, config.split)
+    if dropped:
+        console.note(f"{source}: {dropped} rows dropped (prompt too long), {len(found)} kept")
+    return found
+
+
+def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Demonstrations to train on and held-out ones."""
+    demonstrations = load_source(config, chat, config.data, "tiny/train.jsonl")
+    if config.heldout:
+        every = load_source(config, chat, config.heldout, "tiny/heldout.jsonl")
+        heldout = every[: config.evaluate.prompts]
+    else:
+        count = min(config.evaluate.prompts, len(demonstrations) // 5)
+        if count < config.evaluate.prompts:
+            console.note(f"only {count} of {len(demonstrations)} demonstrations are held out")
+        demonstrations, heldout = hold_out(demonstrations, count, config.seed)
+    return demonstrations, heldout
+
+
+def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> None:
+    """Whether the model has positions for the longest prompt and a full answer, and all tokens."""
+    longest = max(len(demo.prompt) for demo in demos)
+    needed = longest + config.text.max_response_tokens
+    if backbone.max_positions is not None and needed > backbone.max_positions:
+        raise InputError(
+            f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest "
+            f"prompt ({longest} tokens) that exceeds the model's {backbone.max_positions} positions"
+        )
+    highest = max(int(max(demo.prompt.max(), demo.response.max())) for demo in demos)
+    rows = backbone.head.weight.shape[0]
+    if highest >= rows:
+        raise InputError(
+            f"model = {config.model}: its tokenizer makes token {highest}, but the model has only "
+            f"{rows}; they do not belong together"
+        )
+
+
+def introduce(
+    config: Config,
+    folder: Run,
+    backbone: Backbone,
+    chat: ChatFormat,
+    demonstrations: list[Demonstration],
+    heldout: list[Demonstration],
+    team: Team,
+) -> None:
+    """What is about to happen, and the first demonstration in two colours."""
+    console.note(
+        f"run folder {folder.path} · {team.count} x {team.device.type} · "
+        f"{len(demonstrations)} demonstrations, {len(heldout)} held out"
+    )
+    for note in backbone.notes():
+        console.note(note)
+    warning = contraction_note(config)
+    if warning:
+        console.alarm(warning)
+    first = demonstrations[0]
+    tokenizer = chat.tokenizer
+    console.sample(tokenizer.decode(first.prompt), tokenizer.decode(first.response))
+
+
+def environment(team: Team) -> dict[str, str]:
+    """Versions and device, for the manifest and the report."""
+    device = team.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "alphaspin": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "accelerate": accelerate.__version__,
+        "device": f"{device.type} {name}".strip(),
+        "threads": str(torch.get_num_threads()),
+        "processes": str(team.count),
+    }
+
+
+def summarise(
+    config: Config,
+    folder: Run,
+    metrics: Metrics,
+    rows: list[measures.Evaluation],
+    heldout: list[Demonstration],
+    chat: ChatFormat,
+) -> dict[str, Any]:
+    """What `summary.json` holds and the report shows."""
+    records = metrics.read()
+    seconds: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for record in records:
+        kind, _, phase = record["stage"].partition("/")
+        if kind == "time":
+            seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
+        elif "tokens" in record:
+            tokens[kind] = tokens.get(kind, 0) + int(record["tokens"])
+    shown = range(min(config.evaluate.show, len(heldout)))
+    return {
+        "name": config.name,
+        "config": config.model_dump(mode="json"),
+        "environment": folder.manifest["environment"],
+        "adapters": folder.manifest["adapters"],
+        "rows": [row.numbers() for row in rows],
+        "seconds": seconds,
+        "trained_tokens": tokens,
+        "pairs": [
+            {"iteration": r["step"], **{k: v for k, v in r.items() if k not in ("stage", "step")}}
+            for r in records
+            if r["stage"] == "pairs" and "alarm" not in r
+        ],
+        "alarms": [f"{r['stage']}: {r['alarm']}" for r in records if "alarm" in r],
+        "notes": [note for note in [contraction_note(config)] if note],
+        "samples": [
+            {
+                "origin": heldout[i].origin,
+                "prompt": chat.tokenizer.decode(heldout[i].prompt),
+                "demonstration": heldout[i].answer,
+                "answers": {row.name: row.answers[i] for row in rows},
+            }
+            for i in shown
+        ],
+    }

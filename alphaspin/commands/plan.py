@@ -1,0 +1,177 @@
+"""`--plan`: what a run will do and what it needs, computed without a download.
+
+Facts about the model and the data come from local files where they are, else from the recipe's
+`hints`; a hub id without hints is an error that says so.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from alphaspin.commands.job import load_data
+from alphaspin.config import Config, PlanHints, at, contraction_note, packaged
+from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.errors import InputError
+from alphaspin.foundation import console
+from alphaspin.losses.equations import reward_scale
+from alphaspin.model.load import choose_bf16, loading
+from alphaspin.model.routing import target_modules, target_parameters
+from alphaspin.model.speedups import NF4_BITS
+from alphaspin.opponents.base import PLAYERS
+from alphaspin.training.trainer import total_steps
+
+MIB, GIB = 2**20, 2**30
+
+
+def show(config: Config) -> None:
+    """Print the plan.
+
+    Raises:
+        InputError: neither local files nor hints tell what is needed.
+    """
+    facts = gather(config)
+    title = (
+        f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
+    )
+    against = "against" if config.method == "spin" else "answers of"
+    console.table(
+        title,
+        ["t", against, "prompts", "pairs", "steps", "sampled", "trained", "lr", "β"],
+        [_row(config, facts, t) for t in range(config.selfplay.iterations)],
+    )
+    warning = contraction_note(config)
+    if warning:
+        console.alarm(warning)
+    for line in estimates(config, facts):
+        console.text(line)
+
+
+def gather(config: Config) -> PlanHints:
+    """Facts from local files; from `hints` for what is on a hub."""
+    model = packaged("tiny/model") if config.model == "tiny" else Path(config.model)
+    local_data = config.data == "tiny" or Path(config.data).exists()
+    if not (model.exists() and local_data) and config.hints is None:
+        missing = config.data if model.exists() else config.model
+        raise InputError(
+            f"--plan downloads nothing, and {missing!r} is not a local path: give the recipe a "
+            f"`hints` section ({', '.join(PlanHints.model_fields)})"
+        )
+    facts = config.hints.model_dump() if config.hints else {}
+    if model.exists():
+        facts |= _model_facts(model, config)
+        if local_data:
+            with loading(config.model):
+                tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+            chat = ChatFormat.create(tokenizer, config.text.template)
+            demonstrations, _ = load_data(config, chat)
+            facts |= {
+                "demonstrations": len(demonstrations),
+                "prompt_tokens": float(np.mean([len(d.prompt) for d in demonstrations])),
+                "response_tokens": float(np.mean([len(d.response) for d in demonstrations])),
+            }
+    return PlanHints.model_validate(facts)
+
+
+def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
+    """Sizes of a local model, built without memory on the meta device."""
+    with loading(config.model), torch.device("meta"):
+        model_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_config(model_config)
+    text: Any = model_config.get_text_config()
+    targets = cast(list[nn.Linear], target_modules(model, config.lora.targets))
+    beside = target_parameters(model, config.lora.target_parameters)  # [experts, ., .], or [., .]
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "hidden": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "vocabulary": text.vocab_size,
+        "tied": bool(model_config.tie_word_embeddings),
+        "adapter_parameters_per_rank": sum(m.in_features + m.out_features for m in targets)
+        + sum(math.prod(p.shape[:-2]) * sum(p.shape[-2:]) for p in beside),
+    }
+
+
+def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
+    players = [
+        player.name.replace("iterate-", "π")
+        for player in PLAYERS[config.selfplay.opponent](config, t)
+    ]
+    prompts = min(at(config.selfplay.prompts, t), facts.demonstrations)
+    pairs = prompts
+    if config.selfplay.mixing and t:
+        pairs += min(at(config.selfplay.prompts, t - 1), facts.demonstrations)
+    steps = total_steps(pairs, config.train)
+    trained = (
+        2
+        * facts.response_tokens
+        * min(pairs * config.train.epochs, steps * config.train.batch_size)
+    )
+    return [
+        str(t),
+        " ".join(players),
+        f"{prompts:,}",
+        f"{pairs:,}",
+        f"{steps:,}",
+        f"≤ {prompts * answers_per_prompt(config) * config.text.max_response_tokens / 1e6:,.1f}M",
+        f"~ {trained / 1e6:,.1f}M",
+        f"{at(config.train.lr, t):g}",
+        f"{at(config.loss.beta, t) if config.method == 'spin' else reward_scale(config, t):g}",
+    ]
+
+
+def answers_per_prompt(config: Config) -> int:
+    """Answers sampled in training for a prompt."""
+    return {"spin": 1, "nash_md": 2}.get(config.method, config.preference.responses)
+
+
+def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
+    """Bytes of the frozen base; `width` is that of a number that is not quantised."""
+    if quantization == "none":
+        return facts.parameters * width
+    whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
+    return whole * width + (facts.parameters - whole) * NF4_BITS / 8
+
+
+def estimates(config: Config, facts: PlanHints) -> list[str]:
+    """Memory and disk, with the rule each number comes from."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    width = 2 if choose_bf16(config.train.dtype, device) else 4
+    base, bits = base_bytes(facts, config.train.quantization, width), f"{8 * width} bit"
+    if config.train.quantization != "none":
+        bits = f"4 bit, embeddings and head {bits}"
+    adapter = facts.adapter_parameters_per_rank * config.lora.r * 4
+    states = {"adamw": 2, "adamw_8bit": 0.5, "rmsprop": 1}[config.train.optimizer]
+    micro = max(1, config.train.batch_size // config.train.accumulation)
+    tokens = micro * (facts.prompt_tokens + 2 * facts.response_tokens)
+    # Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16
+    # bits without the attention matrix; with recomputation one layer's, and 2 bytes a layer.
+    per_layer = 34 * width / 2 * facts.hidden * tokens
+    activations = per_layer * facts.layers
+    if config.train.activation_checkpointing:
+        activations = per_layer + width * facts.hidden * tokens * facts.layers
+    logits = 2 * micro * facts.response_tokens * facts.vocabulary * 4
+    pairs = sum(
+        min(at(config.selfplay.prompts, t), facts.demonstrations)
+        for t in range(config.selfplay.iterations)
+    )
+    answers = pairs * answers_per_prompt(config) * (config.text.max_response_tokens * 4 + 17)
+    cached = pairs * 4 * 20
+    adapters = adapter * (config.selfplay.iterations * (2 if config.control == "sft" else 1))
+    checkpoint = adapter * (1 + states)
+    trained = adapter * (2 + states)
+    training = base + trained + activations
+    return [
+        f"memory, training: about {training / GIB:.2f} GiB on {device.type} = base "
+        f"{base / GIB:.2f} ({bits}) + adapter, gradient and {config.train.optimizer} "
+        f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f}",
+        f"  not needed: [tokens, vocabulary] logits of a micro-batch, {logits / GIB:.2f} GiB fp32",
+        f"disk: about {(answers + cached + adapters + 2 * checkpoint) / MIB:,.1f} MiB = answers of "
+        f"full length {answers / MIB:,.1f} + reference log-probs {cached / MIB:,.1f} + adapters "
+        f"{adapters / MIB:,.1f} + a checkpoint (two while saving) {2 * checkpoint / MIB:,.1f}",
+        f"run folder: {config.run_folder()}",
+    ]

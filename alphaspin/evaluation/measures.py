@@ -1,0 +1,376 @@
+"""Held-out measures: how well an iterate fits the demonstrations, and how well it answers.
+
+All iterates answer a prompt from the same uniform numbers, so that differences between them are not
+blurred by luck; standard errors are those of a mean over prompts. What needs the model (`evaluate`)
+is apart from what needs a judge (`compared`), so that another judge is asked about the answers that
+are there.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alphaspin.config import Config
+from alphaspin.data.answers import checked_part, preference, word_f1
+from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
+from alphaspin.errors import InputError
+from alphaspin.evaluation.diversity import distinct, self_bleu
+from alphaspin.evaluation.winrate import Estimate, at_equal_length, win_rate
+from alphaspin.judges.base import Comparison, Judge, Prompt, preferences
+from alphaspin.losses.equations import reward_scale
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Tree
+from alphaspin.model.distributed import Team
+from alphaspin.model.scoring import logps
+from alphaspin.sampling.decode import Answer, Draw, Request, decode
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One policy's measures and answers on the held-out prompts.
+
+    nll: mean of -lp(demonstration), nats per answer; nll_per_token: the same over all tokens, nats.
+    sampled, greedy: exact match, shares with standard errors. preferred: share of prompts on which
+    the sampled answer is preferred to the base's, ties counted half. margin: mean over prompts of
+    β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)] where they differ.
+    kl: mean of lp_t - lp_base of the sampled answers, an unbiased estimate of KL(π_t‖π_base), nats
+    per answer; None where answers are not drawn from π_t itself (temperature, top_p, top_k).
+    length: mean tokens of the sampled answers. distinct_1 to 3, self_bleu: diversity of the sampled
+    answers, see `diversity`. inputs: hash of all that these depend on.
+
+    With a judge, named in `judge`: verdicts: P(sampled answer ≻ the base's) of each prompt. judged:
+    their mean. controlled: the win rate at equal length in characters. low and high are the ends of
+    a 95 % confidence interval, see `winrate`.
+    """
+
+    name: str
+    nll: float
+    nll_se: float
+    nll_per_token: float
+    sampled: float
+    sampled_se: float
+    greedy: float
+    greedy_se: float
+    margin: float
+    preferred: float
+    preferred_se: float
+    answers: list[str]
+    greedy_answers: list[str]
+    answer_tokens: list[list[int]]
+    truncated: list[bool]
+    demonstration_logps: list[float]
+    base_answer_logps: list[float]
+    kl: float | None = None
+    kl_se: float | None = None
+    length: float | None = None
+    length_se: float | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    distinct_3: float | None = None
+    self_bleu: float | None = None
+    inputs: str = ""
+    judge: str | None = None
+    verdicts: list[float] | None = None
+    judged: float | None = None
+    judged_se: float | None = None
+    judged_low: float | None = None
+    judged_high: float | None = None
+    controlled: float | None = None
+    controlled_low: float | None = None
+    controlled_high: float | None = None
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: a version with other measures wrote it.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{path}: not what this version of alphaspin writes ({error})"
+            ) from None
+
+    def numbers(self) -> dict[str, Any]:
+        """The name and all measures that are one number: a row of `summary.json`."""
+        measured = {key: v for key, v in asdict(self).items() if isinstance(v, float)}
+        return {"name": self.name, **measured}
+
+
+def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> list[str]:
+    """The part of each demonstration that an answer must match.
+
+    Raises:
+        InputError: a demonstration without the pattern of `evaluate.answer`.
+    """
+    part = checked_part(pattern)
+    answers: list[str] = []
+    for demo in heldout:
+        answer = part(demo.answer)
+        if answer is None:
+            raise InputError(
+                f"{demo.origin}: no match of evaluate.answer = {pattern!r} in the demonstration"
+            )
+        answers.append(answer)
+    return answers
+
+
+def inputs(
+    backbone: Backbone,
+    adapter: str | None,
+    heldout: Sequence[Demonstration],
+    chat: ChatFormat,
+    config: Config,
+    iteration: int,
+) -> str:
+    """Hash of what `evaluate` measures, the judge apart; its arguments have the same names."""
+    sampling = config.sampling
+    content = [
+        (backbone.identity, backbone.adapter_ids[adapter], str(backbone.head.weight.dtype)),
+        (fingerprint(heldout), [(demo.index, demo.answer) for demo in heldout]),
+        (config.seed, config.text.max_response_tokens, sorted(chat.stop_token_ids)),
+        (sampling.temperature, sampling.top_p, sampling.top_k),
+        (config.evaluate.answer, reward_scale(config, iteration)),
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def evaluate(
+    name: str,
+    backbone: Backbone,
+    adapter: str | None,
+    heldout: Sequence[Demonstration],
+    chat: ChatFormat,
+    config: Config,
+    base: Evaluation | None,
+    iteration: int,
+    progress: Callable[[int, int], None] = lambda answers, tokens: None,
+    judge: Judge | None = None,
+    team: Team | None = None,
+) -> Evaluation:
+    """Measure one policy.
+
+    Args:
+        name: `base`, `0`, `1`, …
+        backbone: holds the adapter.
+        adapter: its name, None for the base.
+        heldout: prompts with their demonstrations.
+        chat: for decoding to text.
+        config: sampling, β, what is compared.
+        base: the base's evaluation; None when this is the base itself.
+        iteration: t, which selects β for the margin.
+        progress: called with the answers finished and the tokens decoded.
+        judge: compares the sampled answers with the base's.
+        team: processes that share the prompts and all get the result; None for this one alone.
+
+    Raises:
+        InputError: a demonstration without the pattern of `evaluate.answer`.
+        JudgeError: the judge's.
+    """
+    team = team or Team(backbone.device)
+    part = checked_part(config.evaluate.answer)
+    gold = checked_answers(heldout, config.evaluate.answer)
+    cap = config.text.max_response_tokens
+    prompts = [demo.prompt for demo in heldout]
+    draws = [Draw(config.seed, 0, "evaluate", demo.index) for demo in heldout]
+
+    def answers(
+        indices: Sequence[int], noise: Sequence[Draw | None]
+    ) -> list[tuple[list[int], bool]]:
+        found = decode(
+            backbone,
+            [Request(prompts[i], {adapter: 1.0}, cap, noise[i]) for i in indices],
+            stop_ids=chat.stop_token_ids,
+            config=config.sampling,
+            progress=progress,
+        )
+        return [(answer.tokens.tolist(), answer.truncated) for answer in found]
+
+    def scores(policy: str | None, trees: Sequence[Tree]) -> NDArray[np.float64]:
+        return np.array(
+            team.spread(
+                lambda mine: logps(backbone, policy, [trees[i] for i in mine], config.train),
+                len(trees),
+            )
+        )
+
+    sampled, greedy = (
+        [
+            Answer(np.array(tokens, np.int32), truncated)
+            for tokens, truncated in team.spread(partial(answers, noise=noise), len(heldout))
+        ]
+        for noise in (draws, [None] * len(heldout))
+    )
+    texts = [chat.decode(answer.tokens) for answer in sampled]
+    greedy_texts = [chat.decode(answer.tokens) for answer in greedy]
+
+    def quality(text: str, i: int) -> tuple[bool, float]:
+        return part(text) == gold[i], word_f1(text, heldout[i].answer)
+
+    def matches(texts: list[str]) -> list[float]:
+        return [float(quality(text, i)[0]) for i, text in enumerate(texts)]
+
+    base_texts = base.answers if base else texts
+    base_tokens = (
+        [np.array(tokens, np.int32) for tokens in base.answer_tokens]
+        if base
+        else [answer.tokens for answer in sampled]
+    )
+    wins = [
+        preference(quality(texts[i], i), quality(base_texts[i], i)) for i in range(len(heldout))
+    ]
+    trees = [
+        Tree(demo.prompt, (demo.response, tokens))
+        for demo, tokens in zip(heldout, base_tokens, strict=True)
+    ]
+    scored = scores(adapter, trees)
+    anchor = np.stack([base.demonstration_logps, base.base_answer_logps], 1) if base else scored
+    gains = scored - anchor
+    differ = np.array([not np.array_equal(tree.responses[0], tree.responses[1]) for tree in trees])
+    margins = (gains[:, 0] - gains[:, 1])[differ]
+    divergence = np.zeros(len(heldout))  # of the base from itself
+    if adapter is not None:
+        own = [Tree(prompt, (y.tokens,)) for prompt, y in zip(prompts, sampled, strict=True)]
+        divergence = (scores(adapter, own) - scores(None, own))[:, 0]
+    evaluation = Evaluation(
+        name=name,
+        **_mean("nll", (-scored[:, 0]).tolist()),
+        nll_per_token=float(-scored[:, 0].sum() / sum(len(demo.response) for demo in heldout)),
+        **_mean("sampled", matches(texts)),
+        **_mean("greedy", matches(greedy_texts)),
+        **_mean("preferred", wins),
+        margin=reward_scale(config, iteration) * float(margins.mean()) if len(margins) else 0.0,
+        **(_mean("kl", divergence.tolist()) if config.sampling.untouched else {}),
+        **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
+        distinct_1=distinct(texts, 1),
+        distinct_2=distinct(texts, 2),
+        distinct_3=distinct(texts, 3),
+        self_bleu=self_bleu(texts, config.seed),
+        answers=texts,
+        greedy_answers=greedy_texts,
+        answer_tokens=[answer.tokens.tolist() for answer in sampled],
+        truncated=[answer.truncated for answer in sampled],
+        demonstration_logps=scored[:, 0].tolist(),
+        base_answer_logps=scored[:, 1].tolist(),
+        inputs=inputs(backbone, adapter, heldout, chat, config, iteration),
+        judge=None,  # `compared` fills these
+        verdicts=None,
+    )
+    return compared(evaluation, base or evaluation, heldout, judge) if judge else evaluation
+
+
+def compared(
+    evaluation: Evaluation, base: Evaluation, heldout: Sequence[Demonstration], judge: Judge
+) -> Evaluation:
+    """The evaluation with a judge's verdicts on its sampled answers against the base's.
+
+    Raises:
+        JudgeError: the judge's.
+    """
+    asked = [
+        Comparison(Prompt(demo.messages, demo.answer), ours, theirs)
+        for demo, ours, theirs in zip(heldout, evaluation.answers, base.answers, strict=True)
+    ]
+    verdicts = preferences(judge, asked)
+    found = controlled = Estimate(0.5, 0.5, 0.5)  # the base against itself: no estimate, a fact
+    if evaluation.name != base.name:
+        ours, theirs = ([len(text) for text in e.answers] for e in (evaluation, base))
+        found, controlled = win_rate(verdicts), at_equal_length(verdicts, ours, theirs)
+    return replace(
+        evaluation,
+        judge=judge.identity,
+        verdicts=verdicts,
+        **_mean("judged", verdicts),
+        judged_low=found.low,
+        judged_high=found.high,
+        controlled=controlled.value,
+        controlled_low=controlled.low,
+        controlled_high=controlled.high,
+    )
+
+
+def _mean(name: str, values: list[float]) -> dict[str, float]:
+    """The mean and its standard error, under `name` and `name_se`."""
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return {name: float(np.mean(values)), f"{name}_se": error}
+
+
+JUDGED = ["judge vs base %", "KL to base", "tokens"]
+
+
+def header(judged: bool = False) -> list[str]:
+    """Column names of the table by iteration."""
+    names = ["t", "NLL/answer", "sampled %", "greedy %", "margin", "wins vs base %"]
+    return names + JUDGED * judged
+
+
+def row(evaluation: Evaluation) -> list[str]:
+    """An evaluation as a row of that table; ± is one standard error."""
+    e = evaluation
+
+    def percent(value: float, error: float | None) -> str:
+        return "-" if e.name == "base" else f"{100 * value:.1f} ± {100 * (error or 0):.1f}"
+
+    cells = [
+        e.name,
+        f"{e.nll:.3f} ± {e.nll_se:.3f}",
+        f"{100 * e.sampled:.1f} ± {100 * e.sampled_se:.1f}",
+        f"{100 * e.greedy:.1f} ± {100 * e.greedy_se:.1f}",
+        f"{e.margin:+.3f}",
+        percent(e.preferred, e.preferred_se),
+    ]
+    if e.judged is not None:
+        cells.append(percent(e.judged, e.judged_se))
+        divergence = "-" if e.kl is None else f"{e.kl:.3f} ± {e.kl_se:.3f}"
+        cells += [divergence, f"{e.length:.1f} ± {e.length_se:.1f}"]
+    return cells
+
+
+COMPARED = [
+    "t",
+    "judge vs base %",
+    "at equal length %",
+    "distinct-1",
+    "distinct-2",
+    "distinct-3",
+    "self-BLEU",
+]
+"""Column names of the table of what a judge and diversity say."""
+
+
+def comparison(evaluation: Evaluation) -> list[str]:
+    """An evaluation as a row of that table; brackets are 95 % confidence intervals."""
+    e = evaluation
+
+    def share(value: float | None, low: float | None, high: float | None) -> str:
+        if e.name == "base" or value is None or low is None or high is None:
+            return "-"
+        return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    diversity = (e.distinct_1, e.distinct_2, e.distinct_3, e.self_bleu)
+    return [
+        e.name,
+        share(e.judged, e.judged_low, e.judged_high),
+        share(e.controlled, e.controlled_low, e.controlled_high),
+        *("-" if value is None else f"{value:.3f}" for value in diversity),
+    ]
+
+
+def line(evaluation: Evaluation) -> str:
+    """An evaluation in one line."""
+    names, cells = header(evaluation.judged is not None), row(evaluation)
+    return ", ".join(f"{k} {v}" for k, v in zip(names[1:], cells[1:], strict=True))

@@ -1,0 +1,299 @@
+"""One run in progress: what its phases share.
+
+The iterates on disk, the answers of players, the log-probs of frozen policies. Each begins by
+looking for what it left; all of it is a function of (seed, t, example).
+"""
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from alphaspin.config import Config
+from alphaspin.data.demonstrations import ChatFormat, Demonstration
+from alphaspin.foundation import console
+from alphaspin.foundation.runs import Metrics, Run, commit, remove, verifies
+from alphaspin.losses.equations import mixture_reference
+from alphaspin.model.backbone import WEIGHTS, Backbone, average_adapters
+from alphaspin.model.batching import Tree
+from alphaspin.model.distributed import Team, TeamJudge
+from alphaspin.model.scoring import ReferenceCache, batched, score
+from alphaspin.model.stepper import Policy
+from alphaspin.opponents.base import EMA, Player, choose_prompts
+from alphaspin.sampling.decode import Answer, Draw, Request
+from alphaspin.sampling.gflownet import Task, train_sampler
+from alphaspin.sampling.mixture import Setting, sample
+from alphaspin.sampling.remote import engine
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Answers that are sampled and kept together.
+
+    folder: where they are or will be. player: who answers. draws: (example, purpose) of each
+    answer; together with t they fix its random numbers.
+    """
+
+    folder: Path
+    player: Player
+    draws: Sequence[tuple[int, str]]
+
+
+@dataclass(slots=True)
+class Session:
+    """One run in progress: what all phases share; the phases run in all processes alike."""
+
+    config: Config
+    run: Run
+    backbone: Backbone
+    chat: ChatFormat
+    demonstrations: list[Demonstration]
+    heldout: list[Demonstration]
+    team: Team
+    metrics: Metrics
+    cache: ReferenceCache
+    judge: TeamJudge | None = None
+
+    def folder(self, iteration: int) -> Path:
+        """Artefacts of iteration t."""
+        return self.run.path / "iterations" / str(iteration)
+
+    def examples(self, iteration: int) -> list[int]:
+        """The demonstrations that iteration t uses, as indices in random order."""
+        total, prompts = len(self.demonstrations), self.config.selfplay.prompts
+        return choose_prompts(total, prompts, iteration, self.config.seed)
+
+    def load_iterate(self, iteration: int) -> str | None:
+        """The name under which iterate t is loaded; None for the base (t < 0)."""
+        if iteration < 0:
+            return None
+        name = f"iterate-{iteration}"
+        if not self.backbone.has_adapter(name):
+            self.backbone.load_adapter(name, self.folder(iteration) / "adapter")
+        return name
+
+    def load_member(self, member: int, iteration: int) -> str | None:
+        """The name under which a player's iterate, or the average, is loaded."""
+        if member != EMA:
+            return self.load_iterate(member)
+        self.backbone.load_adapter("ema", self.folder(iteration) / "ema")
+        return "ema"
+
+    def unload_iterates(self) -> None:
+        """Forget the frozen adapters, which training does not need."""
+        for name in list(self.backbone.adapter_ids):
+            if name is not None:
+                self.backbone.remove_adapter(name)
+
+    def load_reference_adapter(self, iteration: int) -> str | None:
+        """The adapter that stands for "previous" in the reference: π_{t-1}, or the average."""
+        if self.config.reference.kind == "ema" and iteration:
+            self.team.from_main(lambda: self.make_average(iteration))
+            return self.load_member(EMA, iteration)
+        return self.load_iterate(iteration - 1)
+
+    def make_average(self, iteration: int) -> None:
+        """Make the moving average of the adapters 0 … t-1 and keep it, where it is not on disk."""
+        folder = self.folder(iteration) / "ema"
+        if not verifies(folder):
+            # ema_1 = adapter_0; ema_t = decay · ema_{t-1} + (1 - decay) · adapter_{t-1}
+            self.backbone.load_adapter("ema", self.folder(0) / "adapter")
+            average = self.backbone.adapter_state("ema")
+            for k in range(1, iteration):
+                self.backbone.load_adapter("ema", self.folder(k) / "adapter")
+                average = average_adapters(
+                    average, self.backbone.adapter_state("ema"), self.config.reference.ema_decay
+                )
+            self.backbone.set_adapter_state("ema", average)
+            with commit(folder) as temporary:
+                self.backbone.save_adapter("ema", temporary)
+
+    def answers(
+        self, iteration: int, shards: Sequence[Shard], kind: str
+    ) -> Iterator[tuple[int, Answer]]:
+        """The answers of iteration t's shards, sampled now where their folders do not hold them.
+
+        Returns:
+            (example, answer) in the order of the shards and their `draws`.
+        """
+        if any(member == EMA for shard in shards for member, _ in shard.player.members):
+            self.team.from_main(lambda: self.make_average(iteration))
+        for player in {shard.player for shard in shards if shard.player.sampler == "gflownet"}:
+            self.load_sampler(iteration, player)
+        count = sum(len(shard.draws) for shard in shards)
+        with console.bar(f"t={iteration} {kind}", count, "answers") as advance:
+
+            def present(number: int, shard: Shard) -> None:
+                del number
+                advance(len(shard.draws), 0)
+
+            def make(number: int, shard: Shard) -> None:
+                if verifies(shard.folder):
+                    present(number, shard)
+                else:
+                    answers = self.drawn(iteration, shard.player, shard.draws, advance)
+                    with commit(shard.folder) as temporary:
+                        _save_answers(temporary, [e for e, _ in shard.draws], answers)
+
+            self.team.each(shards, make, present)
+        for shard in shards:
+            yield from load_answers(shard.folder)
+
+    def drawn(
+        self,
+        iteration: int,
+        player: Player,
+        draws: Sequence[tuple[int, str]],
+        advance: console.Advance,
+    ) -> list[Answer]:
+        """What `answers` has drawn: a function of the player, the prompts and their draws."""
+        config = self.config
+        policy: Policy = {self.load_member(k, iteration): w for k, w in player.members}
+        prompts = [self.demonstrations[e].prompt for e, _ in draws]
+        noise = [Draw(config.seed, iteration, why, e) for e, why in draws]
+        cap, stops = config.text.max_response_tokens, self.chat.stop_token_ids
+        if player.sampler == "smc":
+            size = config.sampling.batch_size
+            setting = Setting(policy, config.sampling.particles, cap, stops, size)
+            answers, weights = sample(
+                self.backbone, setting, prompts, noise, method="smc", progress=advance
+            )
+            console.note(f"t={iteration}: {weights.note()}")
+            return answers
+        if player.sampler == "gflownet":
+            policy = {f"sampler-{iteration}": 1.0}
+        requests = [Request(p, policy, cap, d) for p, d in zip(prompts, noise, strict=True)]
+        return engine(config.sampling, self.chat)(
+            self.backbone,
+            requests,
+            stop_ids=stops,
+            config=config.sampling,
+            progress=advance,
+        )
+
+    def load_sampler(self, iteration: int, player: Player) -> None:
+        """The adapter that samples from the exact mixture at iteration t, trained now if need be.
+
+        It learns on the prompts of the iteration, `gflownet.prompts` of them at most.
+        """
+        config, folder = self.config, self.folder(iteration) / "sampler"
+        examples = self.examples(iteration)
+        prompts = {(p := self.demonstrations[e].prompt).tobytes(): p for e in examples}
+        task = Task(
+            {self.load_member(k, iteration): w for k, w in player.members},
+            list(prompts.values())[: config.gflownet.prompts],
+            config.text.max_response_tokens,
+            self.chat.stop_token_ids,
+            config.gflownet,
+            config.seed,
+            iteration,
+            f"sampler/{iteration}",
+            folder,
+        )
+        adapter = train_sampler(self.backbone, task, self.metrics, self.team)
+        self.team.from_main(lambda: self.run.record_adapter(task.stage, adapter / WEIGHTS))
+        self.backbone.load_adapter(f"sampler-{iteration}", adapter)
+
+    def reference_policies(self, iteration: int) -> list[str | None]:
+        """The policies that the reference is a mixture of, loaded."""
+        alpha = self.config.reference.alpha
+        previous = self.load_reference_adapter(iteration)
+        # At α = 1 the base takes no part, at α = 0 the previous iterate; at t = 0 they are one.
+        return list(dict.fromkeys([previous] * (alpha > 0) + [None] * (alpha < 1)))
+
+    def mix(self, *logps: Tensor) -> Tensor:
+        """lp_ref from the log-probs of `reference_policies`."""
+        reference = self.config.reference
+        kind = "arithmetic" if reference.kind == "arithmetic" else "geometric"
+        return mixture_reference(logps[0], logps[-1], alpha=reference.alpha, kind=kind)
+
+    def frozen_logps(
+        self, iteration: int, trees: Sequence[Tree], policies: Sequence[str | None]
+    ) -> list[Tensor]:
+        """lp of each pair under each policy, [pairs, 2]; what the cache lacks is computed now."""
+        config = self.config
+        wanted, policies = policies, list(dict.fromkeys(policies))  # at t = 0 they are one
+        hashes = {name or "base": self.backbone.adapter_ids[name] for name in policies}
+        shards = list(batched(trees, config.sampling.shard_size))
+        folder = self.folder(iteration) / "reference"
+        expected = 0
+        with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
+
+            def read(number: int, shard: Sequence[Tree]) -> None:
+                self.cache.load(folder / f"{number:05d}")
+                advance(len(shard), 0)
+
+            def make(number: int, shard: Sequence[Tree]) -> None:
+                # What repeats from an earlier shard stands in that one, whoever computes it.
+                nonlocal expected
+                for earlier in shards[expected:number]:
+                    self.cache.expect(hashes.values(), earlier)
+                expected = number
+                path = folder / f"{number:05d}"
+                if self.cache.load(path) and not self._incomplete(policies, shard):
+                    advance(len(shard), 0)
+                    return
+                scored = score(
+                    self.backbone, self.cache, policies, shard, config.train, progress=advance
+                )
+                self.cache.save(path, *scored, hashes)
+
+            self.team.each(shards, make, read)
+
+        def lookup(policy: str | None) -> Tensor:
+            identity = self.backbone.adapter_ids[policy]
+            return torch.tensor([self.cache.lookup(identity, tree) for tree in trees])
+
+        return [lookup(policy) for policy in wanted]
+
+    def _incomplete(self, policies: Sequence[str | None], trees: Sequence[Tree]) -> bool:
+        """Whether the cache lacks a log-prob: a shard may verify and be of other tokens."""
+        ids = [self.backbone.adapter_ids[policy] for policy in policies]
+        return any(self.cache.missing(identity, trees) for identity in ids)
+
+    def finished(self, stage: str, folder: Path) -> bool:
+        """Whether a stage's adapter is on disk; its hash is then recorded or compared."""
+
+        def look() -> bool:
+            if not verifies(folder / "adapter"):
+                return False
+            self.run.record_adapter(stage, folder / "adapter" / WEIGHTS)
+            remove(folder / "checkpoints")
+            return True
+
+        return self.team.from_main(look)
+
+    @contextmanager
+    def timed(self, phase: str, iteration: int) -> Generator[None]:
+        """Record how long a phase took, in seconds."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.metrics.write(f"time/{phase}", iteration, {"seconds": round(seconds, 3)})
+
+
+def _save_answers(folder: Path, examples: Sequence[int], answers: Sequence[Answer]) -> None:
+    save_file(
+        {
+            "example": np.array(examples, np.int64),
+            "length": np.array([len(answer.tokens) for answer in answers], np.int64),
+            "truncated": np.array([answer.truncated for answer in answers], np.bool_),
+            "tokens": np.concatenate([answer.tokens for answer in answers]),
+        },
+        folder / "answers.safetensors",
+    )
+
+
+def load_answers(folder: Path) -> Iterator[tuple[int, Answer]]:
+    """A durable shard of opponents' answers: (number of the demonstration, answer)."""
+    data = load_file(folder / "answers.safetensors")
+    ends = data["length"].cumsum()
+    parts = np.split(data["tokens"], ends[:-1])
+    for example, tokens, cut in zip(data["example"], parts, data["truncated"], strict=True):
+        yield int(example), Answer(tokens, bool(cut))

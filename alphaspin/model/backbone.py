@@ -1,0 +1,827 @@
+"""One frozen base, many LoRA adapters: rows of a batch are routed to adapters, or to none.
+
+The policy, its predecessors and the base differ by a low-rank update of the same weights, so one
+pass reads the frozen weights once for all of them: y = W x, and then, for the rows of each adapter
+only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; only the layer's
+forward pass is ours.
+"""
+
+import copy
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from alphaspin.config import LoraConfig
+from alphaspin.errors import InputError
+from alphaspin.foundation import rng
+from alphaspin.foundation.runs import file_hash
+from alphaspin.model.attention import TREES, Places
+from alphaspin.model.batching import Batch, Segment, Tree, collate
+from alphaspin.model.routing import (
+    NOT_JOINT,
+    POLICY,
+    Route,
+    RoutedLinear,
+    is_routable,
+    linear_modules,
+    peft_targets,
+    route_parameters,
+    target_modules,
+    target_parameters,
+)
+
+PREFIX = "base_model.model."  # PEFT's, before a module's own name
+WEIGHTS = "adapter_model.safetensors"
+# Of the head at once, on a CPU: what its BLAS repacks in each call then stays in the cache. 32 rows
+# times 512 × 128,000 took 92 ms in one product and 80 ms in parts (fp32, one thread).
+HEAD_ROWS = 2048
+
+
+class Backbone(nn.Module):
+    """The frozen base with its adapters; a forward pass gives the hidden states that predict."""
+
+    layout: Literal["packed", "padded"]
+    """How its tokens are laid out: what `collate` takes."""
+    layout_reason: str
+    """Why it is not `packed`, where it is not."""
+    cache: Literal["slots", "own", "none"]
+    """What the sampler keeps of a sequence: keys and values in slots of ours, the family's own
+    cache, or nothing but its tokens (see `caches`)."""
+    cache_reason = ""
+    """Why it is not what its layout would have, where that was found to be wrong."""
+    scale: float
+    """The logits are scale · (W h + b), and soft-capped after that."""
+    softcap: float | None = None
+    """They become softcap · tanh(logits / softcap)."""
+
+    def __init__(
+        self, model: PreTrainedModel, path: str, identity: str, *, longest: int | None = None
+    ):
+        """Freeze `model` and find out how this project can serve it.
+
+        Args:
+            model: a causal language model as transformers loads it.
+            path: folder or hub id it came from, recorded in the adapters.
+            identity: hash of its weights.
+            longest: tokens of the longest sequence; decides the frequencies of position embeddings
+                that depend on it. By default as long as the model can.
+
+        Raises:
+            InputError: the model's head is of a kind that is not supported.
+        """
+        super().__init__()
+        self.path = path
+        self.identity = identity
+        self.route = Route()
+        self.adapter_ids: dict[str | None, str] = {None: identity}
+        self.adapter_folders: dict[str, Path] = {}  # of those that are as on disk
+        config: Any = model.config.get_text_config()
+        self.layer_types: set[str] = set(getattr(config, "layer_types", None) or ())
+        self.window: int | None = getattr(config, "sliding_window", None)
+        self.eager: bool = config._attn_implementation == "eager"
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.pinned = self._pin_positions(model, longest)
+        stops = getattr(model.generation_config, "eos_token_id", None)
+        stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        self.stop_ids = tuple(cast(list[int], stops))
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # noise belongs on the adapter alone (`lora.dropout`)
+        for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+            if getattr(config, name, 0):
+                setattr(config, name, 0.0)
+        for module in model.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                cast(Any, module).attention_dropout = 0.0
+        model.requires_grad_(False)
+        self.model: PreTrainedModel | PeftModel = model
+        self._causal_lm = model
+        self._joint: str | None = None  # '' where it can be
+        self.eval()
+        self._layers: list[nn.Module] = list(getattr(self.decoder, "layers", ()))
+        for layer in self._layers:
+            layer.forward = partial(self._both, layer)
+        self._takes = set(inspect.signature(self.decoder.forward).parameters)
+        self.scale, self.softcap = self._find_head()
+        self.layout_reason = self._why_not_packed()
+        self.layout = "padded" if self.layout_reason else "packed"
+        self.cache = "slots" if self.layout == "packed" else "own"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        return self.head.weight.device
+
+    @property
+    def head(self) -> nn.Linear:
+        """The language-model head, weight [V, H]."""
+        return cast(nn.Linear, self._causal_lm.get_output_embeddings())
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The transformer below the head."""
+        found = cast(nn.Module, self._causal_lm.get_decoder())
+        # Llama 4's is not found by transformers, which then returns the whole.
+        return cast(nn.Module, cast(Any, found).model) if found is self._causal_lm else found
+
+    @property
+    def ordinary_tokens(self) -> NDArray[np.int32]:
+        """Ids that the configuration does not name: others may stand for an image or a sound."""
+        named = {
+            int(value)
+            for key, value in _numbers(self._causal_lm.config)
+            if key.endswith(("token_id", "token_index"))
+        }
+        every = np.arange(self.head.weight.shape[0], dtype=np.int32)
+        ordinary = every[~np.isin(every, list(named))]
+        return ordinary if len(ordinary) else every
+
+    @property
+    def family(self) -> str:
+        """What transformers calls this kind of model."""
+        return self._causal_lm.config.model_type
+
+    def _pin_positions(self, model: nn.Module, longest: int | None) -> int | None:
+        """Let no position embedding depend on what else is in the batch.
+
+        transformers takes the frequencies of `longrope` and `dynamic` ones from the largest
+        position of a call, so that a sequence would have those of its longest neighbour. Here each
+        call is told of the longest sequence as well, and one policy has one set of frequencies: as
+        vLLM has it, where the limit is `--max-model-len`.
+
+        Returns:
+            The number of tokens, where there is such an embedding.
+        """
+        for module in model.modules():
+            kinds = getattr(module, "rope_type", None)
+            kinds = [kinds] if isinstance(kinds, str) else list(kinds or {})
+            if isinstance(getattr(module, "rope_type", None), dict):
+                kinds = list(cast(dict[str, str], module.rope_type).values())
+            if not any("dynamic" in kind or kind == "longrope" for kind in kinds):
+                continue
+            if any("dynamic" in kind for kind in kinds) and self.max_positions is not None:
+                config: Any = getattr(module, "config", None)
+                ropes = getattr(config, "rope_parameters", None) or {}
+                factor = ropes.get("factor") or 1.0
+                self.max_positions = max(self.max_positions, _extended(ropes, factor))
+            longest = longest or self.max_positions
+            if longest is None:
+                raise InputError(
+                    f"{self.path}: its position embeddings depend on the longest sequence, and its "
+                    "configuration has no max_position_embeddings"
+                )
+            module.forward = partial(_pinned, module.forward, longest)
+            self.pinned = longest
+        return getattr(self, "pinned", None)
+
+    @torch.no_grad()
+    def _find_head(self) -> tuple[float, float | None]:
+        """c and the cap in softcap(c (W h + b)), compared with the model's own logits.
+
+        Granite divides its logits by `logits_scaling`, Cohere multiplies them by `logit_scale`;
+        Gemma caps them at `final_logit_softcapping`, xLSTM at `output_logit_soft_cap`: the
+        configuration's values that fit are taken, whatever their names are.
+
+        Raises:
+            InputError: the logits are not of that form.
+        """
+        ids = torch.from_numpy(np.resize(self.ordinary_tokens, 8)).long().to(self.device)[None]
+        run = cast(Any, self._causal_lm)
+        # A cap hardly shows in small logits: they are made large, by a factor that rounds nothing.
+        size = float(run(input_ids=ids, use_cache=False).logits.abs().max())
+        factor = 2.0 ** max(0, math.ceil(math.log2(64 / max(size, 1e-6))))
+        self.head.weight *= factor
+        try:
+            expected = run(input_ids=ids, use_cache=False).logits.float()
+            hidden = self.plain_hidden(ids)
+            self.scale = 1.0
+            found = self.logits(hidden).float()
+        finally:
+            self.head.weight /= factor
+        caps = [v for key, v in _numbers(self._causal_lm.config) if "cap" in key]
+        rounding = torch.finfo(self.head.weight.dtype).eps
+        best = (math.inf, 1.0, None)
+        for cap in (None, *sorted(set(caps))):
+            inner, linear = expected, found
+            if cap:
+                bent = (expected / cap).abs() < 0.9  # where tanh can be undone
+                inner, linear = cap * torch.atanh(expected[bent] / cap), found[bent]
+            ratio = _ratio(linear, inner)
+            if abs(ratio - 1) <= 8 * rounding:
+                ratio = 1.0
+            else:
+                ratio = _configured(self._causal_lm.config, ratio, 32 * rounding)
+            mine = cap * torch.tanh(ratio * found / cap) if cap else ratio * found
+            error = float((mine - expected).abs().max() / expected.abs().max())
+            best = min(best, (error, ratio, cap), key=lambda item: item[0])
+        # bf16 rounds logits to 1/256 of their size.
+        if not best[0] < (0.02 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
+            raise InputError(
+                f"{self.path}: its logits are not softcap(c (W h + b)) (relative difference "
+                f"{best[0]:.2g}): log-probs are taken from the head's weight here, and this model "
+                "family does more than that"
+            )
+        return best[1:]
+
+    def plain_hidden(self, ids: Tensor) -> Tensor:
+        """Hidden states [R, S, H] by the family's own code."""
+        return cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _why_not_packed(self) -> str:
+        """Why trees cannot be packed into one row, or nothing; found by trying it.
+
+        A family that derives positions or masks in a way of its own, or whose layers mix tokens
+        otherwise than by attention, would be computed wrongly and silently. (What depends on
+        adapters, or shows in longer sequences only, is `verify`'s to find.)
+
+        Raises:
+            InputError: it is no better in padded rows, or a token sees what comes after it.
+        """
+        ids_1S = torch.from_numpy(np.resize(self.ordinary_tokens, 12)).long().to(self.device)[None]
+        whole_H, part_H = self.plain_hidden(ids_1S)[0, 7], self.plain_hidden(ids_1S[:, :8])[0, 7]
+        if self.unlike(whole_H.float(), part_H.float(), ""):
+            raise InputError(
+                f"{self.path}: models of type {self.family} cannot be served here: a token sees "
+                "what comes after it, so that log-probs of tokens do not add up"
+            )
+        unknown = self.layer_types - {"full_attention", "sliding_attention"}
+        reason = f"it has layers of type {', '.join(sorted(unknown))}" if unknown else ""
+        reason = reason or self._differs("packed")
+        if reason and (worse := self._differs("padded")):
+            raise InputError(
+                f"{self.path}: models of type {self.family} cannot be served here: {reason}, and "
+                f"{worse}"
+            )
+        return reason
+
+    def _differs(self, layout: Literal["packed", "padded"]) -> str:
+        """What is wrong with a layout, or nothing."""
+        # In 16 bits rounding alone can send a token to another expert; not with all tokens.
+        tries = 1 if self.head.weight.dtype == torch.float32 else 3
+        reason = ""
+        for seed in range(tries):
+            reason = self._differs_once(layout, seed)
+            if not reason:
+                break
+        return reason
+
+    def _differs_once(self, layout: Literal["packed", "padded"], seed: int) -> str:
+        """The same for one draw of tokens."""
+        random, tokens = np.random.default_rng(seed), self.ordinary_tokens[:64]
+        draw = lambda n: random.choice(tokens, n)  # noqa: E731
+        trees = [Tree(draw(p), (draw(a), draw(b))) for p, a, b in ((3, 4, 2), (7, 12, 5))]
+        batch = collate([(None, trees)], layout=layout).to(self.device)
+        try:
+            found = cast(Tensor, self(batch)).float()
+        except InputError as error:
+            return str(error)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            return f"it cannot attend to {layout} trees ({reason[:100]})"
+        expected: list[Tensor] = []
+        for tree in trees:
+            for answer in tree.responses:
+                ids = torch.from_numpy(np.concatenate([tree.prompt, answer])).long()[None]
+                start = len(tree.prompt) - 1
+                plain = self.plain_hidden(ids.to(self.device))
+                expected.append(plain[0, start : start + len(answer)].float())
+        return self.unlike(found, torch.cat(expected), f"{layout} and single sequences")
+
+    def unlike(self, found: Tensor, expected: Tensor, what: str) -> str:
+        """How far hidden states are from others, or nothing where rounding explains it."""
+        error = float((found - expected).abs().max() / expected.abs().max())
+        if error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
+            return ""
+        return f"{what} differ by {error:.2g} of its hidden states"
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Full logits [..., V] in fp32 (float64 of a float64 model): for sampling one position."""
+        weight_VH: Tensor = self.head.weight
+        rows = HEAD_ROWS if weight_VH.device.type == "cpu" else len(weight_VH)
+        parts = [_product(hidden_NH, part) for part in weight_VH.split(rows)]
+        logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        bias = cast(Tensor | None, self.head.bias)
+        if bias is not None:
+            logits += bias
+        if self.scale != 1:
+            logits *= self.scale
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only each layer's input and recompute the rest in the backward pass."""
+        model: Any = self._causal_lm
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.2x
+        (enable or model.gradient_checkpointing_enable)(
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._attending_trees())}
+        )
+
+    # Adapters
+
+    def add_adapter(self, name: str, config: LoraConfig, *, seed: int, iteration: int) -> None:
+        """Create a fresh adapter, whose update is zero (B = 0, A random from (seed, t)).
+
+        Raises:
+            InputError: `lora.targets` or `lora.target_parameters` names nothing in this model, or
+                what cannot have adapters here.
+        """
+        target_parameters(self._causal_lm, config.target_parameters)
+        targets = list(config.targets)
+        chosen = target_modules(self._causal_lm, config.targets)
+        if targets == ["all-linear"]:
+            targets = peft_targets(self._causal_lm, chosen)
+        peft_config = PeftLoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
+            lora_dropout=config.dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            target_parameters=list(config.target_parameters) or None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen),
+            task_type="CAUSAL_LM",
+        )
+        self._inject(name, peft_config, rng.key(seed, iteration, "adapter") % 2**63)
+        self._fill(name, self.adapter_state(name))  # what cannot be read back is not trained
+
+    def _inject(self, name: str, config: PeftLoraConfig, seed: int) -> None:
+        config._register_custom_module({nn.Linear: RoutedLinear, Conv1D: RoutedLinear})
+        head = self.head
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                if isinstance(self.model, PeftModel):
+                    self.model.add_adapter(name, config)
+                else:
+                    with warnings.catch_warnings():
+                        # It renames the base in our configuration to the model's own (empty) name.
+                        warnings.filterwarnings("ignore", message=".*base_model_name_or_path")
+                        self.model = get_peft_model(self._causal_lm, config, adapter_name=name)
+                config.base_model_name_or_path = self.path
+            except ValueError as error:
+                raise InputError(f"lora.targets = {config.target_modules!r}: {error}") from None
+        # PEFT keeps a set, whose order in `adapter_config.json` would differ between processes.
+        config.target_modules = sorted(cast(set[str], config.target_modules))
+        if config.target_parameters:
+            config.target_parameters = sorted(config.target_parameters)
+        if self.head is not head:
+            raise InputError(
+                f"lora.targets = {config.target_modules!r} puts an adapter on the head, which "
+                "all policies share; leave it out"
+            )
+        numbers = itertools.count()  # of these layers alone: the same whatever else is loaded
+        for module_name, layer in self.model.named_modules():
+            if isinstance(layer, RoutedLinear):
+                layer.route = self.route
+                layer.number, layer.name = next(numbers), module_name.removeprefix(PREFIX)
+                routable = is_routable(layer.get_base_layer())
+            elif isinstance(layer, ParamWrapper):
+                route_parameters(layer, self.route)
+                routable = True
+            else:
+                routable = not isinstance(layer, BaseTunerLayer)
+            if not routable:
+                kind = type(cast(Any, layer).get_base_layer()).__name__
+                works = sorted({n.rsplit(".", 1)[-1] for n in linear_modules(self._causal_lm)})
+                raise InputError(
+                    f"lora.targets: {module_name} is a {kind}; only layers that compute W x + b "
+                    "and nothing else can carry the adapters of several policies. all-linear "
+                    f"takes just these; by name: {' '.join(works)}"
+                )
+        self._train_the_policy()
+
+    def _train_the_policy(self) -> None:
+        for key, parameter in self.named_parameters():
+            parameter.requires_grad_(f".{POLICY}." in key)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load PEFT files under `name`; an adapter already there is overwritten."""
+        config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
+        if not self.has_adapter(name):
+            self._inject(name, config, seed=0)
+        self._fill(name, load_file(folder / WEIGHTS, device=str(self.device)))
+        self.adapter_ids[name] = file_hash(folder / WEIGHTS)
+        self.adapter_folders[name] = folder
+
+    def _fill(self, name: str, state: dict[str, Tensor]) -> None:
+        result = set_peft_model_state_dict(self._peft, state, adapter_name=name)
+        if result.unexpected_keys:
+            layer = min(result.unexpected_keys).removeprefix(PREFIX).split(".lora_")[0]
+            raise InputError(
+                f"PEFT does not read back the adapter of {layer}; leave it out of lora.targets"
+            )
+
+    def save_adapter(self, name: str, folder: Path) -> None:
+        """Write PEFT's `adapter_model.safetensors` and `adapter_config.json`."""
+        save_file(self.adapter_state(name), folder / WEIGHTS, metadata={"format": "pt"})
+        config = self._peft.peft_config[name]
+        inference, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(folder))
+        config.inference_mode = inference
+
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """Copies of the adapter's tensors under PEFT's names, contiguous, on the CPU."""
+        state = get_peft_model_state_dict(
+            self._peft, adapter_name=name, save_embedding_layers=False
+        )
+        # On the CPU `.cpu()` alone would be the live parameter.
+        return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+
+    def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """Overwrite an adapter's tensors; it then has no identity until saved and loaded."""
+        self._fill(name, state)
+        self.adapter_ids.pop(name, None)
+        self.adapter_folders.pop(name, None)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was active which is now deleted")
+            self._peft.delete_adapter(name)
+        self.adapter_ids.pop(name, None)
+        self.adapter_folders.pop(name, None)
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether an adapter of this name is loaded."""
+        return isinstance(self.model, PeftModel) and name in self.model.peft_config
+
+    def peft_config(self, name: str) -> PeftLoraConfig:
+        """PEFT's configuration of an adapter."""
+        return cast(PeftLoraConfig, self._peft.peft_config[name])
+
+    def random_adapter(self, name: str, like: str, seed: int) -> None:
+        """Add an adapter of the form of `like` that moves each output by about a sixth."""
+        self._inject(name, copy.deepcopy(self.peft_config(like)), seed)
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.model.modules():
+            if isinstance(layer, RoutedLinear | ParamWrapper) and name in layer.lora_B:
+                weight = cast(nn.Linear, layer.lora_B[name]).weight
+                size = 0.3 / (layer.r[name] ** 0.5 * cast(float, layer.scaling[name]))
+                with torch.no_grad():
+                    weight.copy_(size * torch.randn(weight.shape, generator=generator))
+
+    @contextmanager
+    def plain(self, name: str | None) -> Generator[Callable[[Tensor, int | None], Tensor]]:
+        """Passes of transformers and PEFT alone under one adapter.
+
+        The function takes token ids [R, S] and gives hidden states [R, S, H]; with a seed, each
+        adapted module's output is off by one rounding.
+        """
+        route, active = self.route, self._peft.active_adapter
+
+        def hidden_of(ids_RS: Tensor, seed: int | None) -> Tensor:
+            route.rounding = (
+                None if seed is None else torch.Generator(self.device).manual_seed(seed)
+            )
+            return self.plain_hidden(ids_RS)
+
+        with nullcontext() if name else self._peft.disable_adapter():
+            if name:
+                self._peft.set_adapter(name)
+            route.plain = True
+            try:
+                yield hidden_of
+            finally:
+                route.plain, route.rounding = False, None
+                self._peft.set_adapter(cast(str, active))
+                self._train_the_policy()
+
+    @property
+    def _peft(self) -> PeftModel:
+        assert isinstance(self.model, PeftModel), "no adapter yet"
+        return self.model
+
+    def policy_parameters(self) -> dict[str, nn.Parameter]:
+        """The policy's parameters by name: all that is ever trained.
+
+        Who has them may change them: it has no identity until it is saved and loaded.
+        """
+        self.adapter_ids.pop(POLICY, None)
+        self.adapter_folders.pop(POLICY, None)
+        return {n: p for n, p in self.named_parameters() if f".{POLICY}." in n}
+
+    # Forward passes
+
+    def forward(self, batch: Batch, beside: Batch | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Hidden states that predict the targets.
+
+        Args:
+            batch: on the base's device; its segments cover all tokens.
+            beside: packed like `batch`, of frozen policies: goes through each layer right after it,
+                so that the layer's weights are gathered once for both, without a graph.
+
+        Returns:
+            hidden_NH: [N, H] in the base's dtype, in the order of `batch.targets`; with `beside`,
+            that and the same for it.
+        """
+        if beside is not None and not self._layers:
+            raise InputError(f"{NOT_JOINT}: its layers are not a list")
+        if beside is not None and batch.places is None:
+            raise InputError(f"{NOT_JOINT}: it takes one sequence a row")
+        route = self.route
+        route.segments, route.batch, route.beside = batch.segments, batch, beside
+        if any(segment.adapter == POLICY for segment in batch.segments):
+            route.seed = int(torch.randint(2**62, ()))  # no draw for policies without noise
+        ids, depth = batch.input_ids, batch.depth
+        if batch.places is None:
+            return self._padded(batch)
+        if getattr(self, "layout_reason", ""):
+            raise InputError(
+                f"{self.path}: train.layout = packed is not for this model family, whose layers "
+                f"take one sequence a row (train.layout = padded): {self.layout_reason}"
+            )
+        if beside is not None:
+            assert beside.places is not None, "packed"
+            ids, depth = torch.cat([ids, beside.input_ids], 1), torch.cat([depth, beside.depth], 1)
+        try:
+            with self._attending_trees():
+                output = cast(Any, self.decoder)(
+                    input_ids=ids, position_ids=depth, use_cache=False, places=batch.places
+                )
+        finally:
+            route.segments, route.batch, route.beside = batch.segments, None, None
+            route.dequantised, route.inside = None, False
+        hidden_TH = cast(Tensor, output.last_hidden_state).flatten(0, 1)
+        if beside is None:
+            return hidden_TH[batch.source]
+        tokens = batch.input_ids.numel()
+        return hidden_TH[batch.source], hidden_TH.detach()[tokens + beside.source]
+
+    def _padded(self, batch: Batch) -> Tensor:
+        """The same of rows that are one sequence each, by the family's own code.
+
+        What follows a sequence in its row is never seen by it, so that no mask is needed, whatever
+        mixes the tokens: attention, a convolution, a state.
+        """
+        return self._rows(batch.input_ids).flatten(0, 1)[batch.source]
+
+    def plain_rows(self, segments: Sequence[Segment], ids_RS: Tensor) -> Tensor:
+        """Hidden states [R, S, H] of one sequence a row; `segments` cover all rows."""
+        self.route.segments = tuple(segments)
+        return self._rows(ids_RS)
+
+    def _rows(self, ids_RS: Tensor) -> Tensor:
+        return self._run(ids_RS, 0, use_cache=False).last_hidden_state
+
+    def _run(self, ids_RS: Tensor, start: int, **kwargs: Any) -> Any:
+        """The decoder's output for rows that begin at position `start`."""
+        if "position_ids" in self._takes:
+            order_S = torch.arange(start, start + ids_RS.shape[1], device=ids_RS.device)
+            kwargs["position_ids"] = order_S.expand(ids_RS.shape)
+        return cast(Any, self.decoder)(input_ids=ids_RS, **kwargs)
+
+    def own_cache_rows(
+        self, segments: Sequence[Segment], ids_RS: Tensor, *, start: int = 0, cache: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Hidden states [R, S, H] of rows that go on at position `start`, with the family's cache.
+
+        Args:
+            segments: cover all rows.
+            ids_RS: token ids, the same number in each row.
+            start: tokens that the cache holds of each row.
+            cache: what the last call returned, None at position 0.
+        """
+        self.route.segments = tuple(segments)
+        given = {} if cache is None else {self.cache_name: cache}
+        output = self._run(ids_RS, start, use_cache=True, **given)
+        return output.last_hidden_state, getattr(output, self.cache_name)
+
+    @property
+    def cache_name(self) -> str:
+        """What the decoder calls its cache: `past_key_values` before transformers 5.24, or so."""
+        names = ("cache", "past_key_values", "cache_params")
+        return next((name for name in names if name in self._takes), names[0])
+
+    def masks(self, seen: Callable[[int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+        """An attention mask in the form this family takes: one, or one per type of layer.
+
+        Args:
+            seen: for a sliding window (None: no window), who sees whom, [R, 1, S, K] bool.
+        """
+
+        def mask(window: int | None) -> Tensor:
+            if not self.eager:
+                return seen(window)
+            dtype = self.head.weight.dtype
+            closed_RSK = ~seen(window)
+            zeros_RSK = torch.zeros(closed_RSK.shape, dtype=dtype, device=closed_RSK.device)
+            return zeros_RSK.masked_fill(closed_RSK, torch.finfo(dtype).min)
+
+        if not self.layer_types:  # Llama, Mistral, Gemma 1: the same mask everywhere
+            return mask(self.window)
+        windows = {"full_attention": None, "sliding_attention": self.window}
+        return {kind: mask(windows[kind]) for kind in sorted(self.layer_types)}
+
+    def _both(self, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A decoder layer's forward: the policy's tokens, then, without a graph, those beside."""
+        route, run = self.route, type(layer).forward  # also where FSDP has changed the class
+        if route.beside is None:
+            return run(layer, hidden, *args, **kwargs)
+        assert route.batch is not None
+        whole, results, start = hidden.shape[:2], list[Tensor](), 0
+        if hidden.ndim != 3 or whole[0] != 1:
+            raise InputError(f"{NOT_JOINT}: its layers pass on hidden states {hidden.ndim}-fold")
+
+        def cut(value: Any, span: slice) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(item, span) for item in cast(tuple[Any, ...], value))
+            if isinstance(value, Tensor) and whole[1] in value.shape:
+                if value.shape[:2] != whole:
+                    raise InputError(f"{NOT_JOINT}: its layers take a tensor {[*value.shape]}")
+                return value[:, span]
+            if value is None or isinstance(value, (Tensor, bool, int, float, str, Places)):
+                return value
+            raise InputError(
+                f"{NOT_JOINT}: its layers share a {type(value).__name__}, which the references "
+                "would overwrite"
+            )
+
+        route.dequantised, route.inside = {}, True
+        for batch in (route.batch, route.beside):
+            span = slice(start, start := start + batch.input_ids.numel())
+            route.segments = batch.segments
+            mine = {key: cut(value, span) for key, value in kwargs.items()}
+            mine["places"] = batch.places
+            # A clone: the graph would keep a view, and with it the tokens beside.
+            part = hidden[:, span].clone()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and batch is route.batch):
+                output = run(layer, part, *cut(args, span), **mine)
+            if not isinstance(output, Tensor):
+                raise InputError(f"{NOT_JOINT}: its layers return more than hidden states")
+            results.append(output)
+        route.dequantised, route.inside = None, False
+        return torch.cat(results, 1)
+
+    def notes(self) -> list[str]:
+        """What a user should know of how this model is served, a sentence each."""
+        found: list[str] = []
+        if self.layout_reason:
+            found.append(
+                f"padded rows, one sequence each, slower than packed: {self.layout_reason}"
+            )
+        if self.cache_reason:
+            instead = "each of its tokens" if self.cache == "none" else "the family's own cache"
+            found.append(f"answers with {instead}, which is slower: {self.cache_reason}")
+        if self.pinned:
+            found.append(
+                f"position embeddings with the frequencies for {self.pinned} tokens (text.max_*), "
+                "as vLLM's --max-model-len has them"
+            )
+        return found
+
+    def use_layout(self, wanted: Literal["auto", "packed", "padded"]) -> None:
+        """Follow `train.layout`.
+
+        Raises:
+            InputError: packed, and the family cannot.
+        """
+        if wanted == "packed" and self.layout_reason:
+            raise InputError(
+                "train.layout = packed: not for this model, take auto or padded: "
+                f"{self.layout_reason}"
+            )
+        if wanted != "auto":
+            self.layout = wanted
+
+    def forbid_joint(self, reason: str) -> None:
+        """From here on `joint_problem` is this."""
+        self._joint = f"{NOT_JOINT}: {reason}"
+
+    @torch.no_grad()
+    def joint_problem(self) -> str | None:
+        """None, or why the policy and its references cannot go through each layer together."""
+        if self._joint is not None:
+            return self._joint or None
+        if self.layout != "packed":
+            self._joint = f"{NOT_JOINT}: {self.layout_reason or 'train.layout is not packed'}"
+            return self._joint
+        random, tokens = np.random.default_rng(1), self.ordinary_tokens[:64]
+        draw = lambda n: random.choice(tokens, n)  # noqa: E731
+        mine, theirs = ([Tree(draw(5), (draw(9), draw(3)))] for _ in range(2))
+        policy = POLICY if self.has_adapter(POLICY) else None
+        batch = collate([(policy, mine)], layout="packed").to(self.device)
+        beside = collate([(None, theirs)], layout="packed").to(self.device)
+        training = self.training
+        with torch.random.fork_rng(devices=[]):
+            self.eval()
+            try:
+                together = cast(tuple[Tensor, Tensor], self(batch, beside))
+                apart = self(batch), self(beside)
+                close = all(
+                    bool((a - b).abs().max() <= 0.05 * b.abs().max())
+                    for a, b in zip(together, apart, strict=True)
+                )
+                self._joint = "" if close else f"{NOT_JOINT}: it changes the hidden states"
+            except InputError as error:
+                self._joint = str(error)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                self._joint = f"{NOT_JOINT}: {str(error).splitlines()[0][:100]}"
+            finally:
+                self.train(training)
+        return self._joint or None
+
+    def routed(self, segments: Sequence[Segment]) -> Any:
+        """The decoder, for code that calls it itself (sampling); `segments` cover all rows."""
+        self.route.segments = tuple(segments)
+        return self.decoder
+
+    @contextmanager
+    def _attending_trees(self) -> Generator[None]:
+        """Attention by `attention.attend` instead of the family's own choice."""
+        config: Any = self._causal_lm.config
+        usual, config._attn_implementation = config._attn_implementation, TREES
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
+
+
+def _extended(ropes: dict[str, Any], factor: float) -> int:
+    """Positions of `dynamic` NTK scaling, which begins where the training ended."""
+    return int(factor * (ropes.get("original_max_position_embeddings") or 0))
+
+
+def _pinned(
+    forward: Callable[..., Any],
+    longest: int,
+    x: Tensor,
+    position_ids: Tensor,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """A rotary embedding's cosines and sines, with frequencies for `longest` tokens."""
+    if int(position_ids.max()) >= longest:
+        raise InputError(
+            f"a sequence of {int(position_ids.max()) + 1} tokens, where position embeddings were "
+            f"fixed for {longest}: raise text.max_prompt_tokens or text.max_response_tokens"
+        )
+    last = torch.full_like(position_ids[..., :1], longest - 1)
+    found = forward(x, torch.cat([position_ids, last], -1), *args, **kw)
+    return tuple(part[..., :-1, :] for part in found)
+
+
+def _product(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T, [..., O], with sums that are not rounded to 16 bits where the factors have 16."""
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    if weight_OI.dtype == wide:
+        return nn.functional.linear(x, weight_OI)
+    if weight_OI.is_cuda:
+        found = torch.mm(x.reshape(-1, x.shape[-1]), weight_OI.T, out_dtype=wide)
+        return found.view(*x.shape[:-1], -1)
+    return nn.functional.linear(x.to(wide), weight_OI.to(wide))
+
+
+def _ratio(found: Tensor, expected: Tensor) -> float:
+    """The factor c of least squares in expected = c · found."""
+    found, expected = found.double(), expected.double()
+    return float((found * expected).sum() / (found * found).sum())
+
+
+def _numbers(config: Any) -> list[tuple[str, float]]:
+    """The numbers other than 0 of a configuration, and what they are called."""
+    return [
+        (key, float(value))
+        for part in (config, config.get_text_config())
+        for key, value in part.to_dict().items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value
+    ]
+
+
+def _configured(config: Any, ratio: float, tolerance: float) -> float:
+    """The number of a configuration, or one over it, that is `ratio`; `ratio` if there is none."""
+    candidates = [c for _, v in _numbers(config) for c in (v, 1 / v)]
+    near = [c for c in candidates if abs(c / ratio - 1) < tolerance]
+    return min(near, key=lambda c: abs(c / ratio - 1)) if near else ratio
+
+
+def average_adapters(
+    old: dict[str, Tensor], new: dict[str, Tensor], decay: float
+) -> dict[str, Tensor]:
+    """decay · old + (1-decay) · new, tensor by tensor: the moving average of adapter weights."""
+    return {key: decay * old[key] + (1 - decay) * new[key] for key in new}
+
+
+def __getattr__(name: str) -> Any:
+    """`load_base` and what belongs to it lived here until they got a module of their own."""
+    if name in ("load_base", "loading", "choose_bf16"):
+        return getattr(import_module("alphaspin.model.load"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

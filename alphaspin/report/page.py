@@ -1,0 +1,493 @@
+"""One HTML page about a run: what was done, how it went, and what deserves a second look.
+
+The page holds all it needs (style, plots as SVG) and fetches nothing, so it can be mailed, archived
+and opened offline. It is a function of the run folder alone: the same run gives the same bytes.
+Nothing here needs torch, so that a report is quick to write afresh.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.style
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from pydantic import BaseModel, Field, ValidationError
+
+from alphaspin.config import Config
+from alphaspin.data.answers import checked_part
+from alphaspin.errors import InputError
+from alphaspin.foundation.runs import Metrics, verifies, write_atomically
+
+COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {
+    name: f"#{number:02x}0101" for number, name in enumerate("abcdefgh", start=16)
+}
+"""Stand-ins that the plots are drawn with. In the SVG they become CSS variables, so that the page's
+light, dark and print colours apply."""
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "font.size": 9,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": COLOURS["grid"],
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["ink"],
+    "xtick.color": COLOURS["ink"],
+    "ytick.color": COLOURS["ink"],
+}
+
+POINTS = 300
+"""Points of a curve, over all iterations; longer curves are drawn as the mean and range of bins."""
+
+SHARES = ("sampled", "greedy", "preferred", "judged", "controlled")
+"""Measures that are shown in per cent."""
+
+UNSEEN = str.maketrans(
+    {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"}
+    | {0x7F: "\u2421"}
+    | {c: "\ufffd" for c in range(0x80, 0xA0)}
+)
+"""Control characters, which HTML forbids and models do write, to symbols one can see."""
+
+
+class Row(BaseModel):
+    """Held-out measures of one policy; see `measures.Evaluation`."""
+
+    name: Annotated[str, Field(pattern=r"^(base|(sft )?[0-9]+)$")]
+    nll: float
+    nll_se: float | None = None
+    sampled: float
+    sampled_se: float
+    greedy: float
+    greedy_se: float
+    margin: float
+    margin_se: float | None = None
+    preferred: float
+    preferred_se: float
+    kl: float | None = None
+    kl_se: float | None = None
+    length: float | None = None
+    length_se: float | None = None
+    distinct_1: float | None = None
+    distinct_2: float | None = None
+    distinct_3: float | None = None
+    self_bleu: float | None = None
+    judged: float | None = None
+    judged_se: float | None = None
+    judged_low: float | None = None
+    judged_high: float | None = None
+    controlled: float | None = None
+    controlled_low: float | None = None
+    controlled_high: float | None = None
+
+    @property
+    def control(self) -> bool:
+        """Whether this is the control and no iterate of self-play."""
+        return self.name.startswith("sft ")
+
+    @property
+    def iteration(self) -> int:
+        """t; -1 for the base, which precedes iteration 0."""
+        return -1 if self.name == "base" else int(self.name.removeprefix("sft "))
+
+
+class Sample(BaseModel):
+    """A held-out prompt, its demonstration, and what each policy answered."""
+
+    origin: str
+    prompt: str | None = None
+    demonstration: str
+    answers: dict[str, str]
+
+
+class Comparison(BaseModel):
+    """What one `alphaspin evaluate` found on held-out prompts; see `compare`."""
+
+    heldout: str
+    prompts: int
+    judge: str
+    rows: list[Row]
+
+
+class Summary(BaseModel):
+    """`summary.json`, as `job.summarise` makes it."""
+
+    name: str
+    config: Config
+    environment: dict[str, str]
+    adapters: dict[str, str]
+    rows: list[Row]
+    seconds: dict[str, float]
+    trained_tokens: dict[str, int] = {}
+    alarms: list[str]
+    notes: list[str]
+    samples: list[Sample]
+
+
+Steps = dict[int, dict[int, dict[str, float]]]
+"""Iteration → step → metric → value."""
+
+Curves = Sequence[tuple[str, str, str]]
+"""Lines of a plot: name of a metric or measure, label, CSS classes (`a` to `h`, `dashed`)."""
+
+
+def write(folder: Path) -> Path:
+    """Write `report.html` into a run folder, as a whole; returns its path.
+
+    Raises:
+        InputError: the folder, its `summary.json` or its `metrics.jsonl` is missing or unreadable.
+    """
+    summary, records = read(folder)
+    steps = training_steps(records)
+    alarms, marks = find_alarms(summary, records)
+    parts = {
+        "s": summary,
+        "deed": describe(summary.config),
+        "alarms": alarms,
+        "steps": sum(map(len, steps.values())),
+        "points": POINTS,
+        "by_iteration": partial(plot_iterates, summary.rows),
+        "comparisons": read_comparisons(folder),
+        "plot": partial(partial, plot_iterates),
+        "tasks": read_tasks(folder),
+        "by_step": partial(plot_steps, steps, marks),
+        "matches": partial(matches, summary.config.evaluate.answer),
+        "duration": duration,
+        "recipe": yaml.safe_dump(
+            summary.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+        ),
+    }
+    path = folder / "report.html"
+    write_atomically(path, render("report.html.jinja", parts))
+    return path
+
+
+def render(template: str, parts: Mapping[str, Any]) -> str:
+    """A page of this package."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names, prompts and answers are anybody's text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value.translate(UNSEEN) if isinstance(value, str) else value,
+    )
+    return environment.get_template(template).render(parts)
+
+
+def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
+    """The summary and the records of a run folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    path = folder / "summary.json"
+    try:
+        if not path.exists():
+            raise InputError(
+                f"{path}: missing; a run writes it when it ends: the command that started the run "
+                "goes on with it"
+            )
+        summary = Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        path = folder / "metrics.jsonl"
+        if not path.exists():
+            raise InputError(f"{path}: missing")
+        return summary, Metrics(path).read()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "content"
+        raise InputError(f"{path}: {key}: {first['msg']}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Base, iterates, control, each by iteration."""
+    return sorted(
+        names,
+        key=lambda name: (
+            " " in name,
+            name != "base",
+            int(name.split()[-1]) if name != "base" else 0,
+        ),
+    )
+
+
+def read_comparisons(folder: Path) -> list[Comparison]:
+    """All comparisons on held-out prompts in RUN/evaluation."""
+    found: list[Comparison] = []
+    for place in sorted((folder / "evaluation").glob("heldout-*")):
+        parts = {path.name: path for path in place.iterdir() if verifies(path)}
+        rows = [_json(parts[name] / "evaluation.json") for name in in_order(parts)]
+        if rows:
+            about = _json(place / "about.json")
+            found.append(Comparison.model_validate({**about, "rows": rows}))
+    return found
+
+
+def read_tasks(folder: Path) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, policies and rows of each set of harness tasks in RUN/evaluation."""
+    found: list[tuple[str, list[str], list[list[str]]]] = []
+    for place in sorted((folder / "evaluation").glob("tasks-*")):
+        parts = {path.name: path for path in place.iterdir() if verifies(path)}
+        results = {name: _json(parts[name] / "results.json") for name in in_order(parts)}
+        for first in [*results.values()][:1]:
+            title = f"lm-evaluation-harness {first['harness']}" + ", chat template" * first["chat"]
+            found.append((title, list(results), task_rows(results)))
+    return found
+
+
+def task_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows [task, metric, value ± standard error of each policy] of the harness's results."""
+    rows: list[list[str]] = []
+    tasks = {
+        task: values for found in results.values() for task, values in found["results"].items()
+    }
+    for task, values in tasks.items():
+        for key in values:
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            cells: list[str] = []
+            for found in results.values():
+                own = found["results"].get(task, {})
+                value, error = own.get(key), own.get(f"{metric}_stderr,{filtered}")
+                shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+                cells.append(f"{shown} ± {error:.2g}" if isinstance(error, float) else shown)
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            rows.append([task, name, *cells])
+    return rows
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}; remove the folder, and evaluate again") from None
+
+
+def training_steps(records: Sequence[dict[str, Any]]) -> Steps:
+    """The finite numbers of self-play training, in order."""
+    found: Steps = {}
+    for record in records:
+        stage = re.fullmatch(r"train/(\d+)", str(record.get("stage")))
+        step = record.get("step")
+        if stage and isinstance(step, int) and "alarm" not in record:
+            numbers = {k: float(v) for k, v in record.items() if isinstance(v, (int, float))}
+            finite = {k: v for k, v in numbers.items() if math.isfinite(v)}
+            found.setdefault(int(stage[1]), {})[step] = finite
+    return {t: dict(sorted(found[t].items())) for t in sorted(found)}
+
+
+def find_alarms(
+    summary: Summary, records: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """All alarms as text, and (iteration, step) of those that came up in training."""
+    texts: list[str] = []
+    marks: list[tuple[int, int]] = []
+    known: set[str] = set()
+    for record in (record for record in records if "alarm" in record):
+        stage, step = str(record.get("stage")), record.get("step")
+        known.add(f"{stage}: {record['alarm']}")
+        texts.append(f"{stage}, step {step}: {record['alarm']}")
+        number = stage.removeprefix("train/")
+        if number.isdecimal() and isinstance(step, int):
+            marks.append((int(number), step))
+    return texts + [text for text in summary.alarms if text not in known], marks
+
+
+def describe(config: Config) -> str:
+    """What was done, in one sentence."""
+    loss, reference, play, lora = config.loss, config.reference, config.selfplay, config.lora
+    beta = ", ".join(f"{value:g}" for value in loss.beta)
+    how = {
+        "dpo": f"logistic (DPO) loss with β = {beta}",
+        "ipo": f"IPO loss with τ = {loss.ipo_tau:g}",
+        "hinge": f"hinge loss with β = {beta}",
+        "slic": f"SLiC loss with δ = {loss.slic_delta:g}, λ = {loss.slic_lambda:g}",
+    }[loss.kind]
+    adapter = f"LoRA of rank {lora.r} with alpha {lora.alpha:g}"
+    control = "plain further SFT at equal cost as control" if config.control == "sft" else ""
+    many = f"{play.iterations} iteration{'s' * (play.iterations > 1)} of "
+    if config.method != "spin":
+        settings, judge = config.preference, config.judge
+        lam = f", {settings.regulariser} with λ = {settings.lam:g}" * (config.method == "rspo")
+        tried = f"best and worst of {settings.responses} responses of the previous iterate"
+        parts = [
+            f"{many}{config.method.upper()} on {config.model}: η = {settings.eta:g}{lam}",
+            f"{tried}, {settings.labels} labels",
+        ]
+        if config.method == "nash_md":
+            parts = [
+                f"{many}Nash-MD on {config.model}: τ = {settings.tau:g}",
+                f"against the mixture with {settings.mixture:g} of the base's logits",
+            ]
+        parts += [
+            f"judge {judge.kind} {judge.model or judge.function or ''}".strip(),
+            adapter,
+            control,
+        ]
+        return "; ".join(part for part in parts if part) + "."
+    last = {1: "the previous iterate", "inf": "all iterates so far (fictitious play)"}
+    opponents = {
+        "previous": last[1],
+        "history": f"{last.get(play.history, f'the last {play.history} iterates')} "
+        f"(history {play.history})",
+        "fictitious": last["inf"],
+        "ema": f"the moving average of the iterates (decay {reference.ema_decay:g})",
+        "mixture-token": "the reference's mixture, drawn token by token",
+        "mixture-smc": "the reference's mixture, by sequential Monte Carlo",
+        "mixture-gflownet": "the reference's mixture, by a GFlowNet adapter",
+    }[play.opponent]
+    parts = [
+        f"{many}{'SPIN' if reference.alpha == 1 else 'α-SPIN'} on {config.model}: {how}",
+        f"reference α = {reference.alpha:g} ({reference.kind})" if loss.kind != "slic" else "",
+        f"opponents from {opponents}",
+        adapter,
+        control,
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def matches(pattern: str | None, answer: str, demonstration: str) -> bool:
+    """Exact match, as the evaluation counts it."""
+    part = checked_part(pattern)
+    return part(answer) is not None and part(answer) == part(demonstration)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plot_iterates(rows: Sequence[Row], title: str, curves: Curves) -> Markup:
+    """Measures of base, iterates and (dashed) control, with bars of one standard error, or of the
+    confidence interval where there is one."""
+
+    def bar(row: Row, measure: str) -> tuple[float, float]:
+        """Lengths of the bar below and above the value; NaN for none."""
+        value, low = getattr(row, measure), getattr(row, f"{measure}_low", None)
+        if low is not None:
+            return value - low, getattr(row, f"{measure}_high") - value
+        error = getattr(row, f"{measure}_se", None)
+        return (math.nan, math.nan) if error is None else (error, error)
+
+    def paint(axes: Axes) -> None:
+        for number, (measure, _, css) in enumerate(curves):
+            # The control starts from the base too.
+            line = [r for r in rows if r.control == ("dashed" in css) or r.name == "base"]
+            scale = 100 if measure in SHARES else 1
+            shift = 0.04 * (number - (len(curves) - 1) / 2)  # keeps bars from covering each other
+            axes.errorbar(
+                [row.iteration + shift for row in line],
+                [scale * getattr(row, measure) for row in line],
+                scale * np.array([bar(row, measure) for row in line]).T,
+                marker="o",
+                capsize=2,
+                **look(css),
+            )
+        if all(measure in SHARES for measure, _, _ in curves):
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -2), max(high, 5))  # no closer look than this at 0 %
+        by_iteration(axes)
+
+    return draw(title, paint)
+
+
+def by_iteration(axes: Axes) -> None:
+    """Label an axis of iterations, with the base at -1."""
+    axes.set_xlabel("iteration t")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: "base" if x == -1 else f"{x:.0f}")
+
+
+def plot_steps(
+    steps: Steps, marks: Sequence[tuple[int, int]], title: str, curves: Curves
+) -> Markup:
+    """Metrics over the steps of all iterations, one after the other."""
+    lengths = {t: max(steps[t]) for t in steps}
+    starts = {t: sum(lengths[k] for k in steps if k < t) for t in steps}
+    bins = max(2, POINTS // len(steps))
+    named = list(steps)[:: math.ceil(len(steps) / 8)]
+
+    def paint(axes: Axes) -> None:
+        for t, start in starts.items():
+            if start:
+                axes.axvline(start + 0.5, color=COLOURS["ink"], lw=0.5, alpha=0.5)
+            if t in named:
+                axes.text(
+                    start + 0.5, 1.01, f" t = {t}", fontsize=8, transform=axes.get_xaxis_transform()
+                )
+            for metric, _, css in curves:
+                points = [(start + s, v[metric]) for s, v in steps[t].items() if metric in v]
+                parts = np.array_split(np.array(points), min(len(points), bins)) if points else []
+                x = [part[:, 0].mean() for part in parts]
+                marker = "o" if len(points) < 20 else ""
+                axes.plot(x, [part[:, 1].mean() for part in parts], marker=marker, **look(css))
+                if len(points) > bins:
+                    low, high = ([f(part[:, 1]) for part in parts] for f in (np.min, np.max))
+                    # The edge has a width so that a single outlier is seen.
+                    axes.fill_between(x, low, high, color=COLOURS[css[0]], alpha=0.25, lw=0.7)
+        for t, step in marks:
+            if t in starts:
+                axes.axvline(starts[t] + step, color=COLOURS["alarm"], lw=0.9, linestyle=":")
+        axes.set_xlabel("optimiser step")
+        axes.set_xlim(0.5, sum(lengths.values()) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+    return draw(title, paint)
+
+
+def look(css: str) -> dict[str, Any]:
+    """CSS classes of a curve as arguments of matplotlib."""
+    return {"color": COLOURS[css[0]], "linestyle": "--" if "dashed" in css else "-"}
+
+
+def draw(title: str, paint: Callable[[Axes], None]) -> Markup:
+    """Axes as an SVG element that takes its width, font and colours from the page."""
+    salt = {"svg.hashsalt": title}  # ids are random without it, and equal in all plots with one
+    with matplotlib.style.context(["default", STYLE, salt]):
+        figure = Figure(figsize=(4.4, 2.5))
+        figure.patch.set_visible(False)
+        axes = figure.add_axes((0.12, 0.17, 0.87, 0.75))
+        axes.patch.set_visible(False)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "\u2212"))
+        paint(axes)
+        text = StringIO()
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    svg = text.getvalue()
+    view = re.search(r'viewBox="[^"]*"', svg)
+    assert view
+    head = Markup('<svg {} role="img" aria-label="{}">').format(Markup(view[0]), title)
+    body = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    body = body[body.index(">", body.index("<svg")) + 1 :]
+    body = re.sub(r'<g id="[^"]*"', "<g", body)  # nothing refers to them
+    body = re.sub(r"font-family: [^;\"]*; ", "", body)
+    body = re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d[0]), body)
+    for name, colour in COLOURS.items():
+        body = body.replace(colour, f"var(--{name})")
+    return head + Markup(body)

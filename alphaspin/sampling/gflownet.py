@@ -1,0 +1,518 @@
+"""An adapter that samples from the exact geometric mixture: GFlowNet fine-tuning.
+
+The target is π(y) ∝ R(y) = Π_i π_i(y)^{w_i} over whole answers y. Every prefix z of an answer is a
+state that may end, with the flow F(z) = R(z⊤) / q(⊤|z), and q samples from π where
+
+    r_i = log R(z_{1:i}⊤) - log q(⊤|z_{1:i}) - Σ_{k<=i} log q(z_k|z_<k)
+
+is the same in all states of all answers to a prompt; it is then log Z(x), also in the empty state:
+no separate parameter. The loss is the weighted mean of (r_i - r_j)² over pairs of states
+(`alphaspin_kernels.subtb_loss`).
+
+The cap. After `cap` tokens decoding is forced to stop: there log q(⊤|z) = 0, and so is the factor
+of ⊤ in R. An answer cut there is the sequence without ⊤, as everywhere in this project.
+
+Several end tokens. Each ends an answer of its own, with its own R, and F(z) is the same for all of
+them: R(z e) / q(e|z). The balance is written, in each state, for one e drawn from q(e|z, some end
+token), so that all are learned, each as often as it matters. (Their sum in the place of ⊤ would
+leave the choice among them untrained.)
+
+Sources: Hu et al., "Amortizing intractable inference in large language models" (2310.04363); Madan
+et al. (2209.12782). Unlike the published code: exact boundary at the cap, O(L) loss, one scoring
+pass for the rewards of all prefixes, an end token for each state, and a start at the mixture's
+first-order approximation.
+
+Shape suffixes: B answers, L tokens, S = L + 1 states, E end tokens, K = 1 + E, N rows (all tokens
+of all answers; the state before token k is the row of token k).
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from alphaspin_kernels import linear_logprob, subtb_loss
+from peft import LoraConfig as PeftLoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alphaspin.config import NO_STACK, GFlowNetConfig, LoraConfig, SamplingConfig
+from alphaspin.errors import InputError, Interrupted, TrainingStopped
+from alphaspin.foundation import console, rng
+from alphaspin.foundation.runs import Metrics, commit, remove, verifies
+from alphaspin.model.backbone import Backbone
+from alphaspin.model.batching import Tokens, Tree, collate
+from alphaspin.model.distributed import Team
+from alphaspin.model.routing import POLICY
+from alphaspin.model.scoring import batched
+from alphaspin.model.stepper import Policy
+from alphaspin.sampling import mixture
+from alphaspin.sampling.decode import Answer, Draw, Request, decode, invert, uniforms
+from alphaspin.training.trainer import (
+    learning_rate,
+    load_optimizer,
+    newest_checkpoint,
+    optimizer_tensors,
+)
+
+TEMPERATURES = (0.5, 2.0)
+WARMUP, ANNEAL = 0.1, 0.5  # shares of the steps
+REPLAY = "replay.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """An answer, and log_r_LK [L, K]: Σ_i w_i log π_i of its tokens (column 0) and of every end
+    token in their place; fp32 on the CPU."""
+
+    answer: Answer
+    log_r_LK: Tensor
+
+    @property
+    def reward(self) -> float:
+        """log R(y)."""
+        return float(self.log_r_LK[:, 0].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a sampler is trained for; `folder` gets `adapter/` and, until then, `checkpoints/`.
+
+    weights: adapter name, or None for the base, to weight; they sum to 1. prompts: token ids, all
+    different. cap: most tokens of an answer.
+    """
+
+    weights: Policy
+    prompts: Sequence[Tokens]
+    cap: int
+    stop_ids: frozenset[int]
+    config: GFlowNetConfig
+    seed: int
+    iteration: int
+    stage: str
+    folder: Path
+
+
+# Scoring
+
+
+def prefix_logps(
+    backbone: Backbone,
+    groups: Sequence[tuple[str | None, Sequence[Tree]]],
+    stop_ids: frozenset[int],
+) -> Tensor:
+    """log π of each token and of every end token in its place, [N, K] fp32, group by group.
+
+    One pass over all groups; end tokens in ascending order.
+    """
+    batch = collate(groups, layout=backbone.layout).to(backbone.device)
+    stops_E = torch.tensor(sorted(stop_ids), device=backbone.device)
+    targets_NK = torch.cat([batch.targets[:, None], stops_E.expand(len(batch.targets), -1)], 1)
+    head = backbone.head
+    return linear_logprob(
+        backbone(batch),
+        head.weight,
+        targets_NK,
+        bias=head.bias,
+        softcap=backbone.softcap,
+        temperature=1 / backbone.scale,
+    )
+
+
+def tree_of(prompt: Tokens, answers: Sequence[Answer]) -> Tree:
+    """A prompt and its answers."""
+    return Tree(prompt, tuple(answer.tokens for answer in answers))
+
+
+@torch.no_grad()
+def trajectories(
+    backbone: Backbone, task: Task, prompts: Sequence[Tokens], answers: Sequence[Sequence[Answer]]
+) -> list[list[Trajectory]]:
+    """The answers with their rewards at every prefix: one pass without a graph for all π_i."""
+    backbone.eval()
+    trees = [tree_of(prompt, group) for prompt, group in zip(prompts, answers, strict=True)]
+    found = prefix_logps(backbone, [(name, trees) for name in task.weights], task.stop_ids)
+    logps_PNK = found.view(len(task.weights), -1, found.shape[1])
+    weight_P = torch.tensor(list(task.weights.values()), device=found.device)
+    log_r_NK = torch.einsum("p,pnk->nk", weight_P, logps_PNK).cpu()
+    lengths = [len(answer.tokens) for group in answers for answer in group]
+    parts = iter(log_r_NK.split(lengths))
+    return [[Trajectory(answer, next(parts)) for answer in group] for group in answers]
+
+
+# The loss
+
+
+def balance(
+    log_q_NK: Tensor,
+    log_r_NK: Tensor,
+    end_N: Tensor,
+    lengths_B: Tensor,
+    truncated_B: Tensor,
+    lam: float,
+) -> Tensor:
+    """Sub-trajectory balance of some answers, scalar float64, nats squared.
+
+    Args:
+        log_q_NK: log q of the tokens (column 0) and of every end token, with a graph.
+        log_r_NK: Σ_i w_i log π_i of the same.
+        end_N: which end token stands for ⊤ in each state, from 0.
+        lengths_B: tokens of each answer, its end token included.
+        truncated_B: bool, whether it was cut at the cap.
+        lam: λ.
+    """
+
+    def rows(values_N: Tensor) -> Tensor:
+        parts = values_N.double().split(lengths_B.tolist())
+        return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+
+    def ends(values_NK: Tensor) -> Tensor:
+        # One state more than tokens: the forced stop at the cap, where log p(⊤) = 0.
+        return torch.nn.functional.pad(rows(values_NK.gather(1, 1 + end_N[:, None])[:, 0]), (0, 1))
+
+    log_r_BS = torch.nn.functional.pad(rows(log_r_NK[:, 0]).cumsum(1), (1, 0)) + ends(log_r_NK)
+    # A whole answer's last token is ⊤ itself: it leads to no state.
+    states_B = lengths_B - (~truncated_B).long()
+    return subtb_loss(rows(log_q_NK[:, 0]), ends(log_q_NK), log_r_BS, states_B, lam)
+
+
+def pair_weight(states: Sequence[int], lam: float) -> float:
+    """Σ_{i<j} λ^(j-i-1) over answers with states 0 … n: the weight of a loss in a larger mean."""
+    return sum(sum((n - d) * lam**d for d in range(n)) for n in states)
+
+
+# Replay
+
+
+def edit_distance(a: Tokens, b: Tokens) -> int:
+    """Levenshtein distance of two token sequences.
+
+    Columns of the table of distances as bit vectors of differences: O(len(b)) operations on
+    integers of len(a) bits. Source: Hyyrö, "A bit-vector algorithm for computing Levenshtein and
+    Damerau edit distances" (2003), figure 5.
+    """
+    if not len(a):
+        return len(b)
+    where: defaultdict[int, int] = defaultdict(int)
+    for i, token in enumerate(a):
+        where[int(token)] |= 1 << i
+    full, top = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    rises, falls, distance = full, 0, len(a)  # of the column, downwards
+    for token in b:
+        equal = where.get(int(token), 0)
+        diagonal = (((equal & rises) + rises) ^ rises) | equal | falls
+        right_up, right_down = falls | (full & ~(diagonal | rises)), rises & diagonal
+        distance += bool(right_up & top) - bool(right_down & top)
+        right_up, right_down = (right_up << 1 | 1) & full, (right_down << 1) & full
+        rises, falls = right_down | (full & ~(diagonal | right_up)), right_up & diagonal
+    return distance
+
+
+def _near(one: Trajectory, other: Trajectory, share: float) -> bool:
+    a, b = one.answer.tokens, other.answer.tokens
+    limit = share * max(len(a), len(b))
+    return abs(len(a) - len(b)) <= limit and edit_distance(a, b) <= limit
+
+
+class Replay:
+    """By prompt, the answers with the highest reward, none nearly equal to another."""
+
+    def __init__(self, capacity: int, near: float):
+        """Start empty; see `gflownet.replay` and `gflownet.near`."""
+        self._capacity, self._near = capacity, near
+        self._kept: defaultdict[int, list[Trajectory]] = defaultdict(list)
+
+    def __len__(self) -> int:
+        """Answers of all prompts."""
+        return sum(map(len, self._kept.values()))
+
+    def add(self, prompt: int, found: Sequence[Trajectory]) -> None:
+        """Offer new answers: the best of all stay, save those nearly equal to a better one."""
+        kept: list[Trajectory] = []
+        # Stable: of equal rewards the older stays.
+        for offered in sorted([*self._kept[prompt], *found], key=lambda t: -t.reward):
+            if len(kept) < self._capacity and not any(_near(offered, t, self._near) for t in kept):
+                kept.append(offered)
+        self._kept[prompt] = kept
+
+    def draw(self, prompt: int, count: int, generator: np.random.Generator) -> list[Trajectory]:
+        """At most `count` of a prompt's answers, uniformly without repetition."""
+        kept = self._kept[prompt]
+        return [kept[i] for i in generator.permutation(len(kept))[:count]]
+
+    def save(self, path: Path) -> None:
+        """Write all as safetensors."""
+        entries = [(p, t) for p in sorted(self._kept) for t in self._kept[p]]
+        empty = torch.zeros(0, 0)
+        tensors = {
+            "prompt": torch.tensor([p for p, _ in entries], dtype=torch.int64),
+            "length": torch.tensor([len(t.answer.tokens) for _, t in entries], dtype=torch.int64),
+            "truncated": torch.tensor([t.answer.truncated for _, t in entries], dtype=torch.bool),
+            "tokens": torch.tensor([i for _, t in entries for i in t.answer.tokens]).int(),
+            "log_r": torch.cat([t.log_r_LK for _, t in entries] or [empty]),
+        }
+        save_file(tensors, path)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote."""
+        self._kept.clear()
+        data = load_file(path)
+        lengths = data["length"].tolist()
+        for prompt, tokens, cut, log_r in zip(
+            data["prompt"].tolist(),
+            data["tokens"].split(lengths),
+            data["truncated"].tolist(),
+            data["log_r"].split(lengths),
+            strict=True,
+        ):
+            answer = Answer(tokens.numpy(), cut)
+            self._kept[prompt].append(Trajectory(answer, log_r.clone()))
+
+
+# Training
+
+
+def start_adapter(backbone: Backbone, weights: Policy, lora: LoraConfig, seed: int, t: int) -> None:
+    """Make the policy adapter Σ_i w_i ΔW_i: the token-level mixture to first order in the updates.
+
+    The factors of the mixture's adapters are stacked along the rank; rank that is left over starts
+    as any fresh adapter does (B = 0).
+
+    Raises:
+        InputError: the rank or the target modules do not suffice.
+    """
+    if backbone.has_adapter(POLICY):
+        backbone.remove_adapter(POLICY)
+    backbone.add_adapter(POLICY, lora, seed=seed, iteration=t)
+    state = backbone.adapter_state(POLICY)
+    configs = cast(dict[str, PeftLoraConfig], backbone._peft.peft_config)
+    used = 0
+    for name, weight in weights.items():
+        if name is None:
+            continue
+        if configs[name].target_parameters:
+            raise InputError(f"{name}: has lora.target_parameters: {NO_STACK}")
+        rank = configs[name].r
+        part = slice(used, used + rank)
+        used += rank
+        if used > lora.r:
+            raise InputError(
+                f"gflownet.lora.r = {lora.r}: is below the ranks of the mixture's adapters "
+                f"together ({sum(configs[n].r for n in weights if n is not None)})"
+            )
+        scale = weight * (configs[name].lora_alpha / rank) / (lora.alpha / lora.r)
+        for key, value in backbone.adapter_state(name).items():
+            if key not in state:
+                raise InputError(
+                    f"gflownet.lora.targets = {list(lora.targets)!r}: leaves out "
+                    f"{key.split('.lora_')[0]}, which an adapter of the mixture has"
+                )
+            if ".lora_A." in key:
+                state[key][part] = value
+            else:
+                state[key][:, part] = scale * value
+    backbone.set_adapter_state(POLICY, state)
+
+
+def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> Path:
+    """Train the policy adapter to sample from the mixture; the folder of the finished adapter.
+
+    Nothing is done where it is there already; else training goes on from the newest checkpoint
+    that verifies. The mixture's adapters must be loaded. Several processes do the same work; one of
+    them writes.
+
+    Raises:
+        InputError: see `start_adapter`.
+        TrainingStopped: the loss or the gradient is not finite; raised before the update.
+        Interrupted: a signal came; the step was finished and saved.
+    """
+    done = task.folder / "adapter"
+    if not team.from_main(lambda: verifies(done)):
+        _train(backbone, task, metrics, team)
+        with team.together():
+            if team.main:
+                with commit(done) as temporary:
+                    backbone.save_adapter(POLICY, temporary)
+    if team.main:
+        remove(task.folder / "checkpoints")
+    return done
+
+
+def _train(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> None:
+    config = task.config
+    start_adapter(backbone, task.weights, config.lora, task.seed, task.iteration)
+    parameters = backbone.policy_parameters()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
+    replay = Replay(config.replay, config.near)
+    step = team.from_main(lambda: newest_checkpoint(task.folder / "checkpoints"))
+    if step:
+        _load(backbone, optimizer, replay, task.folder / "checkpoints", step)
+    metrics.rewind(task.stage, step)
+    per_epoch = math.ceil(len(task.prompts) / config.batch_size)
+    total = per_epoch * config.epochs
+    with console.bar(task.stage, total, "steps", done=step) as advance:
+        while step < total:
+            started = time.perf_counter()
+            epoch, batch = divmod(step, per_epoch)
+            generator = rng.generator(task.seed, task.iteration, f"gflownet/order/{epoch}")
+            order = generator.permutation(len(task.prompts))
+            chosen = [*map(int, order[batch * config.batch_size : (batch + 1) * config.batch_size])]
+            rate = learning_rate(step, total, config.lr, WARMUP, "linear")
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            fresh, replayed = behave(backbone, task, replay, chosen, step)
+            temperature = reward_temperature(step, total, config.reward_temperature)
+            optimizer.zero_grad()
+            values = accumulate(backbone, task, chosen, fresh, replayed, temperature, step)
+            norm = torch.nn.utils.get_total_norm(
+                [p.grad for p in parameters.values() if p.grad is not None]
+            )
+            values |= {"grad_norm": norm.item(), "learning_rate": rate}
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                message = (
+                    f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g} at step "
+                    f"{step + 1}: stopped before the update"
+                )
+                metrics.write(task.stage, step + 1, {"alarm": message})
+                with team.together():
+                    raise TrainingStopped(f"{task.stage}: {message}")
+            if config.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters.values(), config.clip, norm)
+            optimizer.step()
+            step += 1
+            for prompt, found in zip(chosen, fresh, strict=True):
+                replay.add(prompt, found)
+            values |= {"reward_temperature": temperature, "replay": float(len(replay))}
+            values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
+            metrics.write(task.stage, step, values)
+            advance(1, int(values["tokens"]))
+            stop = any(team.gather(team.interrupted))
+            if stop or (step % config.checkpoint_every == 0 and step < total):
+                with team.together():
+                    if team.main:
+                        _save(backbone, optimizer, replay, task.folder / "checkpoints", step)
+                    if stop:
+                        raise Interrupted
+
+
+def reward_temperature(step: int, total: int, start: float) -> float:
+    """T at step 0 … total-1: from `start` linearly to 1 in the first half, exactly 1 after it."""
+    return 1 + (start - 1) * max(0.0, 1 - step / (ANNEAL * total))
+
+
+def behave(
+    backbone: Backbone, task: Task, replay: Replay, chosen: Sequence[int], step: int
+) -> tuple[list[list[Trajectory]], list[list[Trajectory]]]:
+    """A step's answers by prompt: sampled now (a third of them from q itself, first), replayed."""
+    quarter = task.config.answers // 4
+    requests: list[Request] = []
+    for prompt in chosen:
+        key = (task.seed, task.iteration, f"gflownet/temperature/{step}", prompt)
+        warm = rng.generator(*key).uniform(*TEMPERATURES, size=2 * quarter).tolist()
+        for k, temperature in enumerate([1.0] * quarter + warm):
+            draw = Draw(task.seed, task.iteration, f"gflownet/{step}/{k}", prompt)
+            requests.append(
+                Request(task.prompts[prompt], {POLICY: 1.0}, task.cap, draw, temperature)
+            )
+    sampling = SamplingConfig(batch_size=len(requests))
+    answers = decode(backbone, requests, stop_ids=task.stop_ids, config=sampling)
+    sampled = list(batched(answers, 3 * quarter))
+    fresh = trajectories(backbone, task, [task.prompts[p] for p in chosen], sampled)
+    replayed: list[list[Trajectory]] = []
+    for prompt in chosen:
+        generator = rng.generator(task.seed, task.iteration, f"gflownet/replay/{step}", prompt)
+        replayed.append(replay.draw(prompt, quarter, generator))
+    return fresh, replayed
+
+
+def accumulate(
+    backbone: Backbone,
+    task: Task,
+    chosen: Sequence[int],
+    fresh: Sequence[Sequence[Trajectory]],
+    replayed: Sequence[Sequence[Trajectory]],
+    temperature: float,
+    step: int,
+) -> dict[str, float]:
+    """Add the gradient of the step's loss to `.grad`, micro-batch by micro-batch; the metrics."""
+    config = task.config
+    groups = [[*new, *old] for new, old in zip(fresh, replayed, strict=True)]
+    weight = pair_weight([_states(t) for group in groups for t in group], config.lam)
+    backbone.train()
+    loss, tokens, log_w = 0.0, 0, list[Tensor]()
+    for number, part in enumerate(np.array_split(np.arange(len(chosen)), config.accumulation)):
+        if not len(part):
+            continue
+        batch = [t for i in part for t in groups[i]]
+        lengths_B = torch.tensor([len(t.answer.tokens) for t in batch])
+        trees = [tree_of(task.prompts[chosen[i]], [t.answer for t in groups[i]]) for i in part]
+        key = f"gflownet/dropout/{step}"
+        torch.manual_seed(rng.key(task.seed, task.iteration, key, number) % 2**63)
+        log_q_NK = prefix_logps(backbone, [(POLICY, trees)], task.stop_ids)
+        log_r_NK = torch.cat([t.log_r_LK for t in batch]).to(log_q_NK.device)
+        uniform_N = torch.cat([_end_uniforms(task, chosen[i], groups[i], step) for i in part])
+        end_N = invert(log_q_NK.detach()[:, 1:].softmax(1), uniform_N.to(log_q_NK.device))
+        truncated_B = torch.tensor([t.answer.truncated for t in batch])
+        value = balance(
+            log_q_NK,
+            log_r_NK / temperature,
+            end_N,
+            lengths_B.to(log_q_NK.device),
+            truncated_B.to(log_q_NK.device),
+            config.lam,
+        )
+        share = pair_weight([_states(t) for t in batch], config.lam) / weight
+        (share * value).backward()
+        loss += share * value.item()
+        tokens += len(log_q_NK)
+        gap_N = (log_r_NK - log_q_NK.detach())[:, 0].double()
+        gap_B = torch.stack([rows.sum() for rows in gap_N.split(lengths_B.tolist())]).cpu()
+        counts = [len(groups[i]) for i in part]
+        log_w += [gap[: config.answers // 4] for gap in gap_B.split(counts)]
+    found = mixture.diagnose(torch.stack(log_w))
+    return {
+        "loss": loss,
+        "tokens": float(tokens),
+        "log_w/variance": float(found.spread.mean()),
+        "log_w/ess": float(found.size.mean()),
+        "log_z": float(found.log_z.mean()),
+    }
+
+
+def _end_uniforms(task: Task, prompt: int, group: Sequence[Trajectory], step: int) -> Tensor:
+    """What the end token of each row of a prompt's answers is drawn with."""
+    rows = sum(len(t.answer.tokens) for t in group)
+    return uniforms(task.seed, task.iteration, f"gflownet/end/{step}", prompt, rows)
+
+
+def _states(t: Trajectory) -> int:
+    return len(t.answer.tokens) - (not t.answer.truncated)
+
+
+def _save(
+    backbone: Backbone, optimizer: torch.optim.Optimizer, replay: Replay, folder: Path, step: int
+) -> None:
+    """A durable checkpoint; the one before it is deleted afterwards."""
+    older = list(folder.glob("step-*"))
+    with commit(folder / f"step-{step:06d}") as temporary:
+        backbone.save_adapter(POLICY, temporary)
+        save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
+        replay.save(temporary / REPLAY)
+    for path in older:
+        if path.name != f"step-{step:06d}":
+            remove(path)
+
+
+def _load(
+    backbone: Backbone, optimizer: torch.optim.Optimizer, replay: Replay, folder: Path, step: int
+) -> None:
+    """Read what `_save` wrote."""
+    path = folder / f"step-{step:06d}"
+    backbone.load_adapter(POLICY, path)
+    load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
+    replay.load(path / REPLAY)
