@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from alphaspin.commands import compare, exporting, job
+from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.commands.played import Played
-from alphaspin.config import Config, EvaluateOptions, ExportOptions, explain
+from alphaspin.config import Config, explain
 from alphaspin.errors import InputError
 from alphaspin.evaluation.measures import Evaluation
 from alphaspin.foundation.runs import Metrics

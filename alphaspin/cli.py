@@ -15,21 +15,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from pydantic import ValidationError
 
-from alphaspin.config import (
-    Config,
-    EvaluateOptions,
-    ExportOptions,
-    GFlowNetRun,
-    JudgeConfig,
-    Section,
-    all_keys,
-    explain,
-    home,
-    load_config,
-    nearest_key,
-    packaged,
-    recipe_names,
-)
+from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
+from alphaspin.config import Config, all_keys, explain, load_config, nearest_key, recipe_names
 from alphaspin.errors import (
     EXIT_CODES,
     EXIT_OK,
@@ -40,6 +27,9 @@ from alphaspin.errors import (
     told,
 )
 from alphaspin.foundation import console
+from alphaspin.foundation.paths import home, packaged
+from alphaspin.foundation.section import Section
+from alphaspin.judges.settings import JudgeConfig
 
 S = TypeVar("S", bound=Section)
 

@@ -35,14 +35,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from alphaspin.config import LoraConfig, LossConfig, TrainConfig
 from alphaspin.losses.equations import mixture_reference, pairwise
+from alphaspin.losses.settings import LossConfig
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Segment, Tree, collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import OnlineReference, ReferenceCache, score, sequence_logps
+from alphaspin.model.settings import LoraConfig
+from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import Example, Job, accumulate_gradients
 
 PREVIOUS = "previous"

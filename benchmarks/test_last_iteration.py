@@ -28,13 +28,14 @@ from test_self_play import ALPHA, ITERATIONS, RUNS, SEEDS, settings
 
 from alphaspin.commands.job import load_data, run
 from alphaspin.commands.played import Played
-from alphaspin.config import Config, TrainConfig
+from alphaspin.config import Config
 from alphaspin.foundation.runs import TEMPORARY
 from alphaspin.methods.session import load_answers
 from alphaspin.model.batching import Tree
 from alphaspin.model.scoring import logps
 from alphaspin.sampling import mixture
 from alphaspin.sampling.decode import Draw
+from alphaspin.training.settings import TrainConfig
 
 BETA, LAST = 0.4, ITERATIONS - 1
 GFLOWNET, SMC, TOKEN = (f"consistent, {sampler}" for sampler in ("GFlowNet", "SMC", "token level"))

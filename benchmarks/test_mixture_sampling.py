@@ -25,15 +25,17 @@ import worlds
 from test_self_play import RUNS, settings
 
 from alphaspin.commands.job import run
-from alphaspin.config import GFlowNetConfig, LoraConfig, packaged
 from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
+from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import Metrics
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy, Stepper
 from alphaspin.sampling import gflownet, mixture
 from alphaspin.sampling.decode import Draw
+from alphaspin.sampling.settings import GFlowNetConfig
 
 ALPHAS = (0.25, 0.5, 0.75, 0.95)
 Place = tuple[int, int, int, float, int]

@@ -21,10 +21,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from alphaspin.config import LoraConfig, SamplingConfig
 from alphaspin.model.backbone import Backbone
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy, Stepper, mixture
 from alphaspin.sampling.decode import Draw, Request, decode, invert, uniforms
+from alphaspin.sampling.settings import SamplingConfig
 
 ADAPTER = "previous"
 STOPS: frozenset[int] = frozenset()

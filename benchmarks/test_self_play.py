@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from alphaspin.config import Config, packaged
+from alphaspin.config import Config
+from alphaspin.foundation.paths import packaged
 from alphaspin.report import overview
 
 SEEDS = (0, 1, 2)

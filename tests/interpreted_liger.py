@@ -20,10 +20,10 @@ from test_backbone import PREVIOUS, perturb, relative
 from test_reference_modes import gradients, pairs
 from triton.runtime import interpreter
 
-from alphaspin.config import LoraConfig
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tree
 from alphaspin.model.routing import POLICY
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.speedups import fuse
 
 # The interpreter leaves numbers with a point as Python has them, where a GPU is handed fp32, and

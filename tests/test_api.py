@@ -118,7 +118,7 @@ def test_names_are_there_without_being_imported() -> None:
 
 
 def test_scripts_written_for_earlier_modules_find_what_they_import() -> None:
-    from alphaspin.config import InputError as same
+    from alphaspin.errors import InputError as same
     from alphaspin.model.backbone import POLICY, choose_bf16, load_base
     from alphaspin.sampling.decode import Policy, Stepper, decode, mixture
 

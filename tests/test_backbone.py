@@ -23,13 +23,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from alphaspin.config import LoraConfig
 from alphaspin.errors import InputError
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.batching import Batch, Segment, Tree, collate
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY, RoutedLinear
 from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.settings import LoraConfig
 
 # PEFT and transformers warn about each other's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -22,7 +22,6 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from alphaspin.config import TextConfig
 from alphaspin.data import demonstrations as data
 from alphaspin.data.demonstrations import (
     ChatFormat,
@@ -30,6 +29,7 @@ from alphaspin.data.demonstrations import (
     load_demonstrations,
     load_messages,
 )
+from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
 
 CORPUS = [

@@ -22,14 +22,16 @@ from safetensors.torch import load_file, save_file
 from test_resume import CONTEXT, child, result, settings
 from torch.distributed.tensor import DTensor
 
-from alphaspin.config import LoraConfig, LossConfig, TrainConfig
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
 from alphaspin.foundation.runs import TEMPORARY, Metrics, Run
 from alphaspin.losses.equations import pairwise
+from alphaspin.losses.settings import LossConfig
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tree, collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
+from alphaspin.model.settings import LoraConfig
+from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import Example, Job, accumulate_gradients, train
 
 KINDS = ("sampling", "scoring", "training", "saving")

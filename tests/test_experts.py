@@ -12,13 +12,14 @@ from test_families import FAMILIES, adapt, assert_equal_to_plain_peft, save
 from transformers import AutoModelForCausalLM
 
 from alphaspin.commands import exporting
-from alphaspin.config import Config, LoraConfig
+from alphaspin.config import Config
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.model.batching import collate
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

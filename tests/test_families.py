@@ -15,14 +15,15 @@ from test_backbone import PREVIOUS, load, make_trees, perturb, plain_logps, plai
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from alphaspin.config import LoraConfig, SamplingConfig
 from alphaspin.errors import InputError
 from alphaspin.model.batching import Tree, collate
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture
 from alphaspin.sampling.decode import Draw, Request, decode
+from alphaspin.sampling.settings import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -14,17 +14,19 @@ import worlds
 from torch import Tensor
 
 from alphaspin.commands.gflownet_job import run
-from alphaspin.config import GFlowNetConfig, GFlowNetRun, LoraConfig
+from alphaspin.commands.options import GFlowNetRun
 from alphaspin.errors import InputError, Interrupted
 from alphaspin.foundation.runs import Metrics, SignalGuard
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.batching import Tokens
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy
 from alphaspin.sampling import gflownet, mixture
 from alphaspin.sampling.decode import Answer, Draw
 from alphaspin.sampling.gflownet import Replay, Task, Trajectory, edit_distance
+from alphaspin.sampling.settings import GFlowNetConfig
 
 PROMPT = np.array([2, 3], np.int32)
 HALF: Policy = {"previous": 0.5, None: 0.5}

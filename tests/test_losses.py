@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from alphaspin.config import LossConfig
 from alphaspin.losses import equations as losses
+from alphaspin.losses.settings import LossConfig
 
 W, L, RW, RL = -3.0, -7.5, -4.0, -6.0
 DELTA = (W - RW) - (L - RL)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from alphaspin.commands import job
-from alphaspin.config import Config, Opponent, SelfPlayConfig, contraction_note
+from alphaspin.config import Config, contraction_note
 from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
 from alphaspin.foundation.runs import file_hash
 from alphaspin.model.backbone import Backbone, average_adapters
@@ -19,6 +19,7 @@ from alphaspin.model.batching import Segment
 from alphaspin.model.load import load_base
 from alphaspin.model.stepper import Policy
 from alphaspin.opponents.base import BASE, EMA, PLAYERS, assign, choose_prompts, opponents
+from alphaspin.opponents.settings import Opponent, SelfPlayConfig
 from alphaspin.sampling import gflownet
 from alphaspin.sampling.decode import Draw, invert, uniforms
 from alphaspin.sampling.mixture import Setting, sample

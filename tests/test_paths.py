@@ -15,18 +15,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from alphaspin import cli
 from alphaspin.commands import gflownet_job, job
 from alphaspin.commands.exporting import writable
+from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
 from alphaspin.commands.played import Played
-from alphaspin.config import (
-    Config,
-    EvaluateOptions,
-    ExportOptions,
-    GFlowNetRun,
-    JudgeConfig,
-    load_config,
-    recipe_names,
-)
+from alphaspin.config import Config, load_config, recipe_names
 from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.foundation.runs import Run, relocated
+from alphaspin.judges.settings import JudgeConfig
 
 SETTINGS: dict[str, Any] = {
     "text": {"max_response_tokens": 10},

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alphaspin import cli
 from alphaspin.commands import exporting, job
 from alphaspin.commands.played import Played
-from alphaspin.config import Config, LoraConfig, load_config
+from alphaspin.config import Config, load_config
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
 from alphaspin.evaluation import measures
@@ -32,6 +32,7 @@ from alphaspin.evaluation.winrate import at_equal_length, win_rate
 from alphaspin.foundation.runs import Run, verifies
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.load import load_base
+from alphaspin.model.settings import LoraConfig
 
 Command = Callable[..., tuple[int, str]]
 

@@ -22,13 +22,15 @@ from safetensors.numpy import load_file
 from test_resume import CONTEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphaspin.config import Config, LoraConfig, SamplingConfig, load_config
+from alphaspin.config import Config, load_config
 from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED
 from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash
 from alphaspin.model.load import load_base
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture
 from alphaspin.sampling.decode import Answer, Draw, Request, decode, uniforms
+from alphaspin.sampling.settings import SamplingConfig
 
 JUDGE = '''
 import json, os, pathlib, signal, zlib

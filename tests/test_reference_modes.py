@@ -12,13 +12,16 @@ from test_backbone import PREVIOUS, load, make_folder, make_trees, policy_gradie
 from test_resume import finish, settings
 from torch import Tensor
 
-from alphaspin.config import Config, LoraConfig, LossConfig, TrainConfig
+from alphaspin.config import Config
 from alphaspin.losses.equations import mixture_reference, pairwise
+from alphaspin.losses.settings import LossConfig
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tree, collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import OnlineReference, ReferenceCache, choose_mode, score
+from alphaspin.model.settings import LoraConfig
+from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import Example, Job, accumulate_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

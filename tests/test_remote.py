@@ -19,16 +19,19 @@ from helpers import arithmetic, http_servers, make_tokenizer, save_model, write_
 from pydantic import ValidationError
 
 from alphaspin.commands.job import run
-from alphaspin.config import Config, LoraConfig, SamplingConfig, packaged
+from alphaspin.config import Config
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError, ServerError
+from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import file_hash
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tokens
 from alphaspin.model.load import load_base
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture
 from alphaspin.sampling.decode import Draw, Request, decode
 from alphaspin.sampling.remote import ServerSampler
+from alphaspin.sampling.settings import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -22,7 +22,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from alphaspin.config import SamplingConfig
 from alphaspin.model import caches
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tokens
@@ -31,6 +30,7 @@ from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import sequence_logps
 from alphaspin.model.stepper import Policy, Stepper, mixture
 from alphaspin.sampling.decode import Answer, Draw, Request, decode, filtered, invert, uniforms
+from alphaspin.sampling.settings import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -12,10 +12,11 @@ import torch
 from test_backbone import LORA, PREVIOUS, load, make_folder
 
 from alphaspin.cli import main, parse
-from alphaspin.config import RECORDED, Config
+from alphaspin.config import Config
 from alphaspin.errors import InputError
 from alphaspin.evaluation.measures import Evaluation
 from alphaspin.foundation import console
+from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.distributed import Team, repeatable
 from alphaspin.model.load import choose_bf16

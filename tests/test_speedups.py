@@ -32,8 +32,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from alphaspin.commands import exporting, job, plan
+from alphaspin.commands.options import ExportOptions
 from alphaspin.commands.played import Played
-from alphaspin.config import Config, ExportOptions, LoraConfig, TrainConfig
+from alphaspin.config import Config
 from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.model import routing
 from alphaspin.model.backbone import Backbone
@@ -41,7 +42,9 @@ from alphaspin.model.batching import collate
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.speedups import dequantise, is_quantised, liger_problem
+from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import _optimizer, load_optimizer, optimizer_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaspin.config import LossConfig
 from alphaspin.losses.equations import mixture_reference, pairwise
+from alphaspin.losses.settings import LossConfig
 from alphaspin.opponents.base import opponents
 
 TARGET = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)

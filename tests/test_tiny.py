@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from alphaspin.config import packaged
+from alphaspin.foundation.paths import packaged
 from alphaspin.model.load import load_base
 
 CPU = torch.device("cpu")

@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alphaspin.config import LoraConfig, LossConfig, TrainConfig
 from alphaspin.losses.equations import ignores_equal_pairs, pairwise
+from alphaspin.losses.settings import LossConfig
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.batching import Tree
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import ReferenceCache, score
+from alphaspin.model.settings import LoraConfig
+from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import Example, Job, accumulate_gradients
 
 # TRL warns about its own experimental parts and about arguments that do not matter here.

@@ -8,12 +8,12 @@ import pytest
 import torch
 from test_families import FAMILIES, save
 
-from alphaspin.config import LoraConfig
 from alphaspin.errors import InputError
 from alphaspin.model import attention, caches, verify
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY, RoutedLinear
+from alphaspin.model.settings import LoraConfig
 
 LONGEST = 60
 

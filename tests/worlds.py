@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alphaspin.config import LoraConfig
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Segment, Tokens
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Ahead, Policy
 
 Levels = list[Tensor]

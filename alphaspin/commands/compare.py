@@ -14,8 +14,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from alphaspin.commands.job import check_lengths, load_judge, load_source
+from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.config import Config, EvaluateOptions
+from alphaspin.config import Config
 from alphaspin.data.demonstrations import ChatFormat, Demonstration
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures

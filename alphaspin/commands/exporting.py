@@ -16,13 +16,14 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from alphaspin.commands.options import ExportOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.config import ExportOptions, packaged
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.measures import Evaluation
 from alphaspin.foundation import console
+from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import commit, verifies
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.report.page import describe

@@ -7,10 +7,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from alphaspin.config import GFlowNetRun, TrainConfig, check_there, packaged
+from alphaspin.commands.options import GFlowNetRun
 from alphaspin.data.demonstrations import ChatFormat, fingerprint, load_demonstrations
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
+from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import Metrics, Run, SignalGuard, file_hash, write_atomically
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.distributed import Team, repeatable
@@ -19,6 +20,7 @@ from alphaspin.model.verify import Verdict, verify
 from alphaspin.sampling import mixture
 from alphaspin.sampling.decode import Draw
 from alphaspin.sampling.gflownet import Task, train_sampler
+from alphaspin.training.settings import TrainConfig
 
 ADAPTER, SAMPLER = "previous", "sampler"
 

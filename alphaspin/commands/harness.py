@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.config import EvaluateOptions
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console

@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 
 from alphaspin import __version__
-from alphaspin.config import Config, check_installed, check_there, contraction_note, flat, packaged
+from alphaspin.config import Config, contraction_note
 from alphaspin.data.demonstrations import (
     ChatFormat,
     Demonstration,
@@ -30,6 +30,7 @@ from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.foundation import console
 from alphaspin.foundation.openai_api import key_of
+from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import (
     Metrics,
     Mirror,
@@ -39,6 +40,7 @@ from alphaspin.foundation.runs import (
     relocated,
     write_atomically,
 )
+from alphaspin.foundation.section import check_installed, flat
 from alphaspin.judges.base import CachedJudge, CallableJudge, Judge, VerifiableJudge
 from alphaspin.methods.selfplay import Callback, play, teller
 from alphaspin.methods.session import Session

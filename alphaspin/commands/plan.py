@@ -14,10 +14,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.commands.job import load_data
-from alphaspin.config import Config, PlanHints, at, contraction_note, packaged
+from alphaspin.config import Config, PlanHints, contraction_note
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
+from alphaspin.foundation.paths import packaged
+from alphaspin.foundation.section import at
 from alphaspin.losses.equations import reward_scale
 from alphaspin.model.load import choose_bf16, loading
 from alphaspin.model.routing import target_modules, target_parameters

@@ -13,10 +13,13 @@ import torch
 from pydantic import ValidationError
 
 from alphaspin.commands.job import load_data, load_source
-from alphaspin.config import RECORDED, Config, EvaluateOptions, ExportOptions, check_there, explain
+from alphaspin.commands.options import EvaluateOptions, ExportOptions
+from alphaspin.config import Config, explain
 from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
 from alphaspin.errors import InputError
+from alphaspin.foundation.paths import check_there
 from alphaspin.foundation.runs import file_hash, read_manifest, verifies
+from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.load import load_base
 from alphaspin.model.verify import Verdict

@@ -19,7 +19,7 @@ from typing import Any, cast
 import jinja2
 import numpy as np
 
-from alphaspin.config import TextConfig
+from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 

@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alphaspin.config import Config, LossConfig, PreferenceConfig, at
+from alphaspin.config import Config
+from alphaspin.foundation.section import at
+from alphaspin.losses.settings import LossConfig
+from alphaspin.methods.settings import PreferenceConfig
 
 
 def margin(policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor) -> Tensor:

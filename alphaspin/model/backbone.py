@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from alphaspin.config import LoraConfig
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.runs import file_hash
@@ -48,6 +47,7 @@ from alphaspin.model.routing import (
     target_modules,
     target_parameters,
 )
+from alphaspin.model.settings import LoraConfig
 
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 WEIGHTS = "adapter_model.safetensors"

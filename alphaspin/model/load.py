@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from alphaspin.config import check_installed, packaged
 from alphaspin.errors import InputError
+from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import folder_hash
+from alphaspin.foundation.section import check_installed
 from alphaspin.model import caches
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.speedups import fuse, in_4_bits, keep_format

@@ -19,10 +19,11 @@ from alphaspin_kernels import sequence_logprob
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from alphaspin.config import Config, TrainConfig
+from alphaspin.config import Config
 from alphaspin.foundation.runs import commit, verifies
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, Tokens, Tree, collate
+from alphaspin.training.settings import TrainConfig
 
 T = TypeVar("T")
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from alphaspin.config import Config, Opponent, PerIterationInt, at
+from alphaspin.config import Config
 from alphaspin.foundation.rng import generator
+from alphaspin.foundation.section import PerIterationInt, at
+from alphaspin.opponents.settings import Opponent
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from alphaspin.config import flat
 from alphaspin.errors import InputError
 from alphaspin.foundation.runs import write_atomically
+from alphaspin.foundation.section import flat
 from alphaspin.report.page import (
     SHARES,
     Curves,

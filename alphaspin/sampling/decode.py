@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphaspin.config import SamplingConfig
 from alphaspin.foundation import rng
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tokens
 from alphaspin.model.stepper import Ahead, Components, Policy, Stepper, components
 from alphaspin.model.stepper import mixture as mixture
+from alphaspin.sampling.settings import SamplingConfig
 
 SPAN = 256  # tokens summed at once
 REFILL = 8  # newcomers wait until 1/REFILL of the batch is free, so that their passes are few

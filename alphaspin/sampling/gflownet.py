@@ -41,7 +41,6 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alphaspin.config import NO_STACK, GFlowNetConfig, LoraConfig, SamplingConfig
 from alphaspin.errors import InputError, Interrupted, TrainingStopped
 from alphaspin.foundation import console, rng
 from alphaspin.foundation.runs import Metrics, commit, remove, verifies
@@ -50,9 +49,11 @@ from alphaspin.model.batching import Tokens, Tree, collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import batched
+from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy
 from alphaspin.sampling import mixture
 from alphaspin.sampling.decode import Answer, Draw, Request, decode, invert, uniforms
+from alphaspin.sampling.settings import NO_STACK, GFlowNetConfig, SamplingConfig
 from alphaspin.training.trainer import (
     learning_rate,
     load_optimizer,

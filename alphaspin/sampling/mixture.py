@@ -24,13 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alphaspin.config import SamplingConfig, TrainConfig
 from alphaspin.foundation import rng
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tokens, Tree
 from alphaspin.model.scoring import batched, logps
 from alphaspin.model.stepper import Ahead, Policy, Stepper
 from alphaspin.sampling.decode import Answer, Draw, Request, decode, invert
+from alphaspin.sampling.settings import SamplingConfig
+from alphaspin.training.settings import TrainConfig
 
 LOW_SIZE, LARGE_SHARE = 0.1, 0.5
 """Weights are not to be trusted where the effective sample size is below this share of N, or the

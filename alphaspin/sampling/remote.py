@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from alphaspin.config import SamplingConfig
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation import rng
@@ -31,6 +30,7 @@ from alphaspin.foundation.openai_api import Client, key_of, parsed
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.stepper import components
 from alphaspin.sampling.decode import Answer, Request, decode
+from alphaspin.sampling.settings import SamplingConfig
 
 Engine = Callable[..., list[Answer]]
 

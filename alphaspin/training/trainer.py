@@ -28,15 +28,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alphaspin.config import TrainConfig, at
 from alphaspin.errors import Interrupted, TrainingStopped
 from alphaspin.foundation import console, rng
 from alphaspin.foundation.runs import Metrics, commit, remove, verifies
+from alphaspin.foundation.section import at
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Tree, collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import OnlineReference, sequence_logps
+from alphaspin.training.settings import TrainConfig
 
 Objective = Callable[..., Tensor]
 """(lp_θ [B, K], lp_ref [B, K], tokens [B, K], *facts [B, K]) → loss [B]."""

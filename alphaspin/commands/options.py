@@ -1,0 +1,113 @@
+"""Options of the commands that are not those of a run."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from alphaspin.data.settings import TextConfig
+from alphaspin.foundation.paths import Expanded, Place, Source
+from alphaspin.foundation.section import Fraction, Names, PositiveInt, Section
+from alphaspin.judges.settings import JudgeConfig
+from alphaspin.sampling.settings import GFlowNetConfig
+
+
+class GFlowNetRun(Section):
+    """Train one sampler of the exact mixture π_adapter^α π_base^(1-α): `alphaspin gflownet`."""
+
+    adapter: Place
+    """Folder of the adapter, in PEFT's format."""
+    output: Place
+    """Folder of the result; the same command goes on with what is there."""
+    alpha: Fraction = 0.5
+    """Weight α of the adapter."""
+    model: Source = "tiny"
+    """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
+    data: Source = "tiny"
+    """Demonstrations whose prompts are used: as for `alphaspin-train`."""
+    split: str = "train"
+    """Split of a hub data set."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of all randomness."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of the frozen base: as `train.dtype`."""
+    check_prompts: PositiveInt = 64
+    """Prompts that were not trained on, for the final comparison with token-level decoding."""
+    check_answers: Annotated[int, Field(ge=2)] = 32
+    """Answers to each of them."""
+    text: TextConfig = TextConfig()
+    gflownet: GFlowNetConfig = GFlowNetConfig()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same, as `Config.identity`."""
+        free: dict[str, Any] = {
+            "output": True,
+            "adapter": True,  # its hash counts, not its place
+            "gflownet": {"accumulation", "checkpoint_every"},
+        }
+        return self.model_dump(mode="json", exclude=free)
+
+
+class EvaluateOptions(Section):
+    """Compare base, iterates and control of a run: `alphaspin evaluate RUN [--KEY VALUE …]`.
+
+    Without --tasks: on held-out prompts, with the run's judge or another.
+    """
+
+    model: Source | None = None
+    """Where the run's base is now, if it has moved."""
+    data: Source | None = None
+    """Where the run's data are now, if they have moved and prompts were set aside from them."""
+
+    iterations: Names = ("all",)
+    """Iterations t to compare with the base, or `all`; the control after as many steps comes
+    along."""
+    prompts: PositiveInt | None = None
+    """Use only the first of the held-out prompts."""
+    heldout: Source | None = None
+    """Other held-out demonstrations than the run's, read as `data` is."""
+    judge: JudgeConfig = JudgeConfig()
+    """Who compares answers with the base's. With --judge.kind another than the run's judge; other
+    keys alone change the run's (a server's address, for instance)."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (extra `eval`) to run in the place of the comparison."""
+    include_path: Expanded | None = None
+    """Folder with further task definitions (YAML)."""
+    chat: bool = False
+    """Put the prompts of the tasks through the chat template."""
+    batch_size: PositiveInt = 8
+    """Sequences per pass on the tasks, whose logits are held in full."""
+
+    @model_validator(mode="after")
+    def _numbers(self) -> "EvaluateOptions":
+        self.chosen()
+        return self
+
+    def chosen(self) -> list[int] | None:
+        """The iterations as numbers; None for all."""
+        if self.iterations == ("all",):
+            return None
+        if not all(part.isdecimal() for part in self.iterations):
+            shown = " ".join(self.iterations)
+            raise ValueError(f"iterations = {shown}: expected numbers, or `all` alone")
+        return [int(part) for part in self.iterations]
+
+
+class ExportOptions(Section):
+    """Write a policy for use elsewhere: `alphaspin export RUN --to FOLDER (--merge | --vllm)`."""
+
+    to: Expanded
+    """Folder to write, which must not exist."""
+    iteration: Annotated[int, Field(ge=0)] | None = None
+    """Iteration t; by default the last one that is finished."""
+    merge: bool = False
+    """The base's weights with the adapter added: loads with transformers alone."""
+    vllm: bool = False
+    """The adapter in PEFT's format, as vLLM's LoRA loader wants it."""
+    model: Source | None = None
+    """Where the run's base is now, if it has moved."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "ExportOptions":
+        if self.merge == self.vllm:
+            raise ValueError("choose one of --merge and --vllm")
+        return self

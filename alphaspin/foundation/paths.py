@@ -1,0 +1,91 @@
+"""Paths that people write: home folders, relative ones, names that look like paths."""
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from alphaspin.errors import InputError
+
+
+def home(path: str) -> str:
+    """The path with `~` expanded, which no shell does in YAML or after `=`.
+
+    Raises:
+        InputError: no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~") and not os.path.lexists(found):
+        raise InputError(f"there is no home folder {path.split('/')[0]}; ./{path} is a path")
+    return found
+
+
+def place(path: str) -> str:
+    """A path that means the same from anywhere: absolute, `~` expanded, without `.` and `..`.
+
+    Symlinks keep their names (a hub's cache gives files their suffixes by them), but one that `..`
+    leads out of is followed, as the system does. An empty text stays empty.
+
+    Raises:
+        InputError: as `home`.
+    """
+    if not path:
+        return path
+    found = home(path)
+    folder, name = os.path.split(os.path.join(os.getcwd(), found.rstrip("/") or "/"))
+    if ".." not in Path(folder, name).parts:
+        return os.path.abspath(found)
+    return os.path.realpath(found) if name == ".." else os.path.join(os.path.realpath(folder), name)
+
+
+def source(name: str) -> str:
+    """A `place` where `name` is a path; `tiny` and a hub id, which looks like a path, stay.
+
+    It is a path where something is there, or where it begins as no id does.
+
+    Raises:
+        InputError: as `place`.
+    """
+    local = name.startswith(("~", ".", "/")) or os.path.lexists(name)
+    return place(name) if local and name != "tiny" else name
+
+
+def check_there(key: str, name: str, hint: str = "") -> None:
+    """Whether a `source` is there, as far as that can be told without the hub.
+
+    Raises:
+        InputError: a path at which nothing is; ends with `hint`.
+    """
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise InputError(f"{key} = {name}: no such file or folder{hint}")
+
+
+def from_here(name: str) -> str:
+    """One spelling for all of a path: relative to the working directory where it is inside.
+
+    So a project's folder can be moved, and runs have the names that they had when paths were kept
+    as typed.
+    """
+    if not Path(name).is_absolute():
+        return name
+    real, here = Path(name).resolve(), Path.cwd()
+    if not real.is_relative_to(here):
+        return str(real)
+    inside = str(real.relative_to(here))
+    return f"./{inside}" if inside in ("tiny", "auto", "plain") else inside
+
+
+def packaged(name: str) -> Path:
+    """A folder or file among the packaged recipes, e.g. `tiny.yaml` or `tiny/model`."""
+    return Path(str(resources.files("alphaspin") / "recipes" / name))
+
+
+Expanded = Annotated[str, AfterValidator(home)]
+
+
+Place = Annotated[str, AfterValidator(place)]
+
+
+Source = Annotated[str, AfterValidator(source)]

@@ -1,0 +1,100 @@
+"""Settings of sampling."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from alphaspin.foundation.section import PositiveFloat, PositiveInt, Section, refuse_unused
+from alphaspin.model.settings import LoraConfig
+
+SAMPLING_KEYS: dict[str, tuple[str, ...]] = {
+    key: ("vllm", "sglang", "transformers") for key in ("url", "model", "key_variable", "workers")
+}
+"""Settings of sampling that only servers look at."""
+
+
+class SamplingConfig(Section):
+    """How opponents answer."""
+
+    engine: Literal["local", "vllm", "sglang", "transformers"] = "local"
+    """`local`: this process. Else the kind of the OpenAI-compatible server at `url`: vLLM or
+    SGLang, which load the run's adapters from its folder, or `transformers serve`, which has the
+    base only. Evaluation is always local."""
+    url: str | None = None
+    """Address of the server, up to and with `/v1`."""
+    model: str | None = None
+    """Name under which the server has the base."""
+    key_variable: str | None = None
+    """Environment variable that holds the server's API key."""
+    workers: PositiveInt = 64
+    """Requests to the server under way at once."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature; the theory of self-play assumes 1."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest set of tokens with this probability is kept."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Number of tokens kept; 0 keeps all."""
+    batch_size: PositiveInt = 256
+    """Prompts decoded together."""
+    particles: Annotated[int, Field(ge=2)] = 16
+    """Draws per answer of `selfplay.opponent: mixture-smc`."""
+    shard_size: PositiveInt = 1024
+    """Prompts per durable shard of sampling and scoring: what a killed run repeats at most."""
+
+    @property
+    def untouched(self) -> bool:
+        """Whether answers are drawn from the policy itself, not from one that is sharper or cut."""
+        return (self.temperature, self.top_p, self.top_k) == (1, 1, 0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SamplingConfig":
+        refuse_unused(self, "sampling.engine", self.engine, SAMPLING_KEYS, "sampling.")
+        for name in ("url", "model"):
+            if self.engine != "local" and getattr(self, name) is None:
+                raise ValueError(f"sampling.engine = {self.engine} needs sampling.{name}")
+        return self
+
+
+NO_STACK = (
+    "a mixture's sampler starts from adapters stacked along their rank, which those of parameters "
+    "are not; leave it out"
+)
+
+
+class GFlowNetConfig(Section):
+    """An adapter trained to sample from the exact geometric mixture (sub-trajectory balance)."""
+
+    prompts: PositiveInt = 1000
+    """Prompts it is trained on."""
+    epochs: PositiveInt = 10
+    """Passes over the prompts; answers are sampled afresh in each."""
+    batch_size: PositiveInt = 8
+    """Prompts per optimiser step."""
+    answers: Annotated[int, Field(ge=8, multiple_of=4)] = 16
+    """Answers per prompt and step: a quarter sampled from the adapter, a half from it at a
+    temperature between 0.5 and 2, a quarter from the replay."""
+    accumulation: PositiveInt = 1
+    """Micro-batches per optimiser step; `batch_size` is split over them."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate; it rises over the first tenth of the steps and falls linearly."""
+    lam: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """λ of sub-trajectory balance: the pair of states i < j weighs λ^(j-i-1)."""
+    reward_temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """The reward is R^(1/T); T falls linearly from this value to exactly 1 in the first half of
+    the steps."""
+    replay: PositiveInt = 16
+    """Answers kept per prompt: those with the highest reward."""
+    near: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Two kept answers differ by an edit distance of more than this share of the longer one."""
+    clip: PositiveFloat | None = 1.0
+    """Largest gradient norm; `None` for no clipping."""
+    checkpoint_every: PositiveInt = 50
+    """Optimiser steps between two durable checkpoints."""
+    lora: LoraConfig = LoraConfig()
+    """The adapter. Its rank is at least the sum of the ranks of the adapters in the mixture."""
+
+    @model_validator(mode="after")
+    def _stacked(self) -> "GFlowNetConfig":
+        if self.lora.target_parameters:
+            raise ValueError(f"gflownet.lora.target_parameters: {NO_STACK}")
+        return self
