@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
 from alphaspin_kernels.checks import accumulation_dtype, check_linear_logprob, check_targets
+from alphaspin_kernels.numerics import active_rows, target_slope
 
 # Workspace of the portable version: ROWS x TILE logits and a TILE x H copy of the head in fp32.
 ROWS = 1024
@@ -136,7 +137,7 @@ def _portable(
     for output in (logp_NK, lse_N, row_NH, skipped_N):
         output.zero_()
     check_targets(targets, vocabulary, ignore_index)
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
 
     # Inside autocast the products of the fp32 tiles would be rounded to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -253,7 +254,7 @@ def _portable_backward(
     vocabulary = weight.shape[0]
     d_hidden_NH, d_weight_VH, d_bias_V = _empty_gradients(hidden, weight, needs)
     d_hidden_NH.zero_()
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
     hidden_AH, targets_AK, lse_A = hidden[active_A].to(dtype), targets[active_A], lse[active_A]
     grad_AK = grad[active_A].to(dtype).masked_fill(targets_AK == ignore_index, 0.0)
     d_hidden_AH = torch.zeros_like(hidden_AH) if needs_hidden else None
@@ -420,10 +421,3 @@ def local_targets(targets_RK: Tensor, start: int, width: int) -> tuple[Tensor, T
     local_RK = targets_RK - start
     inside_RK = (local_RK >= 0) & (local_RK < width)
     return inside_RK, local_RK.masked_fill(~inside_RK, 0)
-
-
-def target_slope(z_RK: Tensor, softcap: float | None, temperature: float) -> Tensor:
-    """d z' / d z at the targets, from z'."""
-    if softcap is None:
-        return torch.full_like(z_RK, 1.0 / temperature)
-    return (1.0 - (z_RK * (temperature / softcap)).square()) / temperature

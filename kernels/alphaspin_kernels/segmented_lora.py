@@ -35,6 +35,7 @@ from alphaspin_kernels.checks import (
     check_segmented_lora,
     dropout_mask,
 )
+from alphaspin_kernels.numerics import segment_pairs
 
 TILE = 512  # columns of 16-bit results that are summed in fp32 at a time
 
@@ -164,22 +165,6 @@ def _portable(
                     y_NT[rows].addmm_(low_SR, b_OR[tile].T)
                 y_NO[:, tile] = y_NT
     return y_NO, kept_PI
-
-
-def segment_pairs(
-    a: Tensor | None,
-    b: Tensor | None,
-    others_a: list[Tensor],
-    others_b: list[Tensor],
-    segments: list[int],
-    slots: list[int],
-) -> list[tuple[slice, tuple[Tensor, Tensor] | None]]:
-    """The rows and the adapter of each segment."""
-    pairs = [None if a is None or b is None else (a, b)]
-    pairs += [None if slot < 0 else (others_a[slot], others_b[slot]) for slot in slots[1:]]
-    stops = list(itertools.accumulate(segments))
-    rows = [slice(stop - count, stop) for stop, count in zip(stops, segments, strict=True)]
-    return list(zip(rows, pairs, strict=True))
 
 
 def multiplies_natively(x: Tensor) -> bool:

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
 from alphaspin_kernels.checks import accumulation_dtype, check_lengths, check_subtb_loss
+from alphaspin_kernels.numerics import subtb_rates
 
 
 def subtb_loss(
@@ -90,7 +91,7 @@ def _portable(
         for output in outputs:
             output.zero_()
         return outputs
-    growth, fade = rates(lam)
+    growth, fade = subtb_rates(lam)
 
     # The states 1 ... longest, as rows of one tensor: a step of a recursion is then one operation.
     states_L = torch.arange(1, longest + 1, device=lengths_B.device)
@@ -127,11 +128,6 @@ def _recursion(x_LB: Tensor, factor: float) -> Tensor:
     for before, row in pairwise(x_LB.unbind(0)):
         row.add_(before, alpha=factor)
     return x_LB
-
-
-def rates(lam: float) -> tuple[float, float]:
-    """Return (lam, 1), or (1, 1 / lam) for lam > 1: factor of a step, of the scale it is in."""
-    return min(lam, 1.0), 1.0 / max(lam, 1.0)
 
 
 @torch.library.custom_op("alphaspin::subtb_loss", mutates_args=())

@@ -35,7 +35,7 @@ from alphaspin_kernels._triton.common import (
     unit_stride,
 )
 from alphaspin_kernels.checks import check_targets
-from alphaspin_kernels.linear_logprob import target_slope
+from alphaspin_kernels.numerics import active_rows, target_slope
 
 # Logits of a chunk take at most 4096 x 2048 x 4 bytes: 32 MiB stay in the L2 cache of an H100.
 ROWS = 4096
@@ -309,7 +309,7 @@ def linear_logprob(
     check_targets(targets, weight.shape[0], ignore_index)
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
     rows, width = hidden.shape
     count, per_row = len(active_A), targets.shape[1]
     fp32 = torch.float32
@@ -489,7 +489,7 @@ def backward(
     needs_hidden, needs_weight, needs_bias = needs
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
     hidden_AH, targets_AK, lse_A = hidden[active_A], targets[active_A], lse[active_A]
     grad_AK = grad.contiguous()[active_A].float().masked_fill_(targets_AK == ignore_index, 0.0)
     d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty((0,))

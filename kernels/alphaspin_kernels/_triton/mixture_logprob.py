@@ -25,7 +25,7 @@ from alphaspin_kernels._triton.common import (
     unit_stride,
 )
 from alphaspin_kernels.checks import check_targets
-from alphaspin_kernels.mixture_logprob import finish
+from alphaspin_kernels.numerics import active_rows, finish_mixture
 
 
 @Kernel("prev base weight H hidden_stride weight_stride")
@@ -147,7 +147,7 @@ def mixture_logprob(
     targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
     logp_NK = prev.new_zeros(targets.shape, dtype=torch.float32)
     log_z_N = prev.new_zeros(targets.shape[:1], dtype=torch.float32)
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
     count = len(active_A)
     if count == 0:
         return logp_NK, log_z_N
@@ -182,7 +182,7 @@ def mixture_logprob(
         **config,
     )
     peak_3A, sum_3A = combine(peaks_S3A, sums_S3A)
-    logp_AK, log_z_N[active_A] = finish(chosen_AK, peak_3A, sum_3A, alpha)
+    logp_AK, log_z_N[active_A] = finish_mixture(chosen_AK, peak_3A, sum_3A, alpha)
     logp_NK[active_A] = logp_AK
     return logp_NK.masked_fill_(targets == ignore_index, 0.0), log_z_N
 

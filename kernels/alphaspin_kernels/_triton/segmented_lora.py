@@ -27,7 +27,7 @@ from alphaspin_kernels._triton.common import (
     unit_stride,
 )
 from alphaspin_kernels.checks import dropout_key, dropout_threshold, signed
-from alphaspin_kernels.segmented_lora import segment_pairs
+from alphaspin_kernels.numerics import segment_pairs
 
 SEGMENTS = 8  # per launch; their ends are arguments of the kernel
 GROUP = tl.constexpr(16)  # blocks of rows that share the weight's tiles in the L2 cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alphaspin_kernels._triton.common import Launch
 from alphaspin_kernels.checks import check_lengths
-from alphaspin_kernels.subtb_loss import rates
+from alphaspin_kernels.numerics import subtb_rates
 
 ROWS = 32
 _POINTERS = {
@@ -126,7 +126,7 @@ def subtb_loss(
     later_BL = log_pf.new_zeros((rows, tokens), dtype=torch.float64)
     if longest == 0:
         return log_pf.new_zeros(()), ends_BS.float(), later_BL.float()
-    growth, fade = rates(lam)
+    growth, fade = subtb_rates(lam)
     fade_S = fade ** torch.arange(longest + 1, device=log_pf.device, dtype=torch.float64)
     sums_2B = log_pf.new_empty((2, batch), dtype=torch.float64)
     growth_high = torch.tensor(growth, dtype=torch.float32, device="cpu").item()
