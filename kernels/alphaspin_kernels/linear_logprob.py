@@ -185,51 +185,21 @@ def _portable(
     return logp_NK, lse_N, row_NH, skipped_N
 
 
-@torch.library.custom_op("alphaspin::linear_logprob", mutates_args=())
-def _linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    with_row: bool,
-    skip_below: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rest = (weight, targets, bias, softcap, temperature, ignore_index, with_row, skip_below)
-    match _dispatch.choose("linear_logprob", hidden):
-        case "csrc":
-            return torch.ops.alphaspin.linear_logprob_cpu(hidden, *rest)
-        case "triton":
-            from alphaspin_kernels._triton import linear_logprob as kernels
-
-            return kernels.linear_logprob(hidden, *rest)
-        case "torch":
-            return _portable(hidden, *rest)
-
-
-def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _empty_outputs(hidden, targets, with_row=rest[-2])
-
-
-_linear_logprob.register_fake(_fake)
-
-
 def _empty_outputs(
-    hidden_NH: Tensor, targets_NK: Tensor, with_row: bool
+    hidden: Tensor, targets: Tensor, with_row: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(hidden_NH.dtype)
-    rows, width = hidden_NH.shape
+    dtype = accumulation_dtype(hidden.dtype)
+    rows, width = hidden.shape
+    row_dtype = hidden.dtype if targets.shape[1] == 1 else dtype
     return (
-        hidden_NH.new_empty(targets_NK.shape, dtype=dtype),
-        hidden_NH.new_empty((rows,), dtype=dtype),
-        hidden_NH.new_empty(
-            (rows if with_row else 0, width),
-            dtype=hidden_NH.dtype if targets_NK.shape[1] == 1 else dtype,
-        ),
-        hidden_NH.new_empty((rows,), dtype=dtype),
+        hidden.new_empty(targets.shape, dtype=dtype),
+        hidden.new_empty((rows,), dtype=dtype),
+        hidden.new_empty((rows if with_row else 0, width), dtype=row_dtype),
+        hidden.new_empty((rows,), dtype=dtype),
     )
+
+
+_linear_logprob = _dispatch.register("linear_logprob", _portable, _empty_outputs, by="hidden")
 
 
 def _portable_backward(
@@ -292,48 +262,25 @@ def _portable_backward(
     return d_hidden_NH, d_weight_VH, d_bias_V
 
 
-@torch.library.custom_op("alphaspin::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (hidden, weight, targets, bias, lse, softcap, temperature, ignore_index, needs)
-    if _dispatch.choose("linear_logprob_backward", hidden) == "triton":
-        from alphaspin_kernels._triton import linear_logprob as kernels
-
-        return kernels.backward(grad, *arguments)
-    return _portable_backward(grad, *arguments)
-
-
-@_linear_logprob_backward.register_fake
-def _backward_fake(
-    grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, needs=rest[-1])
-
-
 def _empty_gradients(
-    hidden_NH: Tensor, weight_VH: Tensor, needs: list[bool]
+    hidden: Tensor, weight: Tensor, needs: list[bool], **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_hidden, needs_weight, needs_bias = needs
     return (
-        hidden_NH.new_empty(hidden_NH.shape if needs_hidden else (0,)),
-        weight_VH.new_empty(weight_VH.shape if needs_weight else (0,)),
-        weight_VH.new_empty(weight_VH.shape[:1] if needs_bias else (0,)),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if needs_bias else (0,)),
     )
 
 
+_linear_logprob_backward = _dispatch.register(
+    "linear_logprob_backward", _portable_backward, _empty_gradients, by="hidden"
+)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, ctx.softcap, ctx.temperature, ctx.ignore_index, *rest = inputs
-    with_row, _ = rest
+    hidden, weight, targets, bias, *options, with_row, _ = inputs
+    ctx.softcap, ctx.temperature, ctx.ignore_index = options
     logp, lse, row, skipped = output
     needs_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
     ctx.mark_non_differentiable(lse, row, skipped)

@@ -161,32 +161,14 @@ def _portable(
     return logp_NK, log_z_N
 
 
-@torch.library.custom_op("alphaspin::mixture_logprob", mutates_args=())
-def _mixture_logprob(
-    hidden_prev: Tensor,
-    hidden_base: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    alpha: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    rest = (weight, targets, bias, alpha, softcap, temperature, ignore_index)
-    if _dispatch.choose("mixture_logprob", hidden_prev) == "triton":
-        from alphaspin_kernels._triton import mixture_logprob as kernels
-
-        return kernels.mixture_logprob(hidden_prev, hidden_base, *rest)
-    return _portable(hidden_prev, hidden_base, *rest)
-
-
-@_mixture_logprob.register_fake
-def _fake(
-    hidden_prev: Tensor, hidden_base: Tensor, weight: Tensor, targets: Tensor, *rest: object
-) -> tuple[Tensor, Tensor]:
+def _empty_outputs(hidden_prev: Tensor, targets: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(hidden_prev.dtype)
     return (
         hidden_prev.new_empty(targets.shape, dtype=dtype),
         hidden_prev.new_empty(targets.shape[:1], dtype=dtype),
     )
+
+
+_mixture_logprob = _dispatch.register(
+    "mixture_logprob", _portable, _empty_outputs, by="hidden_prev"
+)

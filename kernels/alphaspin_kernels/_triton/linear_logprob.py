@@ -473,7 +473,7 @@ def _add_kept_tiles(
     return (masses_RT * ~keep_RT).sum(1)
 
 
-def backward(
+def linear_logprob_backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,

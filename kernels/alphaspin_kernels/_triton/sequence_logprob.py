@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alphaspin_kernels._triton.common import Launch
+from alphaspin_kernels.checks import check_boundaries
 
 BLOCK = 1024
 
@@ -25,6 +26,7 @@ def _segment_sum_kernel(values, boundaries, sums, K, BLOCK: tl.constexpr):
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums [B, K] of the rows of values [N, K] fp32 between the boundaries."""
+    check_boundaries(cu_seqlens, len(values))
     values, cu_seqlens = values.contiguous(), cu_seqlens.contiguous()
     sums = values.new_empty((len(cu_seqlens) - 1, values.shape[1]))
     if sums.numel():
