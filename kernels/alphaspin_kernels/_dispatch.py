@@ -8,12 +8,15 @@ are tested without a GPU.
 """
 
 import functools
+import importlib
 import importlib.util
+import inspect
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +26,8 @@ _BUILD = "build it with `pip install --no-build-isolation -e .` (or `python setu
 
 Implementation = Literal["triton", "csrc", "torch"]
 
-# Operators that have a C++ version: it is faster than PyTorch there (benchmarks/results).
-CSRC = frozenset({"linear_logprob", "logits_logprob", "subtb_loss"})
+# Functions that have a C++ version: it is faster than PyTorch there (benchmarks/results).
+CSRC = frozenset({"linear_logprob", "logits_logprob", "logits_logprob_gradient", "subtb_loss"})
 OPERATORS = (
     "linear_logprob",
     "logits_logprob",
@@ -33,6 +36,48 @@ OPERATORS = (
     "sequence_logprob",
     "subtb_loss",
 )
+
+
+def register(name: str, portable: Callable[..., Any], empty: Callable[..., Any], *, by: str) -> Any:
+    """Register ``alphaspin::<name>``, dispatched by device, and return its ``CustomOpDef``.
+
+    Args:
+        name: of the operator, and of its C++ and Triton versions: see :func:`version`.
+        portable: the version in PyTorch. The operator has its arguments and results.
+        empty: makes results that are not filled, for tracing; gets the arguments by name.
+        by: the argument whose device and dtype decide.
+    """
+    names = list(inspect.signature(portable).parameters)
+    deciding = names.index(by)
+
+    @torch.library.custom_op(f"alphaspin::{name}", mutates_args=())
+    @functools.wraps(portable)
+    def operator(*arguments: Any) -> Any:
+        return version(name, portable, arguments[deciding])(*arguments)
+
+    @operator.register_fake
+    def _(*arguments: Any) -> Any:
+        return empty(**dict(zip(names, arguments, strict=True)))
+
+    return operator
+
+
+def version(name: str, portable: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+    """Return the version of a function that serves ``tensor``; all take the same arguments.
+
+    In C++ it is ``torch.ops.alphaspin.<name>_cpu``; in Triton ``<name>`` of the module in
+    ``_triton`` that is called like the module of ``portable``.
+    """
+    match choose(name, tensor):
+        case "csrc" if name in CSRC:
+            return getattr(torch.ops.alphaspin, f"{name}_cpu")
+        case "triton":
+            # Not before a kernel is launched: triton may be absent, and decides when kernels are
+            # made whether they are interpreted.
+            module = portable.__module__.rpartition(".")[2]
+            return getattr(importlib.import_module(f"alphaspin_kernels._triton.{module}"), name)
+        case _:
+            return portable
 
 
 def choose(operator: str, tensor: Tensor) -> Implementation:

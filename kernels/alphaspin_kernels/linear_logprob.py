@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
 from alphaspin_kernels.checks import accumulation_dtype, check_linear_logprob, check_targets
+from alphaspin_kernels.numerics import active_rows, target_slope
 
 # Workspace of the portable version: ROWS x TILE logits and a TILE x H copy of the head in fp32.
 ROWS = 1024
@@ -136,7 +137,7 @@ def _portable(
     for output in (logp_NK, lse_N, row_NH, skipped_N):
         output.zero_()
     check_targets(targets, vocabulary, ignore_index)
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
 
     # Inside autocast the products of the fp32 tiles would be rounded to bf16.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -184,51 +185,21 @@ def _portable(
     return logp_NK, lse_N, row_NH, skipped_N
 
 
-@torch.library.custom_op("alphaspin::linear_logprob", mutates_args=())
-def _linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    with_row: bool,
-    skip_below: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rest = (weight, targets, bias, softcap, temperature, ignore_index, with_row, skip_below)
-    match _dispatch.choose("linear_logprob", hidden):
-        case "csrc":
-            return torch.ops.alphaspin.linear_logprob_cpu(hidden, *rest)
-        case "triton":
-            from alphaspin_kernels._triton import linear_logprob as kernels
-
-            return kernels.linear_logprob(hidden, *rest)
-        case "torch":
-            return _portable(hidden, *rest)
-
-
-def _fake(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _empty_outputs(hidden, targets, with_row=rest[-2])
-
-
-_linear_logprob.register_fake(_fake)
-
-
 def _empty_outputs(
-    hidden_NH: Tensor, targets_NK: Tensor, with_row: bool
+    hidden: Tensor, targets: Tensor, with_row: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(hidden_NH.dtype)
-    rows, width = hidden_NH.shape
+    dtype = accumulation_dtype(hidden.dtype)
+    rows, width = hidden.shape
+    row_dtype = hidden.dtype if targets.shape[1] == 1 else dtype
     return (
-        hidden_NH.new_empty(targets_NK.shape, dtype=dtype),
-        hidden_NH.new_empty((rows,), dtype=dtype),
-        hidden_NH.new_empty(
-            (rows if with_row else 0, width),
-            dtype=hidden_NH.dtype if targets_NK.shape[1] == 1 else dtype,
-        ),
-        hidden_NH.new_empty((rows,), dtype=dtype),
+        hidden.new_empty(targets.shape, dtype=dtype),
+        hidden.new_empty((rows,), dtype=dtype),
+        hidden.new_empty((rows if with_row else 0, width), dtype=row_dtype),
+        hidden.new_empty((rows,), dtype=dtype),
     )
+
+
+_linear_logprob = _dispatch.register("linear_logprob", _portable, _empty_outputs, by="hidden")
 
 
 def _portable_backward(
@@ -253,7 +224,7 @@ def _portable_backward(
     vocabulary = weight.shape[0]
     d_hidden_NH, d_weight_VH, d_bias_V = _empty_gradients(hidden, weight, needs)
     d_hidden_NH.zero_()
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
     hidden_AH, targets_AK, lse_A = hidden[active_A].to(dtype), targets[active_A], lse[active_A]
     grad_AK = grad[active_A].to(dtype).masked_fill(targets_AK == ignore_index, 0.0)
     d_hidden_AH = torch.zeros_like(hidden_AH) if needs_hidden else None
@@ -291,48 +262,25 @@ def _portable_backward(
     return d_hidden_NH, d_weight_VH, d_bias_V
 
 
-@torch.library.custom_op("alphaspin::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (hidden, weight, targets, bias, lse, softcap, temperature, ignore_index, needs)
-    if _dispatch.choose("linear_logprob_backward", hidden) == "triton":
-        from alphaspin_kernels._triton import linear_logprob as kernels
-
-        return kernels.backward(grad, *arguments)
-    return _portable_backward(grad, *arguments)
-
-
-@_linear_logprob_backward.register_fake
-def _backward_fake(
-    grad: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(hidden, weight, needs=rest[-1])
-
-
 def _empty_gradients(
-    hidden_NH: Tensor, weight_VH: Tensor, needs: list[bool]
+    hidden: Tensor, weight: Tensor, needs: list[bool], **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs_hidden, needs_weight, needs_bias = needs
     return (
-        hidden_NH.new_empty(hidden_NH.shape if needs_hidden else (0,)),
-        weight_VH.new_empty(weight_VH.shape if needs_weight else (0,)),
-        weight_VH.new_empty(weight_VH.shape[:1] if needs_bias else (0,)),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(weight.shape[:1] if needs_bias else (0,)),
     )
 
 
+_linear_logprob_backward = _dispatch.register(
+    "linear_logprob_backward", _portable_backward, _empty_gradients, by="hidden"
+)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, bias, ctx.softcap, ctx.temperature, ctx.ignore_index, *rest = inputs
-    with_row, _ = rest
+    hidden, weight, targets, bias, *options, with_row, _ = inputs
+    ctx.softcap, ctx.temperature, ctx.ignore_index = options
     logp, lse, row, skipped = output
     needs_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
     ctx.mark_non_differentiable(lse, row, skipped)
@@ -420,10 +368,3 @@ def local_targets(targets_RK: Tensor, start: int, width: int) -> tuple[Tensor, T
     local_RK = targets_RK - start
     inside_RK = (local_RK >= 0) & (local_RK < width)
     return inside_RK, local_RK.masked_fill(~inside_RK, 0)
-
-
-def target_slope(z_RK: Tensor, softcap: float | None, temperature: float) -> Tensor:
-    """d z' / d z at the targets, from z'."""
-    if softcap is None:
-        return torch.full_like(z_RK, 1.0 / temperature)
-    return (1.0 - (z_RK * (temperature / softcap)).square()) / temperature

@@ -161,16 +161,9 @@ def _logits_logprob(
     ignore_index: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (logits, targets, softcap, temperature, ignore_index)
-    match _dispatch.choose("logits_logprob", logits):
-        case "csrc":
-            return torch.ops.alphaspin.logits_logprob_cpu(*arguments)
-        case "triton":
-            from alphaspin_kernels._triton import logits_logprob as kernels
-
-            return kernels.logits_logprob(*arguments)
-        case "torch":
-            return _portable(*arguments)
+    del inplace_backward  # read by the backward pass
+    forward = _dispatch.version("logits_logprob", _portable, logits)
+    return forward(logits, targets, softcap, temperature, ignore_index)
 
 
 @_logits_logprob.register_fake
@@ -226,15 +219,8 @@ def _backward_inplace_fake(*_: Any) -> None:
 
 
 def _write_gradient(out: Tensor, grad: Tensor, logits: Tensor, *rest: Any) -> None:
-    match _dispatch.choose("logits_logprob", logits):
-        case "csrc":
-            torch.ops.alphaspin.logits_logprob_gradient_cpu(out, grad, logits, *rest)
-        case "triton":
-            from alphaspin_kernels._triton import logits_logprob as kernels
-
-            kernels.logits_logprob_gradient(out, grad, logits, *rest)
-        case "torch":
-            _portable_gradient(out, grad, logits, *rest)
+    gradient = _dispatch.version("logits_logprob_gradient", _portable_gradient, logits)
+    gradient(out, grad, logits, *rest)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

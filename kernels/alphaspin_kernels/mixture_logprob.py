@@ -27,6 +27,7 @@ from alphaspin_kernels.linear_logprob import (
     local_targets,
     logit_tile,
 )
+from alphaspin_kernels.numerics import active_rows, finish_mixture, mix
 
 
 def mixture_logprob(
@@ -84,7 +85,7 @@ def mixture_logprob(
     with torch.no_grad():
         if softcap is None and log_normaliser is None:
             dtype = accumulation_dtype(hidden_prev.dtype)
-            mixed_NH = _mix(hidden_prev.to(dtype), hidden_base.to(dtype), float(alpha))
+            mixed_NH = mix(hidden_prev.to(dtype), hidden_base.to(dtype), float(alpha))
             logp_NK = linear_logprob(
                 mixed_NH.to(hidden_prev.dtype),
                 weight,
@@ -126,7 +127,7 @@ def _portable(
     dtype = accumulation_dtype(hidden_prev.dtype)
     logp_NK = hidden_prev.new_zeros(targets.shape, dtype=dtype)
     log_z_N = hidden_prev.new_zeros(targets.shape[:1], dtype=dtype)
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
     with torch.autocast(hidden_prev.device.type, enabled=False):
         for rows_R in active_A.split(ROWS):
             hidden_2RH = torch.stack((hidden_prev[rows_R], hidden_base[rows_R])).to(dtype)
@@ -147,7 +148,7 @@ def _portable(
                     False,
                 )
                 z_2RT = z_RT.unflatten(0, (2, -1))
-                mixed_RT = _mix(z_2RT[0], z_2RT[1], alpha)
+                mixed_RT = mix(z_2RT[0], z_2RT[1], alpha)
                 inside_RK, local_RK = local_targets(targets_RK, start, len(weight_TH))
                 z_RK = torch.where(inside_RK, mixed_RT.gather(1, local_RK), z_RK)
                 for i, z in enumerate((z_2RT[0], z_2RT[1], mixed_RT)):
@@ -155,57 +156,19 @@ def _portable(
                     sum_3R[i] *= torch.exp(peak_3R[i] - peak_R)
                     sum_3R[i] += z.sub_(peak_R[:, None]).exp_().sum(1)
                     peak_3R[i] = peak_R
-            logp_RK, log_z_N[rows_R] = finish(z_RK, peak_3R, sum_3R, alpha)
+            logp_RK, log_z_N[rows_R] = finish_mixture(z_RK, peak_3R, sum_3R, alpha)
             logp_NK[rows_R] = logp_RK.masked_fill(targets_RK == ignore_index, 0.0)
     return logp_NK, log_z_N
 
 
-def _mix(prev: Tensor, base: Tensor, alpha: float) -> Tensor:
-    """alpha prev + (1 - alpha) base; what has weight 0 need not be finite."""
-    if alpha in (0, 1):
-        return (prev if alpha else base).clone()
-    return alpha * prev + (1 - alpha) * base
-
-
-def finish(z_RK: Tensor, peak_3R: Tensor, sum_3R: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """(log p, log Z) from the mixed logits at the targets, the maxima and the sums.
-
-    Differences of maxima first, in float64: each is large where logits are, and cancels.
-    """
-    log_sum_3R = sum_3R.double().log()
-    peak_3R = peak_3R.double()
-    logp_RK = z_RK.double() - peak_3R[2, :, None] - log_sum_3R[2, :, None]
-    prev_R, base_R, mixed_R = peak_3R + log_sum_3R
-    log_z_R = mixed_R - _mix(prev_R, base_R, alpha)
-    return logp_RK.to(z_RK.dtype), log_z_R.to(z_RK.dtype)
-
-
-@torch.library.custom_op("alphaspin::mixture_logprob", mutates_args=())
-def _mixture_logprob(
-    hidden_prev: Tensor,
-    hidden_base: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    alpha: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    rest = (weight, targets, bias, alpha, softcap, temperature, ignore_index)
-    if _dispatch.choose("mixture_logprob", hidden_prev) == "triton":
-        from alphaspin_kernels._triton import mixture_logprob as kernels
-
-        return kernels.mixture_logprob(hidden_prev, hidden_base, *rest)
-    return _portable(hidden_prev, hidden_base, *rest)
-
-
-@_mixture_logprob.register_fake
-def _fake(
-    hidden_prev: Tensor, hidden_base: Tensor, weight: Tensor, targets: Tensor, *rest: object
-) -> tuple[Tensor, Tensor]:
+def _empty_outputs(hidden_prev: Tensor, targets: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(hidden_prev.dtype)
     return (
         hidden_prev.new_empty(targets.shape, dtype=dtype),
         hidden_prev.new_empty(targets.shape[:1], dtype=dtype),
     )
+
+
+_mixture_logprob = _dispatch.register(
+    "mixture_logprob", _portable, _empty_outputs, by="hidden_prev"
+)

@@ -35,6 +35,7 @@ from alphaspin_kernels.checks import (
     check_segmented_lora,
     dropout_mask,
 )
+from alphaspin_kernels.numerics import segment_pairs
 
 TILE = 512  # columns of 16-bit results that are summed in fp32 at a time
 
@@ -126,6 +127,7 @@ def _portable(
 ) -> tuple[Tensor, Tensor]:
     """Portable version. Returns (y [N, O], the policy's x with 0 where dropped [P, I] or [0, I]).
 
+    `a` and `b` are the policy's; `slots` says which of the others a segment has, or -1.
     The division by 1 - dropout is left to scalar factors, so that what is kept is not rounded.
     """
     dtype, (height, width) = accumulation_dtype(x.dtype), weight.shape
@@ -166,22 +168,6 @@ def _portable(
     return y_NO, kept_PI
 
 
-def segment_pairs(
-    a: Tensor | None,
-    b: Tensor | None,
-    others_a: list[Tensor],
-    others_b: list[Tensor],
-    segments: list[int],
-    slots: list[int],
-) -> list[tuple[slice, tuple[Tensor, Tensor] | None]]:
-    """The rows and the adapter of each segment."""
-    pairs = [None if a is None or b is None else (a, b)]
-    pairs += [None if slot < 0 else (others_a[slot], others_b[slot]) for slot in slots[1:]]
-    stops = list(itertools.accumulate(segments))
-    rows = [slice(stop - count, stop) for stop, count in zip(stops, segments, strict=True)]
-    return list(zip(rows, pairs, strict=True))
-
-
 def multiplies_natively(x: Tensor) -> bool:
     """Whether PyTorch multiplies this dtype fast: on CPUs, 16 bits need AVX-512 or better.
 
@@ -196,38 +182,16 @@ def multiplies_natively(x: Tensor) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-@torch.library.custom_op("alphaspin::segmented_lora", mutates_args=())
-def _segmented_lora(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    others_a: list[Tensor],
-    others_b: list[Tensor],
-    segments: list[int],
-    slots: list[int],
-    scaling: list[float],
-    dropout: float,
-    seed: int,
-    keep: bool,
+def _empty_outputs(
+    x: Tensor, weight: Tensor, segments: list[int], keep: bool, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """`a`, `b`: the policy's; `slots`: which of the others a segment has, or -1."""
-    rest = (bias, a, b, others_a, others_b, segments, slots, scaling, dropout, seed, keep)
-    if _dispatch.choose("segmented_lora", x) == "triton":
-        from alphaspin_kernels._triton import segmented_lora as kernels
-
-        return kernels.segmented_lora(x, weight, *rest)
-    return _portable(x, weight, *rest)
-
-
-@_segmented_lora.register_fake
-def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    segments, keep = rest[5], rest[-1]
     return (
         x.new_empty((x.shape[0], weight.shape[0])),
         x.new_empty((segments[0] if keep else 0, x.shape[1])),
     )
+
+
+_segmented_lora = _dispatch.register("segmented_lora", _portable, _empty_outputs, by="x")
 
 
 @torch.library.custom_op("alphaspin::segmented_lora_backward", mutates_args=())
@@ -258,20 +222,17 @@ def _segmented_lora_backward(
                 db_OR.copy_((wide_PO.T @ (kept.to(dtype) @ wide_RI.T)).mul_(factor))
         if needs_x:
             dx_NI[rows:] = 0
-            backward = _input_gradient
-            if _dispatch.choose("segmented_lora", grad) == "triton":
-                from alphaspin_kernels._triton import segmented_lora as kernels
-
-                backward = kernels.input_gradient
-            backward(dx_NI[:rows], dy_PO, weight, low_PR, a, dropout, seed)
+            input_gradient = _dispatch.version("input_gradient", _input_gradient, grad)
+            input_gradient(dx_NI[:rows], dy_PO, weight, low_PR, a, dropout, seed)
     return dx_NI, da_RI, db_OR
 
 
 @_segmented_lora_backward.register_fake
 def _backward_fake(
-    grad: Tensor, kept: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, *rest: Any
+    grad: Tensor, kept: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(grad, weight, a, b, needs=rest[-1])
+    *_, needs = options
+    return _empty_gradients(grad, weight, a, b, needs)
 
 
 def _empty_gradients(

@@ -67,22 +67,19 @@ def sequence_logprob(
     return _segment_sum(logp[:, None], cu_seqlens)[:, 0]
 
 
-@torch.library.custom_op("alphaspin::segment_sum", mutates_args=())
-def _segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _portable(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums [B, K] of the rows of values [N, K] between the boundaries; the same bits every time."""
     check_boundaries(cu_seqlens, len(values))
-    if _dispatch.choose("sequence_logprob", values) == "triton":
-        from alphaspin_kernels._triton import sequence_logprob as kernels
-
-        return kernels.segment_sum(values, cu_seqlens)
     # In float64: hundreds of terms are added.
     sums = torch.segment_reduce(values.double(), "sum", offsets=cu_seqlens.long(), axis=0)
     return sums.to(values.dtype)
 
 
-@_segment_sum.register_fake
-def _fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _empty_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return values.new_empty((cu_seqlens.shape[0] - 1, values.shape[1]))
+
+
+_segment_sum = _dispatch.register("segment_sum", _portable, _empty_sums, by="values")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from alphaspin_kernels import _dispatch
 from alphaspin_kernels.checks import accumulation_dtype, check_lengths, check_subtb_loss
+from alphaspin_kernels.numerics import subtb_rates
 
 
 def subtb_loss(
@@ -71,10 +72,10 @@ def subtb_loss(
 
 
 def _portable(
-    log_pf_BL: Tensor,
-    log_pterm_BS: Tensor,
-    log_reward_BS: Tensor,
-    lengths_B: Tensor,
+    log_pf: Tensor,
+    log_pterm: Tensor,
+    log_reward: Tensor,
+    lengths: Tensor,
     lam: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,20 +84,20 @@ def _portable(
     The gradients are empty unless ``with_gradient``. One small operation per state and recursion,
     on all rows at once.
     """
-    check_lengths(lengths_B, log_pf_BL.shape[1])
-    loss, g_BS, d_log_pf_BL = outputs = _empty_outputs(log_pf_BL, with_gradient)
-    longest = int(lengths_B.max()) if len(lengths_B) else 0
+    check_lengths(lengths, log_pf.shape[1])
+    loss, g_BS, d_log_pf_BL = outputs = _empty_outputs(log_pf, with_gradient)
+    longest = int(lengths.max()) if len(lengths) else 0
     if longest == 0:
         for output in outputs:
             output.zero_()
         return outputs
-    growth, fade = rates(lam)
+    growth, fade = subtb_rates(lam)
 
     # The states 1 ... longest, as rows of one tensor: a step of a recursion is then one operation.
-    states_L = torch.arange(1, longest + 1, device=lengths_B.device)
-    ended_LB = states_L[:, None] > lengths_B
-    steps = [x.T[: longest + 1].double().diff(dim=0) for x in (log_reward_BS, log_pterm_BS)]
-    step_LB = steps[0] - steps[1] - log_pf_BL.T[:longest]
+    states_L = torch.arange(1, longest + 1, device=lengths.device)
+    ended_LB = states_L[:, None] > lengths
+    steps = [x.T[: longest + 1].double().diff(dim=0) for x in (log_reward, log_pterm)]
+    step_LB = steps[0] - steps[1] - log_pf.T[:longest]
     delta_LB = step_LB.masked_fill_(ended_LB, 0.0)
     fade_L = fade ** (longest - states_L).double()  # lam^-(j-1) to lam^-(longest-1)
 
@@ -110,7 +111,7 @@ def _portable(
         return outputs
 
     # Token k of a row, seen from its end, is token length + 1 - k; padding stays where it is.
-    mirror_LB = torch.where(ended_LB, states_L[:, None], lengths_B + 1 - states_L[:, None]) - 1
+    mirror_LB = torch.where(ended_LB, states_L[:, None], lengths + 1 - states_L[:, None]) - 1
     back_LB = _recursion(a_L * delta_LB.gather(0, mirror_LB), growth) * fade_L[:, None]
     ends_LB = (m_LB * fade_L[:, None]).masked_fill_(ended_LB, 0.0)
     starts_LB = back_LB.gather(0, mirror_LB).masked_fill_(ended_LB, 0.0)
@@ -129,45 +130,17 @@ def _recursion(x_LB: Tensor, factor: float) -> Tensor:
     return x_LB
 
 
-def rates(lam: float) -> tuple[float, float]:
-    """Return (lam, 1), or (1, 1 / lam) for lam > 1: factor of a step, of the scale it is in."""
-    return min(lam, 1.0), 1.0 / max(lam, 1.0)
-
-
-@torch.library.custom_op("alphaspin::subtb_loss", mutates_args=())
-def _subtb_loss(
-    log_pf: Tensor,
-    log_pterm: Tensor,
-    log_reward: Tensor,
-    lengths: Tensor,
-    lam: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (log_pf, log_pterm, log_reward, lengths, lam, with_gradient)
-    match _dispatch.choose("subtb_loss", log_pf):
-        case "csrc":
-            return torch.ops.alphaspin.subtb_loss_cpu(*arguments)
-        case "triton":
-            from alphaspin_kernels._triton import subtb_loss as kernels
-
-            return kernels.subtb_loss(*arguments)
-        case "torch":
-            return _portable(*arguments)
-
-
-@_subtb_loss.register_fake
-def _fake(log_pf: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_outputs(log_pf, with_gradient=rest[-1])
-
-
-def _empty_outputs(log_pf_BL: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens = log_pf_BL.shape
+def _empty_outputs(log_pf: Tensor, with_gradient: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = log_pf.shape
     rows = batch if with_gradient else 0
     return (
-        log_pf_BL.new_empty(()),
-        log_pf_BL.new_empty((rows, tokens + 1)),
-        log_pf_BL.new_empty((rows, tokens)),
+        log_pf.new_empty(()),
+        log_pf.new_empty((rows, tokens + 1)),
+        log_pf.new_empty((rows, tokens)),
     )
+
+
+_subtb_loss = _dispatch.register("subtb_loss", _portable, _empty_outputs, by="log_pf")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from alphaspin_kernels import reference, segmented_lora
 from alphaspin_kernels.checks import dropout_mask
+from alphaspin_kernels.numerics import segment_pairs
 from alphaspin_kernels.segmented_lora import (
     _segmented_lora,
     _segmented_lora_backward,
     multiplies_natively,
-    segment_pairs,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

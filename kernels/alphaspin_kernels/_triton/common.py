@@ -84,12 +84,14 @@ class Launch:
     ) -> "Launch":
         """Shorter to write: ``[("*bf16", "hidden weight")]``, and options as a launch has them.
 
-        A pointer without a type is absent, None.
+        Names that are not this kernel's are passed over, so that several kernels can share a list;
+        the last type of a name counts, and a pointer without one is absent, None.
         """
         options = dict(options)
         compiler = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
-        named = {name: kind for kind, names in types for name in names.split()}
-        options |= dict.fromkeys(set(kernel[even].arg_names) - named.keys() - options.keys())
+        own = kernel[even].arg_names
+        named = {name: kind for kind, names in types for name in names.split() if name in own}
+        options |= dict.fromkeys(set(own) - named.keys() - options.keys())
         aligned = tuple(name for name in kernel.aligned if even and name in named)
         return cls(kernel[even], named, options, aligned, products=products, **compiler)
 
@@ -110,6 +112,19 @@ def processors(x: Tensor) -> int:
 def unit_stride(x: Tensor) -> Tensor:
     """The matrix itself, or a copy whose rows are contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def head_arguments(
+    bias: Tensor | None, softcap: float | None, temperature: float
+) -> dict[str, Any]:
+    """Arguments of a kernel that makes z' of a tile: bias and cap may be absent."""
+    return {
+        "bias": None if bias is None else bias.contiguous(),
+        "cap": softcap or 1.0,
+        "temperature": temperature,
+        "HAS_BIAS": bias is not None,
+        "CAPPED": softcap is not None,
+    }
 
 
 def partition(

@@ -27,6 +27,7 @@ from alphaspin_kernels._triton.common import (
     capability_of,
     combine,
     dot,
+    head_arguments,
     multiples_of_16,
     multiply_add,
     partition,
@@ -35,7 +36,7 @@ from alphaspin_kernels._triton.common import (
     unit_stride,
 )
 from alphaspin_kernels.checks import check_targets
-from alphaspin_kernels.linear_logprob import target_slope
+from alphaspin_kernels.numerics import active_rows, target_slope
 
 # Logits of a chunk take at most 4096 x 2048 x 4 bytes: 32 MiB stay in the L2 cache of an H100.
 ROWS = 4096
@@ -308,8 +309,8 @@ def linear_logprob(
     """Same arguments and results as the portable version."""
     check_targets(targets, weight.shape[0], ignore_index)
     hidden, weight = unit_stride(hidden), unit_stride(weight)
-    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    targets = targets.contiguous()
+    active_A = active_rows(targets, ignore_index)
     rows, width = hidden.shape
     count, per_row = len(active_A), targets.shape[1]
     fp32 = torch.float32
@@ -321,8 +322,7 @@ def linear_logprob(
     )
     if count == 0:
         return logp_NK, lse_N, row_NH, skipped_N
-    head = {"bias": bias, "cap": softcap or 1.0, "temperature": temperature}
-    head |= {"HAS_BIAS": bias is not None, "CAPPED": softcap is not None}
+    head = head_arguments(bias, softcap, temperature)
     if not with_row:
         _forward(hidden, weight, targets, active_A, logp_NK, lse_N, head)
     else:
@@ -473,7 +473,7 @@ def _add_kept_tiles(
     return (masses_RT * ~keep_RT).sum(1)
 
 
-def backward(
+def linear_logprob_backward(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -488,8 +488,8 @@ def backward(
     """Same arguments and results as the portable version."""
     needs_hidden, needs_weight, needs_bias = needs
     hidden, weight = unit_stride(hidden), unit_stride(weight)
-    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    targets, head = targets.contiguous(), head_arguments(bias, softcap, temperature)
+    active_A = active_rows(targets, ignore_index)
     hidden_AH, targets_AK, lse_A = hidden[active_A], targets[active_A], lse[active_A]
     grad_AK = grad.contiguous()[active_A].float().masked_fill_(targets_AK == ignore_index, 0.0)
     d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty((0,))
@@ -511,7 +511,6 @@ def backward(
             even = multiples_of_16(z_RC, g_RC, entries)
             _gradient_kernel[even][(len(hidden_RH),)](
                 logits=z_RC,
-                bias=bias,
                 targets=targets_AK[part],
                 lse=lse_A[part],
                 grad=grad_AK[part],
@@ -519,10 +518,7 @@ def backward(
                 start=start,
                 width=entries,
                 K=targets.shape[1],
-                cap=softcap or 1.0,
-                temperature=temperature,
-                HAS_BIAS=bias is not None,
-                CAPPED=softcap is not None,
+                **head,
                 **_gradient_blocks(chunk, even),
             )
             if d_hidden_AH is not None:
@@ -590,8 +586,6 @@ def _forms(dtype: torch.dtype, capability: int, *, even: bool, full: bool) -> li
             ("i32", "A V H hidden_stride weight_stride K span start width tiles"),
             ("fp32", "cap temperature"),
         ]
-        taken = kernel[even].arg_names
-        types = [(kind, " ".join(x for x in names.split() if x in taken)) for kind, names in types]
         return Launch.of(kernel, even, types, options, products=products)
 
     bias = " bias" * full

@@ -217,14 +217,12 @@ def launches(capability: int) -> list[Launch]:
     found: list[Launch] = []
     for name, even in product(SIGNATURE.values(), (True, False)):
         types = [
-            (f"*{name}", "logits"),
+            (f"*{name}", "logits out"),
             ("*i32", "targets"),
-            ("*fp32", "normaliser"),
-            ("i32", "vocabulary stride targets_per_row"),
-            ("fp32", "scale uncap"),
+            ("*fp32", "logp normaliser grad"),
+            ("i32", "vocabulary stride out_stride targets_per_row"),
+            ("fp32", "scale uncap inverse_temperature"),
         ]
-        gradient = [(f"*{name}", "out"), ("i32", "out_stride"), ("fp32", "inverse_temperature")]
         options = {"TILE": TILE, "num_warps": NUM_WARPS}
-        found.append(Launch.of(forward, even, [*types, ("*fp32", "logp")], options))
-        found.append(Launch.of(backward, even, [*types, *gradient, ("*fp32", "grad")], options))
+        found += [Launch.of(kernel, even, types, options) for kernel in (forward, backward)]
     return found

@@ -18,6 +18,7 @@ from alphaspin_kernels._triton.common import (
     capability_of,
     combine,
     dot,
+    head_arguments,
     multiples_of_16,
     partition,
     processors,
@@ -25,7 +26,7 @@ from alphaspin_kernels._triton.common import (
     unit_stride,
 )
 from alphaspin_kernels.checks import check_targets
-from alphaspin_kernels.mixture_logprob import finish
+from alphaspin_kernels.numerics import active_rows, finish_mixture
 
 
 @Kernel("prev base weight H hidden_stride weight_stride")
@@ -144,10 +145,10 @@ def mixture_logprob(
     (vocabulary, width), per_row = weight.shape, targets.shape[1]
     check_targets(targets, vocabulary, ignore_index)
     prev, base, weight = hidden_prev.contiguous(), hidden_base.contiguous(), unit_stride(weight)
-    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
+    targets = targets.contiguous()
     logp_NK = prev.new_zeros(targets.shape, dtype=torch.float32)
     log_z_N = prev.new_zeros(targets.shape[:1], dtype=torch.float32)
-    active_A = (targets != ignore_index).any(1).nonzero().squeeze(1)
+    active_A = active_rows(targets, ignore_index)
     count = len(active_A)
     if count == 0:
         return logp_NK, log_z_N
@@ -160,7 +161,6 @@ def mixture_logprob(
         prev=prev,
         base=base,
         weight=weight,
-        bias=bias,
         targets=targets,
         rows=active_A,
         peaks=peaks_S3A,
@@ -174,15 +174,12 @@ def mixture_logprob(
         K=per_row,
         span=span,
         alpha=alpha,
-        cap=softcap or 1.0,
-        temperature=temperature,
-        HAS_BIAS=bias is not None,
-        CAPPED=softcap is not None,
         EVEN_H=even,
+        **head_arguments(bias, softcap, temperature),
         **config,
     )
     peak_3A, sum_3A = combine(peaks_S3A, sums_S3A)
-    logp_AK, log_z_N[active_A] = finish(chosen_AK, peak_3A, sum_3A, alpha)
+    logp_AK, log_z_N[active_A] = finish_mixture(chosen_AK, peak_3A, sum_3A, alpha)
     logp_NK[active_A] = logp_AK
     return logp_NK.masked_fill_(targets == ignore_index, 0.0), log_z_N
 
@@ -200,12 +197,7 @@ def launches(capability: int) -> list[Launch]:
                 ("i32", "A V H hidden_stride weight_stride K span"),
                 ("fp32", "alpha cap temperature"),
             ],
-            {
-                "HAS_BIAS": full,
-                "CAPPED": full,
-                "EVEN_H": even,
-                **blocks(dtype, capability, even),
-            },
+            {"HAS_BIAS": full, "CAPPED": full, "EVEN_H": even, **blocks(dtype, capability, even)},
             products=True,
         )
         for dtype, name in SIGNATURE.items()

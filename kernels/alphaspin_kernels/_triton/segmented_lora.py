@@ -27,7 +27,7 @@ from alphaspin_kernels._triton.common import (
     unit_stride,
 )
 from alphaspin_kernels.checks import dropout_key, dropout_threshold, signed
-from alphaspin_kernels.segmented_lora import segment_pairs
+from alphaspin_kernels.numerics import segment_pairs
 
 SEGMENTS = 8  # per launch; their ends are arguments of the kernel
 GROUP = tl.constexpr(16)  # blocks of rows that share the weight's tiles in the L2 cache
@@ -468,39 +468,18 @@ def forms(
     ends = " ".join(f"stop_{s}" for s in range(SEGMENTS))
     tile = blocks(dtype, low_dtype, capability, even=even, wide=wide)
     small = _small_blocks(low_dtype)
-    product = Launch.of(
-        _linear_kernel,
-        even,
-        [
-            (f"*{name}", "x weight y" + " bias" * full),
-            (f"*{low}", "low up"),
-            ("i32", f"row_blocks {ends} slots inputs outputs width x_stride weight_stride"),
-        ],
-        {"HAS_BIAS": full, "EVEN": even, **tile},
-        products=True,
-    )
-    down = Launch.of(
-        _low_kernel,
-        even,
-        [
-            (f"*{name}", "x" + " kept" * full),
-            (f"*{low}", "a low"),
-            ("i32", "rows inputs rank width x_stride a_stride key threshold"),
-            ("fp32", "scaling"),
-        ],
-        {"DROP": full, "KEEP": full, **small},
-        products=True,
-    )
-    update = Launch.of(
-        _update_kernel,
-        even,
-        [
-            (f"*{name}", "dx"),
-            ("*fp32", "low"),
-            (f"*{low}", "a"),
-            ("i32", "rows inputs rank a_stride key threshold"),
-        ],
-        {"DROP": full, **small},
-        products=True,
-    )
-    return [product, down, update]
+    types = [
+        (f"*{name}", "x weight y dx" + " bias kept" * full),
+        (f"*{low}", "a low up"),
+        ("i32", f"row_blocks {ends} slots rows inputs outputs rank width"),
+        ("i32", "x_stride weight_stride a_stride key threshold"),
+        ("fp32", "scaling"),
+    ]
+    product = {"HAS_BIAS": full, "EVEN": even, **tile}
+    down = {"DROP": full, "KEEP": full, **small}
+    update = {"DROP": full, **small}
+    return [
+        Launch.of(_linear_kernel, even, types, product, products=True),
+        Launch.of(_low_kernel, even, types, down, products=True),
+        Launch.of(_update_kernel, even, [*types, ("*fp32", "low")], update, products=True),
+    ]

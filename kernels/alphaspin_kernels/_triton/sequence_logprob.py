@@ -1,15 +1,15 @@
 """The segmented sum of sequence_logprob on the GPU: a program per sequence, no atomics."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from alphaspin_kernels._triton.common import Launch
+from alphaspin_kernels._triton.common import Kernel, Launch
+from alphaspin_kernels.checks import check_boundaries
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["values", "boundaries", "sums", "K"])
+@Kernel("")
 def _segment_sum_kernel(values, boundaries, sums, K, BLOCK: tl.constexpr):
     """Column k of the rows of sequence b."""
     b = tl.program_id(0).to(tl.int64)
@@ -25,10 +25,11 @@ def _segment_sum_kernel(values, boundaries, sums, K, BLOCK: tl.constexpr):
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums [B, K] of the rows of values [N, K] fp32 between the boundaries."""
+    check_boundaries(cu_seqlens, len(values))
     values, cu_seqlens = values.contiguous(), cu_seqlens.contiguous()
     sums = values.new_empty((len(cu_seqlens) - 1, values.shape[1]))
     if sums.numel():
-        _segment_sum_kernel[tuple(sums.shape)](
+        _segment_sum_kernel[False][tuple(sums.shape)](
             values, cu_seqlens, sums, values.shape[1], BLOCK=BLOCK
         )
     return sums
@@ -36,12 +37,8 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def launches(capability: int) -> list[Launch]:
     """Every form in which the kernel can be launched."""
+    types = [("*fp32", "values sums"), ("i32", "K")]
     return [
-        Launch(
-            _segment_sum_kernel,
-            {"values": "*fp32", "boundaries": integer, "sums": "*fp32", "K": "i32"},
-            {"BLOCK": BLOCK},
-            aligned=(),
-        )
+        Launch.of(_segment_sum_kernel, False, [*types, (integer, "boundaries")], {"BLOCK": BLOCK})
         for integer in ("*i32", "*i64")
     ]

@@ -11,28 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alphaspin_kernels._triton.common import Launch
+from alphaspin_kernels._triton.common import Kernel, Launch
 from alphaspin_kernels.checks import check_lengths
-from alphaspin_kernels.subtb_loss import rates
+from alphaspin_kernels.numerics import subtb_rates
 
 ROWS = 32
-_POINTERS = {
-    "log_pf": "*fp32",
-    "log_pterm": "*fp32",
-    "log_reward": "*fp32",
-    "lengths": "*i64",
-    "fade": "*fp64",
-    "sums": "*fp64",
-    "ends": "*fp64",
-    "later": "*fp64",
-}
-_NUMBERS = {
-    "batch": "i32",
-    "tokens": "i32",
-    "longest": "i32",
-    "growth_high": "fp32",
-    "growth_low": "fp32",
-}
 
 
 @triton.jit
@@ -45,7 +28,7 @@ def _delta(log_pf, log_pterm, log_reward, j, on):
     return reward - pterm - tl.load(log_pf + j - 1, mask=on, other=0.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=list(_NUMBERS), do_not_specialize_on_alignment=list(_POINTERS))
+@Kernel("")
 def recursions(
     log_pf,
     log_pterm,
@@ -126,11 +109,11 @@ def subtb_loss(
     later_BL = log_pf.new_zeros((rows, tokens), dtype=torch.float64)
     if longest == 0:
         return log_pf.new_zeros(()), ends_BS.float(), later_BL.float()
-    growth, fade = rates(lam)
+    growth, fade = subtb_rates(lam)
     fade_S = fade ** torch.arange(longest + 1, device=log_pf.device, dtype=torch.float64)
     sums_2B = log_pf.new_empty((2, batch), dtype=torch.float64)
     growth_high = torch.tensor(growth, dtype=torch.float32, device="cpu").item()
-    recursions[(triton.cdiv(batch, ROWS),)](
+    recursions[False][(triton.cdiv(batch, ROWS),)](
         log_pf.contiguous(),
         log_pterm.contiguous(),
         log_reward.contiguous(),
@@ -156,13 +139,15 @@ def subtb_loss(
 def launches(capability: int) -> list[Launch]:
     """Every form: with and without gradients."""
     del capability
+    types = [
+        ("*fp32", "log_pf log_pterm log_reward"),
+        ("*i64", "lengths"),
+        ("*fp64", "fade sums ends later"),
+        ("i32", "batch tokens longest"),
+        ("fp32", "growth_high growth_low"),
+    ]
+    options = {"ROWS": ROWS, "num_warps": 1}
     return [
-        Launch(
-            recursions,
-            _POINTERS | _NUMBERS,
-            {"ROWS": ROWS, "GRADIENT": gradient},
-            (),
-            num_warps=1,
-        )
+        Launch.of(recursions, False, types, {**options, "GRADIENT": gradient})
         for gradient in (False, True)
     ]
