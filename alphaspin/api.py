@@ -12,7 +12,7 @@
 A call with the same configuration goes on with the run where it stopped, as the commands do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,11 @@ from alphaspin.config import Config, explain
 from alphaspin.errors import InputError
 from alphaspin.evaluation.measures import Evaluation
 from alphaspin.foundation.runs import Metrics
+from alphaspin.foundation.section import Section
 from alphaspin.methods.selfplay import Callback
 from alphaspin.report import page as report
 
-T = TypeVar("T")
+S = TypeVar("S", bound=Section)
 
 __all__ = ["Callback", "Result", "evaluate", "export", "play"]
 
@@ -63,7 +64,7 @@ def play(config: Config | Mapping[str, Any], *, callbacks: Sequence[Callback] = 
         Interrupted: a signal came; the same call goes on from there.
         TrainingStopped: the loss or the gradient is not finite.
     """
-    settings = config if isinstance(config, Config) else _checked(Config.model_validate, config)
+    settings = config if isinstance(config, Config) else _checked(Config, config)
     summary = job.run(settings, callbacks)
     path = settings.run_folder()
     if job.is_main():
@@ -96,7 +97,7 @@ def evaluate(run: str | Path, **options: Any) -> list[Evaluation]:
     """
     played = Played.open(Path(run))
     options = {"judge": played.config.judge, **options}
-    chosen = _checked(EvaluateOptions.model_validate, options)
+    chosen = _checked(EvaluateOptions, options)
     return compare.run(played.moved(chosen), chosen)
 
 
@@ -111,13 +112,13 @@ def export(run: str | Path, to: str | Path, **options: Any) -> Path:
     Raises:
         InputError: an option, the iteration, the base or the adapter cannot be used.
     """
-    chosen = _checked(ExportOptions.model_validate, {"to": str(to), **options})
+    chosen = _checked(ExportOptions, {"to": str(to), **options})
     exporting.run(Played.open(Path(run)).moved(chosen), chosen)
     return Path(chosen.to)
 
 
-def _checked(validate: Callable[[Any], T], settings: Mapping[str, Any]) -> T:
+def _checked(kind: type[S], settings: Mapping[str, Any]) -> S:
     try:
-        return validate(dict(settings))
+        return kind.model_validate(dict(settings))
     except ValidationError as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, kind)) from None

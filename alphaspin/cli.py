@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 bad input, nothing changed; 3 training stopped itself; 75 
 or Ctrl-C after saving, and the same command goes on.
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ import tyro
 from pydantic import ValidationError
 
 from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
-from alphaspin.config import Config, all_keys, explain, load_config, nearest_key, recipe_names
+from alphaspin.config import TABLES, Config, all_keys, explain, load_config, recipe_names, special
 from alphaspin.errors import (
     EXIT_CODES,
     EXIT_OK,
@@ -28,8 +29,8 @@ from alphaspin.errors import (
 )
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import home, packaged
-from alphaspin.foundation.section import Section
-from alphaspin.judges.settings import JudgeConfig
+from alphaspin.foundation.section import Section, nearest
+from alphaspin.judges import JUDGE
 
 S = TypeVar("S", bound=Section)
 
@@ -49,10 +50,11 @@ usage: alphaspin COMMAND …
 `alphaspin COMMAND --help` explains every option of train, evaluate and export."""
 
 
-class TrainCommand(Config):
+class _TrainCommand(Config):
     """Self-play training: `alphaspin-train [RECIPE or FILE.yaml] [--KEY VALUE …]`.
 
     Without a recipe: `tiny`, the embedded default, or `default` where --model or --data is given.
+    Settings of a loss, a judge, an opponent or a method are those of the kind that is chosen.
     """
 
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -72,17 +74,14 @@ def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
     else:
         own = any(a.split("=")[0] in {"--model", "--data"} for a in rest)
         source = "default" if own else "tiny"
-    _check_keys(TrainCommand, rest)
+    given = _given(rest)
     recipe = load_config(source)
-    words = [word for a in rest for word in a.split("=", 1)]
-    if "--loss.kind" in words[:-1]:
-        kind = words[words.index("--loss.kind") + 1]
-        mixture = any("mixture" in word for word in [*words, recipe.selfplay.opponent])
-        recipe = recipe.with_loss(kind, keep_alpha=mixture)
-    default = TrainCommand.model_construct(
-        **{name: getattr(recipe, name) for name in Config.model_fields}
-    )
-    command = _parsed(TrainCommand, default, "alphaspin-train [RECIPE or FILE.yaml]", rest)
+    chosen = {table.key: given[table.key] for table in TABLES if table.key in given}
+    start = recipe.choosing(chosen)
+    kind = special(_TrainCommand, start)
+    _check_keys(kind, rest, start)
+    default = _unset(kind, start, plan=False)
+    command = _parsed(kind, default, "alphaspin-train [RECIPE or FILE.yaml]", rest)
     # tyro builds sections one by one; this checks them together, the defaults included.
     fields = command.model_dump(exclude={"plan"})
     if (command.model, command.data) != (recipe.model, recipe.data):
@@ -91,6 +90,27 @@ def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
         return Config.model_validate(fields), command.plan
     except ValidationError as error:
         raise InputError(explain(error)) from None
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """Keys and values of a command line, as far as plain text tells."""
+    words = [word for a in arguments for word in (a.split("=", 1) if a[:2] == "--" else [a])]
+    pairs = itertools.pairwise(words)
+    return {k.removeprefix("--").replace("-", "_"): v for k, v in pairs if k.startswith("--")}
+
+
+def _unset(kind: type[S], start: Section, **more: Any) -> S:
+    """An instance with a section's values; what has none is asked for on the command line."""
+
+    def values(section: Section) -> dict[str, Any]:
+        return {name: getattr(section, name, tyro.MISSING) for name in type(section).model_fields}
+
+    found = values(start)
+    for table in TABLES:
+        if isinstance(section := found.get(table.section), Section):
+            own: Any = kind.model_fields[table.section].annotation
+            found[table.section] = own.model_construct(**values(section))
+    return kind.model_construct(**found, **more)
 
 
 def _parsed(kind: type[S], default: Any, program: str, arguments: Sequence[str]) -> S:
@@ -109,19 +129,32 @@ def _parsed(kind: type[S], default: Any, program: str, arguments: Sequence[str])
             config=(tyro.conf.AvoidSubcommands,),
         )
     except ValidationError as error:
-        raise InputError(explain(error)) from None
+        raise InputError(explain(error, kind)) from None
 
 
-def _check_keys(kind: type[Section], arguments: Sequence[str]) -> None:
-    """Unknown options, each with the nearest right one."""
-    known = [*all_keys(kind), "help"]
+def _check_keys(
+    kind: type[Section], arguments: Sequence[str], start: Section | None = None
+) -> None:
+    """Unknown options, each with the nearest right one; settings of another kind than chosen."""
+    known = [*(keys := all_keys(kind)), "help"]
     for argument in arguments:
-        key = argument.removeprefix("--").split("=")[0].replace("-", "_")
+        if not argument.startswith("--"):
+            continue
+        key, _, value = argument.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
         plain = ".".join(part.removeprefix("no_") for part in key.split("."))
-        if argument.startswith("--") and not {key, plain} & {*known}:
-            near = nearest_key(key, known)
+        if not {key, plain} & {*known}:
+            near = nearest(key, keys)
             hint = f"; did you mean --{near}?" if near else "; see --help"
             raise InputError(f"unknown option {argument!r}{hint}")
+        section, _, name = plain.rpartition(".")
+        for table in TABLES:
+            own: Any = getattr(start, table.section, None)
+            if own and section == table.section and name not in type(own).model_fields:
+                chosen = start.chosen(table) if isinstance(start, Config) else own.kind
+                raise InputError(
+                    table.without_effect(name, value or _given(arguments).get(key), chosen)
+                )
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -130,7 +163,7 @@ def _train(arguments: Sequence[str]) -> None:
         _plan(config)
         return
     from alphaspin import api
-    from alphaspin.commands import job  # torch takes seconds to import; --help need not wait
+    from alphaspin.commands import job
 
     result = api.play(config)
     if job.is_main():
@@ -189,7 +222,6 @@ def _run_and_options(
         _parsed(kind, None, f"alphaspin {command} RUN", ["--help"])
     if not arguments or arguments[0].startswith("-"):
         raise InputError(f"usage: alphaspin {command} RUN [--KEY VALUE …]")
-    _check_keys(kind, arguments[1:])
     return Path(home(arguments[0])), list(arguments[1:])
 
 
@@ -199,12 +231,18 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from alphaspin.commands.played import Played
 
     played = Played.open(path)
-    given = {argument.split("=")[0] for argument in rest}
-    judge = JudgeConfig() if "--judge.kind" in given else played.config.judge
-    if "--judge.function" in given:  # one of the working directory, as in training
-        judge = judge.model_copy(update={"folder": None})
-    default = EvaluateOptions(judge=judge)
-    options = _parsed(EvaluateOptions, default, "alphaspin evaluate RUN", rest)
+    judge = played.config.judge
+    given = _given(rest)
+    if "judge.kind" in given and given["judge.kind"] != judge.kind:
+        judge = JUDGE.other(judge, given["judge.kind"])
+        judge = type(judge).model_construct()  # nothing of the run's judge
+    elif "judge.function" in given:  # one of the working directory, as in training
+        judge = judge.model_copy(update={"folder": os.getcwd()})
+    start = EvaluateOptions.model_construct(judge=judge)
+    kind = special(EvaluateOptions, start)
+    _check_keys(kind, rest, start)
+    parsed = _parsed(kind, _unset(kind, start), "alphaspin evaluate RUN", rest)
+    options = EvaluateOptions.model_validate(parsed.model_dump())
     compare.run(played.moved(options), options)
 
 

@@ -1,6 +1,7 @@
 """What a run is told: one frozen pydantic model, filled from a YAML recipe and the command line.
 
-Its sections are defined beside what they configure.
+Its sections are defined beside what they configure. Losses, judges, opponents and methods have the
+settings of their kind only, see `foundation.kinds`.
 """
 
 import contextlib
@@ -8,32 +9,49 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
-from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
-from alphaspin.evaluation.settings import EvaluateConfig
+from alphaspin.foundation.kinds import Kind, Need, Table
 from alphaspin.foundation.paths import Place, Source, from_here, packaged
 from alphaspin.foundation.section import (
     RECORDED,
     PositiveFloat,
     PositiveInt,
     Section,
+    nearest,
     refuse_unused,
     short,
 )
-from alphaspin.judges.settings import JudgeConfig
-from alphaspin.losses.settings import LOSS_KEYS, LossConfig, ReferenceConfig
-from alphaspin.methods.settings import PreferenceConfig
-from alphaspin.model.settings import LoraConfig
-from alphaspin.opponents.settings import SelfPlayConfig
-from alphaspin.sampling.settings import NO_STACK, GFlowNetConfig, SamplingConfig
-from alphaspin.training.settings import TrainConfig
+from alphaspin.judges import JUDGE
+from alphaspin.judges.base import JudgeConfig
+from alphaspin.judges.verifiable import Verifiable
+from alphaspin.losses import LOSS
+from alphaspin.losses.reference import NO_AVERAGE, ReferenceConfig
+from alphaspin.methods import METHOD
+from alphaspin.methods.base import Method, Sections
+from alphaspin.methods.spin import Spin
+from alphaspin.opponents import OPPONENT
+
+S = TypeVar("S", bound=Section)
+
+TABLES: tuple[Table[Any], ...] = (METHOD, OPPONENT, LOSS, JUDGE)
+"""Sections whose settings depend on their kind."""
 
 
 class LogConfig(Section):
@@ -66,36 +84,6 @@ class PlanHints(Section):
     """Mean response length, in tokens."""
 
 
-POINTWISE = ("sppo", "rspo")
-
-
-METHOD_KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("loss", "selfplay.opponent", "selfplay.history"), ("spin",)),
-    "selfplay.mixing": ("spin",),
-    "reference": ("spin", *POINTWISE),
-    "judge": (*POINTWISE, "nash_md"),
-    **{f"preference.{key}": ("nash_md",) for key in ("tau", "mixture")},
-    **{f"preference.{key}": POINTWISE for key in ("responses", "labels", "eta")},
-    **{f"preference.{key}": ("rspo",) for key in ("regulariser", "lam", "clamp", "reverse_weight")},
-}
-"""Settings (or whole sections) that only some methods look at."""
-
-
-OPPONENT_KEYS = {"gflownet": ("mixture-gflownet",), "sampling.particles": ("mixture-smc",)}
-"""Settings that only some opponents look at."""
-
-
-ADDED = (
-    ("train", "quantization"),
-    ("selfplay", "opponent"),
-    ("sampling", "particles"),
-    ("sampling", "engine"),
-    ("sampling", "model"),
-)
-"""Settings younger than the first runs, whose folders are named without them: left out of a run's
-identity where they have their default."""
-
-
 PATHS = (
     ("", "model"),
     ("", "data"),
@@ -106,7 +94,7 @@ PATHS = (
 """Settings (with their sections) that may be paths, of things whose hashes count too."""
 
 
-class Config(Section):
+class Config(Sections):
     """A self-play run."""
 
     name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")] = "run"
@@ -123,27 +111,28 @@ class Config(Section):
     output: Place | None = None
     """Run folder; by default `runs/NAME-DIGEST`, where the digest is that of the configuration, so
     that the same command goes on with the same run."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Seed of all randomness, which is a function of (seed, iteration, purpose, example)."""
-    method: Literal["spin", "sppo", "rspo", "nash_md"] = "spin"
-    """`spin`: demonstrations against sampled answers (`loss`, `reference`). `sppo`, `rspo`: sampled
-    answers against each other, as a `judge` compares them (`preference`). `nash_md`: sampled
-    answers against those of a mixture with the base, judged too; one gradient pass an iteration."""
-    control: Literal["none", "sft"] = "none"
-    """`sft` also trains the control: plain further SFT with the same adapter, steps and tokens."""
-    text: TextConfig = TextConfig()
-    selfplay: SelfPlayConfig = SelfPlayConfig()
-    reference: ReferenceConfig = ReferenceConfig()
-    loss: LossConfig = LossConfig()
-    judge: JudgeConfig = JudgeConfig()
-    preference: PreferenceConfig = PreferenceConfig()
-    lora: LoraConfig = LoraConfig()
-    train: TrainConfig = TrainConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    gflownet: GFlowNetConfig = GFlowNetConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    judge: Annotated[SerializeAsAny[JudgeConfig], BeforeValidator(JUDGE.read)] = Verifiable()
+    preference: Annotated[SerializeAsAny[Method], Field(validate_default=True)] = Spin()
     log: LogConfig = LogConfig()
     hints: PlanHints | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if ":" not in name:
+            METHOD.find(name)
+        return name
+
+    @field_validator("preference", mode="before")
+    @classmethod
+    def _of_method(cls, values: Any, info: ValidationInfo) -> Method:
+        """The method's own settings; those of another are refused."""
+        name = info.data.get("method", METHOD.default)
+        if isinstance(values, Method):
+            if isinstance(values, METHOD.find(name)) or values.plugin:
+                return values
+            values = {} if type(values)() == values else values.model_dump()
+        return METHOD.read(values, info, name)
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> "Config":
@@ -152,102 +141,128 @@ class Config(Section):
                 f"train.batch_size = {self.train.batch_size} is not a multiple of "
                 f"train.accumulation = {self.train.accumulation}"
             )
-        ema = {"reference.kind": self.reference.kind, "selfplay.opponent": self.selfplay.opponent}
-        for key, value in ema.items():
-            if value == "ema" and not self.selfplay.warm_start:
-                raise ValueError(
-                    f"{key} = ema needs selfplay.warm_start = true: the average of adapters that "
-                    "started from different random matrices means nothing"
-                )
-        if self.selfplay.opponent.startswith("mixture") and self.reference.kind == "arithmetic":
-            raise ValueError(
-                f"selfplay.opponent = {self.selfplay.opponent} is a geometric mixture, "
-                "reference.kind = arithmetic is not: choose geometric or ema"
-            )
-        if self.selfplay.opponent == "mixture-gflownet" and self.train.sharding != "none":
-            raise ValueError(
-                "selfplay.opponent = mixture-gflownet needs train.sharding = none: each process "
-                "trains the sampler by itself, with passes that the others would have to join"
-            )
-        if self.lora.target_parameters:
-            for key, alone in {
-                "train.sharding": ("none", self.train.sharding),
-                "sampling.engine": ("local", self.sampling.engine),
-            }.items():
-                if alone[0] != alone[1]:
-                    raise ValueError(f"lora.target_parameters needs {key} = {alone[0]}")
-            if self.selfplay.opponent == "mixture-gflownet":
-                raise ValueError(f"lora.target_parameters: {NO_STACK}")
         if self.train.quantization != "none" and self.train.sharding != "none":
             raise ValueError(
                 f"train.quantization = {self.train.quantization} and train.sharding = "
                 f"{self.train.sharding} do not go together: leave one of them out"
             )
-        if self.reference.mode == "joint" and self.train.layout == "padded":
-            raise ValueError("reference.mode = joint needs train.layout = packed")
-        refuse_unused(self, "method", self.method, METHOD_KEYS)
-        opponent = self.selfplay.opponent
-        refuse_unused(self, "selfplay.opponent", opponent, OPPONENT_KEYS)
+        for table, kind in ((METHOD, self.preference), (OPPONENT, self.selfplay)):
+            self._refuse_unused(table, kind)
         if info.context is not RECORDED:
             self._refuse_unused_reference()
-        drawn = self.sampling
-        if drawn.engine == "transformers" and self.selfplay.iterations > 1:
-            raise ValueError(
-                "sampling.engine = transformers needs selfplay.iterations = 1: `transformers "
-                "serve` has no adapters, so only the base can play; use local, vllm or sglang"
-            )
-        weighed = None
-        if self.method in POINTWISE and 0 < self.reference.alpha < 1:
-            if self.reference.kind != "arithmetic":
-                weighed = f"reference.alpha = {self.reference.alpha:g} with method = {self.method}"
-        elif opponent in ("mixture-smc", "mixture-gflownet"):
-            weighed = f"selfplay.opponent = {opponent}"
-        if weighed and not drawn.untouched:
-            raise ValueError(
-                f"{weighed} needs sampling.temperature = 1 without top_p and top_k: answers are "
-                "weighed by the probability with which they were drawn"
-            )
-        mixed = {
-            "method": self.method == "nash_md",
-            "selfplay.opponent": opponent in ("mixture-token", "mixture-smc"),
-        }
-        if drawn.engine != "local" and any(mixed.values()):
-            key = next(key for key, needs in mixed.items() if needs)
-            value = self.method if key == "method" else opponent
-            raise ValueError(
-                f"{key} = {value} samples from a mixture, which needs sampling.engine = local, not "
-                f"{drawn.engine}"
-            )
-        if self.method == "nash_md" and (self.train.epochs > 1 or not self.selfplay.warm_start):
-            raise ValueError(
-                "method = nash_md needs train.epochs = 1 and selfplay.warm_start = true: its "
-                "gradient holds for responses of the policy that is trained"
-            )
+        for who, needs in self._needs():
+            for need in needs:
+                self._check(who, need)
         return self
 
-    def with_loss(self, kind: str, *, keep_alpha: bool) -> "Config":
-        """The same without what has no effect with this kind of loss: to change a recipe's."""
-        loss = {
-            key: LossConfig.model_fields[key].default
-            for key, users in LOSS_KEYS.items()
-            if kind not in users
+    def _refuse_unused(self, table: Table[Any], chosen: Kind) -> None:
+        """Refuse what was set for other kinds of a table, in sections elsewhere."""
+        every = {key: None for kind in table.kinds.values() for key in kind.uses}
+        users = {
+            key: tuple(name for name, kind in table.kinds.items() if key in kind.uses)
+            for key in every
+            if key not in chosen.uses
         }
-        update: dict[str, Any] = {"loss": self.loss.model_copy(update=loss)}
-        if kind == "slic" and not keep_alpha:
-            default = {key: ReferenceConfig.model_fields[key].default for key in ("alpha", "mode")}
-            update["reference"] = self.reference.model_copy(update=default)
-        return self.model_copy(update=update)
+        refuse_unused(self, table.key, self.chosen(table), users)
+
+    def chosen(self, table: Table[Any]) -> str:
+        """The name of the kind that is chosen from a table."""
+        value: Any = self
+        for word in table.key.split("."):
+            value = getattr(value, word)
+        return value
+
+    def plugins(self) -> dict[str, str]:
+        """Hashes of the files of kinds that are somebody's own, by the setting that chooses."""
+        kinds = {table.key: getattr(self, table.section) for table in TABLES}
+        return {key: kind.plugin for key, kind in kinds.items() if kind.plugin}
+
+    def _needs(self) -> list[tuple[str, tuple[Need, ...]]]:
+        """Who needs what of other sections."""
+        found = [
+            (f"{t.key} = {self.chosen(t)}", getattr(self, t.section).needs(self)) for t in TABLES
+        ]
+        if self.reference.kind == "ema":
+            found.append(
+                ("reference.kind = ema", (Need("selfplay.warm_start", (True,), NO_AVERAGE),))
+            )
+        if self.reference.mode == "joint":
+            why = "rows of padding have no trees to share"
+            layouts = Need("train.layout", ("packed", "auto"), why)
+            found.append(("reference.mode = joint", (layouts,)))
+        if self.lora.target_parameters:
+            why = "no other has adapters of parameters"
+            keys = {"train.sharding": "none", "sampling.engine": "local"}
+            found.append(
+                ("lora.target_parameters", tuple(Need(k, (v,), why) for k, v in keys.items()))
+            )
+        if self.sampling.engine == "transformers":
+            why = (
+                "`transformers serve` has no adapters, so only the base can play; use local, vllm "
+                "or sglang"
+            )
+            need = Need("selfplay.iterations", (1,), why)
+            found.append(("sampling.engine = transformers", (need,)))
+        return found
+
+    def _check(self, who: str, need: Need) -> None:
+        value: Any = self
+        for word in need.key.split("."):
+            value = getattr(value, word)
+        if value not in need.values:
+            first = need.values[0]
+            wanted = str(first).lower() if isinstance(first, bool) else first
+            says = need.says or f"{need.key} = {wanted if wanted != () else 'nothing'}"
+            shown = "" if need.says else f", not {short(value)}"
+            raise ValueError(f"{who} needs {says}{shown}: {need.why}")
 
     def _refuse_unused_reference(self) -> None:
         opponent, reference = self.selfplay.opponent, self.reference
         if "ema" not in (opponent, reference.kind):
             users = {"ema_decay": ("ema",)}
             refuse_unused(reference, "reference.kind", reference.kind, users, "reference.")
-        if self.method == "spin" and self.loss.kind == "slic":
+        if not self.preference.judged and not self.loss.has_reference:
             keys = ["mode"] if opponent.startswith("mixture") else ["mode", "alpha", "kind"]
-            others: tuple[str, ...] = ("dpo", "ipo", "hinge")
+            others = tuple(name for name, kind in LOSS.kinds.items() if kind.has_reference)
             users = {key: others for key in keys if not (key == "kind" and opponent == "ema")}
-            refuse_unused(reference, "loss.kind", "slic", users, "reference.")
+            refuse_unused(reference, "loss.kind", self.loss.kind, users, "reference.")
+
+    def choosing(self, names: Mapping[str, str], folder: str | None = None) -> "Config":
+        """Other kinds in the place of these, unchecked, without what has no effect with them.
+
+        Args:
+            names: by the setting that chooses, as `loss.kind`: to change a recipe's.
+            folder: of `module:Name`.
+
+        Raises:
+            InputError: there is no such kind.
+        """
+        update: dict[str, Any] = {}
+        for table in TABLES:
+            name = names.get(table.key, self.chosen(table))
+            if name == self.chosen(table):
+                continue
+            try:
+                update[table.section] = table.other(getattr(self, table.section), name, folder)
+            except InputError as error:
+                raise InputError(f"{table.key} = {name}: {error}") from None
+            if table is METHOD:
+                update["method"] = name
+                for key in {*self.preference.uses} - {*update[table.section].uses}:
+                    section, _, word = key.partition(".")
+                    default = type(self).model_fields[section].default
+                    if word:
+                        default = self.selfplay.model_copy(
+                            update={word: type(self.selfplay).model_fields[word].default}
+                        )
+                    update.setdefault(section, default)
+        changed = self.model_copy(update=update)
+        if not changed.loss.has_reference and "mixture" not in changed.selfplay.opponent:
+            default = {key: ReferenceConfig.model_fields[key].default for key in ("alpha", "mode")}
+            changed = changed.model_copy(
+                update={"reference": self.reference.model_copy(update=default)}
+            )
+        return changed
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same: all but where results go and how the work is cut up.
@@ -272,17 +287,23 @@ class Config(Section):
             },
             "sampling": {"batch_size", "url", "key_variable", "workers"},
             "evaluate": {"show"},
-            "judge": {"url", "key_variable", "workers", "batch_size", "folder"},
+            "judge": {*self.judge.free, "folder"},
+            **{section: {"folder"} for section in ("loss", "preference", "selfplay")},
         }
-        if self.method == "spin":  # without these sections, so are runs made before they existed
-            free |= dict.fromkeys(("method", "judge", "preference"), True)
-        if self.selfplay.opponent != "mixture-gflownet":
+        if not self.preference.judged:
+            free["judge"] = True
+        if "gflownet" not in self.selfplay.uses:
             free["gflownet"] = True
-        settings = self.model_dump(mode="json", exclude=free)
-        for section, key in ADDED:
-            if settings[section][key] == type(getattr(self, section)).model_fields[key].default:
-                del settings[section][key]
-        return settings
+        return self.model_dump(mode="json", exclude=free)
+
+    @classmethod
+    def renewed(cls, identity: dict[str, Any]) -> dict[str, Any]:
+        """The identity of a recorded run, perhaps of an earlier version, as this version has it.
+
+        Raises:
+            ValidationError: no settings.
+        """
+        return cls.model_validate(identity, context=RECORDED).identity()
 
     def digest(self) -> str:
         """First 8 hex digits of the hash of the identity, whose paths are spelled one way."""
@@ -297,8 +318,8 @@ class Config(Section):
     def run_folder(self) -> Path:
         """The run's folder: `output`, or one named after the configuration.
 
-        Versions that kept paths as typed had several names for one run: such a folder is found by
-        its manifest.
+        Earlier versions had other settings, and so other names for one run: such a folder is found
+        by its manifest.
         """
         if self.output:
             return Path(self.output)
@@ -313,26 +334,19 @@ class Config(Section):
         return folder
 
 
-def contraction_note(config: Config) -> str | None:
-    """Whether β lies outside the bound of the tabular theory (`docs/theory.md`, section 1).
-
-    The iteration `e_{t+1} = (α - 1/β) e_t + (1-α) e_base` contracts for β > 1/(1+α), and with the
-    mixture as the opponent `e_{t+1} = (1 - 1/β)(α e_t + (1-α) e_base)` does for β > α/(1+α). The
-    bounds hold for the logistic loss at its population optimum, reference geometric, opponent
-    π_{t-1} or the exact mixture; finite training of a network stays far from that optimum: a
-    warning, not an error.
-    """
-    alpha = config.reference.alpha
-    consistent = config.selfplay.opponent.startswith("mixture")
-    bound, formula = (alpha, "α") if consistent else (1, "1")
-    bound, formula = bound / (1 + alpha), f"{formula}/(1+α)"
-    low = min(config.loss.beta)
-    if config.method != "spin" or config.loss.kind != "dpo" or low > bound:
-        return None
-    return (
-        f"β = {low:g} is outside the contraction bound β > {formula} = {bound:.3g}: trained to "
-        "its optimum, each iteration would overshoot; few steps at a small rate keep it in check"
-    )
+def special(model: type[S], section: Section) -> type[S]:
+    """A model whose sections have the settings of those of an instance: for its `--help`."""
+    types: dict[str, Any] = {}
+    for table in TABLES:
+        if (value := getattr(section, table.section, None)) is None:
+            continue
+        kind = type(value)
+        if table.field in kind.model_fields:
+            said = Field(kind.model_fields[table.field].default, description=table.described())
+            chosen: Any = {table.field: (str, said)}
+            kind = create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **chosen)
+        types[table.section] = (kind, kind.model_construct(**dict(value)))
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **types)
 
 
 def recipe_names() -> list[str]:
@@ -371,18 +385,26 @@ def load_config(source: str) -> Config:
         raise InputError(f"{path}: {explain(error)}") from None
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[Section] = Config) -> str:
     """A pydantic error in one line per key: the key, the value, what is wrong, the nearest name."""
+    words = {word for key in all_keys(root) for word in key.split(".")}
+    sections = [(table.section,) for table in TABLES]
     lines: list[str] = []
     for item in error.errors(include_url=False):
         # A union reports each of its branches, tagged after the key: show the key once.
-        key = ".".join(str(part) for part in item["loc"] if _is_key(part))
+        where = item["loc"]
+        own = where[1:2] if where[:1] in sections else ()  # perhaps of somebody's own kind
+        key = ".".join(str(part) for part in where if part in words or part in own)
         if item["type"] == "extra_forbidden":
             key = ".".join(map(str, item["loc"]))
-            near = nearest_key(key)
+            near = nearest(key, all_keys(root))
             hint = f"; did you mean {near!r}?" if near else ""
             line = f"unknown key {key!r}{hint}"
-        elif key:
+        elif item["type"] == "missing":
+            section, given = key.rpartition(".")[0], item["input"]
+            who = [f"{t.key} = {given.get(t.field)}" for t in TABLES if t.section == section]
+            line = f"{who[0]} needs {key}" if who else f"{key}: is needed"
+        elif key and not item["msg"].startswith(f"Value error, {key}."):
             line = f"{key} = {short(item['input'])}: {item['msg'].removeprefix('Value error, ')}"
         else:
             line = item["msg"].removeprefix("Value error, ")
@@ -391,30 +413,13 @@ def explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all settings."""
+def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all settings, those of all kinds where a section has several."""
+    kinds = {t.section: t.kinds.values() for t in TABLES if not prefix}
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):  # also `Section | None`
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+        for kind in (*kinds.get(name, ()), field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):  # also `Section | None`
                 keys += all_keys(kind, f"{prefix}{name}.")
-    return keys
-
-
-def nearest_key(key: str, keys: Sequence[str] | None = None) -> str | None:
-    """The one of `keys` (all settings) whose dotted name, or last part of it, is most like it."""
-    keys = keys or all_keys()
-    by_last = {name.rsplit(".", 1)[-1]: name for name in keys}
-    found = difflib.get_close_matches(key, keys, 1, cutoff=0.6)
-    if not found:
-        last = difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, 1, cutoff=0.6)
-        found = [by_last[name] for name in last]
-    return found[0] if found else None
-
-
-def _is_key(part: int | str) -> bool:
-    from alphaspin.commands.options import GFlowNetRun
-
-    keys = all_keys() + all_keys(GFlowNetRun)
-    return isinstance(part, str) and any(part in key.split(".") for key in keys)
+    return list(dict.fromkeys(keys))

@@ -35,17 +35,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from alphaspin.losses.equations import mixture_reference, pairwise
-from alphaspin.losses.settings import LossConfig
+from alphaspin.losses.dpo import DPO
+from alphaspin.losses.reference import mixture_reference
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Segment, Tree, collate
+from alphaspin.model.batching import Segment, collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import OnlineReference, ReferenceCache, score, sequence_logps
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.tree import Tree
+from alphaspin.training.example import Example
 from alphaspin.training.settings import TrainConfig
-from alphaspin.training.trainer import Example, Job, accumulate_gradients
+from alphaspin.training.trainer import Job, accumulate_gradients
 
 PREVIOUS = "previous"
 BETA, RATE = 0.1, 1e-3
@@ -162,8 +164,8 @@ class Ours(Variant):
         if self.mode != "cached":
             online = OnlineReference(tuple(self.policies), self.mix, self.mode == "joint")
         job = Job(
-            objective=lambda policy, reference, lengths: pairwise(
-                LossConfig(beta=(BETA,)), 0, policy, reference, lengths
+            objective=lambda policy, reference, lengths: DPO(beta=(BETA,))(
+                policy, reference, lengths, 0
             ),
             config=self.train,
             beta=BETA,
@@ -199,7 +201,7 @@ class Unshared(Ours):
                 )
         policy_B2 = self.logps(POLICY).view(-1, 2)
         lengths = torch.ones_like(policy_B2)
-        loss = pairwise(LossConfig(beta=(BETA,)), 0, policy_B2, reference_B2, lengths).mean()
+        loss = DPO(beta=(BETA,))(policy_B2, reference_B2, lengths, 0).mean()
         loss.backward()
         self.optimizer.step()
         return loss.item()

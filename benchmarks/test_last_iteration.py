@@ -31,10 +31,10 @@ from alphaspin.commands.played import Played
 from alphaspin.config import Config
 from alphaspin.foundation.runs import TEMPORARY
 from alphaspin.methods.session import load_answers
-from alphaspin.model.batching import Tree
 from alphaspin.model.scoring import logps
+from alphaspin.model.tree import Tree
 from alphaspin.sampling import mixture
-from alphaspin.sampling.decode import Draw
+from alphaspin.sampling.answer import Draw
 from alphaspin.training.settings import TrainConfig
 
 BETA, LAST = 0.4, ITERATIONS - 1

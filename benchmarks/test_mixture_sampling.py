@@ -34,7 +34,7 @@ from alphaspin.model.routing import POLICY
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy, Stepper
 from alphaspin.sampling import gflownet, mixture
-from alphaspin.sampling.decode import Draw
+from alphaspin.sampling.answer import Draw
 from alphaspin.sampling.settings import GFlowNetConfig
 
 ALPHAS = (0.25, 0.5, 0.75, 0.95)

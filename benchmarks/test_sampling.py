@@ -24,7 +24,8 @@ from transformers import (
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy, Stepper, mixture
-from alphaspin.sampling.decode import Draw, Request, decode, invert, uniforms
+from alphaspin.sampling.answer import Draw
+from alphaspin.sampling.decode import Request, decode, invert, uniforms
 from alphaspin.sampling.settings import SamplingConfig
 
 ADAPTER = "previous"

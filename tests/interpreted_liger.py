@@ -21,10 +21,10 @@ from test_reference_modes import gradients, pairs
 from triton.runtime import interpreter
 
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tree
 from alphaspin.model.routing import POLICY
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.speedups import fuse
+from alphaspin.model.tree import Tree
 
 # The interpreter leaves numbers with a point as Python has them, where a GPU is handed fp32, and
 # has nothing of CUDA's library of functions.

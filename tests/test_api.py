@@ -119,8 +119,10 @@ def test_names_are_there_without_being_imported() -> None:
 
 def test_scripts_written_for_earlier_modules_find_what_they_import() -> None:
     from alphaspin.errors import InputError as same
-    from alphaspin.model.backbone import POLICY, choose_bf16, load_base
-    from alphaspin.sampling.decode import Policy, Stepper, decode, mixture
+    from alphaspin.model.load import choose_bf16, load_base
+    from alphaspin.model.routing import POLICY
+    from alphaspin.model.stepper import Stepper, mixture
+    from alphaspin.sampling.decode import Policy, decode
 
     assert same is InputError
     assert all((POLICY, choose_bf16, load_base, Policy, Stepper, decode, mixture))

@@ -25,11 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from alphaspin.errors import InputError
 from alphaspin.model.backbone import WEIGHTS, Backbone
-from alphaspin.model.batching import Batch, Segment, Tree, collate
+from alphaspin.model.batching import Batch, Segment, collate
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY, RoutedLinear
 from alphaspin.model.scoring import sequence_logps
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.tree import Tree
 
 # PEFT and transformers warn about each other's deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaspin.model.attention import attend
-from alphaspin.model.batching import Batch, Tree, collate
+from alphaspin.model.batching import Batch, collate
+from alphaspin.model.tree import Tree
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 

@@ -24,15 +24,16 @@ from torch.distributed.tensor import DTensor
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
 from alphaspin.foundation.runs import TEMPORARY, Metrics, Run
-from alphaspin.losses.equations import pairwise
-from alphaspin.losses.settings import LossConfig
+from alphaspin.losses.dpo import DPO
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tree, collate
+from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.tree import Tree
+from alphaspin.training.example import Example
 from alphaspin.training.settings import TrainConfig
-from alphaspin.training.trainer import Example, Job, accumulate_gradients, train
+from alphaspin.training.trainer import Job, accumulate_gradients, train
 
 KINDS = ("sampling", "scoring", "training", "saving")
 SWEEP = bool(os.environ.get("ALPHASPIN_SWEEP"))
@@ -338,9 +339,9 @@ def ten_steps(team: Team, folder: Path, case: str) -> None:
         )
         for i in range(35)
     ]
-    loss = LossConfig(beta=(0.1,), nll_weight=0.1)
+    loss = DPO(beta=(0.1,), nll_weight=0.1)
     job = Job(
-        objective=lambda policy, ref, lengths: pairwise(loss, 0, policy, ref, lengths),
+        objective=lambda policy, ref, lengths: loss(policy, ref, lengths, 0),
         config=TrainConfig(
             batch_size=7,
             epochs=2,

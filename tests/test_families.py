@@ -16,13 +16,15 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from alphaspin.errors import InputError
-from alphaspin.model.batching import Tree, collate
+from alphaspin.model.batching import collate
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import sequence_logps
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture
-from alphaspin.sampling.decode import Draw, Request, decode
+from alphaspin.model.tree import Tree
+from alphaspin.sampling.answer import Draw
+from alphaspin.sampling.decode import Request, decode
 from alphaspin.sampling.settings import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

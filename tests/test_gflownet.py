@@ -18,13 +18,13 @@ from alphaspin.commands.options import GFlowNetRun
 from alphaspin.errors import InputError, Interrupted
 from alphaspin.foundation.runs import Metrics, SignalGuard
 from alphaspin.model.backbone import WEIGHTS, Backbone
-from alphaspin.model.batching import Tokens
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy
+from alphaspin.model.tree import Tokens
 from alphaspin.sampling import gflownet, mixture
-from alphaspin.sampling.decode import Answer, Draw
+from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.gflownet import Replay, Task, Trajectory, edit_distance
 from alphaspin.sampling.settings import GFlowNetConfig
 

@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from alphaspin.errors import InputError
-from alphaspin.judges.base import CachedJudge, Comparison, Prompt, preferences, win_probabilities
+from alphaspin.judges.base import Comparison, Prompt, preferences
+from alphaspin.judges.cache import CachedJudge
+from alphaspin.judges.matrix import win_probabilities
 from alphaspin.judges.models import PairRMJudge, RewardModelJudge
 
 USER = [{"role": "user", "content": "what is the largest number"}]

@@ -12,20 +12,12 @@ import pytest
 from helpers import http_servers
 
 from alphaspin.errors import InputError, JudgeError
-from alphaspin.judges.base import (
-    CachedJudge,
-    CallableJudge,
-    Comparison,
-    Pair,
-    Prompt,
-    VerifiableJudge,
-    bradley_terry,
-    pick_pair,
-    preferences,
-    win_probabilities,
-    win_rates,
-)
+from alphaspin.judges.base import Comparison, Judge, Prompt, preferences
+from alphaspin.judges.cache import CachedJudge
+from alphaspin.judges.function import Function
+from alphaspin.judges.matrix import Pair, bradley_terry, pick_pair, win_probabilities, win_rates
 from alphaspin.judges.server import ServerJudge, parse_verdict
+from alphaspin.judges.verifiable import VerifiableJudge
 
 ASK = Prompt([{"role": "user", "content": "which number is larger?"}], "seven")
 ALSO = Prompt([{"role": "user", "content": "name a number"}], "one")
@@ -305,21 +297,25 @@ def test_verifiable() -> None:
             win_probabilities(judge, [Prompt(ASK.messages, answer)], [["a", "b"]])
 
 
+def function(name: str, *, both_orders: bool = True) -> Judge:
+    return Function(function=name, both_orders=both_orders).load(None)
+
+
 def test_callable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def shorter(pair):\n    return 0.9 if len(pair.first) < len(pair.second) else 0.1\n"
     (tmp_path / "my_judge_a.py").write_text(source)
     (tmp_path / "my_judge_b.py").write_text(source + "# edited\n")
     monkeypatch.chdir(tmp_path)
-    judge = CallableJudge("my_judge_a:shorter", both_orders=False)
+    judge = function("my_judge_a:shorter", both_orders=False)
     assert preferences(judge, pairs_of("a", "bbb", "cc")) == pytest.approx([0.9, 0.9, 0.1])
-    one, other = (CallableJudge(f"my_judge_{x}:shorter").identity for x in "ab")
+    one, other = (function(f"my_judge_{x}:shorter").identity for x in "ab")
     assert one.split("@")[1] != other.split("@")[1]
-    biased = CallableJudge("my_judge_a:shorter")  # says .1 both ways where the lengths are equal
+    biased = function("my_judge_a:shorter")  # says .1 both ways where the lengths are equal
     assert biased.both_orders
     assert preferences(biased, pairs_of("ab", "cd")) == [0.5]
     for name in ("my_judge_a:longer", "no_such_module:f", "my_judge_a", "my_judge_a:__name__"):
         with pytest.raises(InputError, match=name):
-            CallableJudge(name)
+            function(name)
 
 
 # A judge behind a server

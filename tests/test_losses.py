@@ -4,9 +4,15 @@ import math
 
 import pytest
 import torch
+from alphaspin.dpo import DPO
+from alphaspin.ipo import IPO
 
-from alphaspin.losses import equations as losses
-from alphaspin.losses.settings import LossConfig
+from alphaspin.losses import LOSSES
+from alphaspin.losses.dpo import dpo
+from alphaspin.losses.hinge import hinge
+from alphaspin.losses.ipo import ipo
+from alphaspin.losses.reference import mixture_reference
+from alphaspin.losses.slic import slic
 
 W, L, RW, RL = -3.0, -7.5, -4.0, -6.0
 DELTA = (W - RW) - (L - RL)
@@ -22,18 +28,18 @@ def log_sigmoid(x: float) -> float:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_dpo(smoothing: float) -> None:
-    found = losses.dpo(*tensors(), beta=0.3, label_smoothing=smoothing).item()
+    found = dpo(*tensors(), beta=0.3, label_smoothing=smoothing).item()
     expected = -(1 - smoothing) * log_sigmoid(0.3 * DELTA) - smoothing * log_sigmoid(-0.3 * DELTA)
     assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_ipo_hinge_slic() -> None:
     w, l, rw, rl = tensors()  # noqa: E741
-    assert losses.ipo(w, l, rw, rl, tau=0.25).item() == pytest.approx((DELTA - 2) ** 2)
-    assert losses.hinge(w, l, rw, rl, beta=0.3).item() == pytest.approx(1 - 0.3 * DELTA)
-    assert losses.hinge(w, l, rw, rl, beta=3.0).item() == 0
+    assert ipo(w, l, rw, rl, tau=0.25).item() == pytest.approx((DELTA - 2) ** 2)
+    assert hinge(w, l, rw, rl, beta=0.3).item() == pytest.approx(1 - 0.3 * DELTA)
+    assert hinge(w, l, rw, rl, beta=3.0).item() == 0
     # δ - lp(w) + lp(l) = 6 + 3 - 7.5
-    assert losses.slic(w, l, delta=6.0, lam=0.5).item() == pytest.approx(1.5 + 1.5)
+    assert slic(w, l, delta=6.0, lam=0.5).item() == pytest.approx(1.5 + 1.5)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo", "hinge", "slic"])
@@ -41,32 +47,29 @@ def test_nll_weight_adds_the_winners_mean_token_nll(kind: str) -> None:
     policy, reference = torch.tensor([[W, L]]), torch.tensor([[RW, RL]])
     lengths = torch.tensor([[4, 9]])
     plain, heavy = (
-        losses.pairwise(LossConfig(kind=kind, nll_weight=weight), 0, policy, reference, lengths)
-        for weight in (0.0, 2.0)
+        LOSSES[kind](nll_weight=weight)(policy, reference, lengths, 0) for weight in (0.0, 2.0)
     )
     assert (heavy - plain).item() == pytest.approx(2.0 * -W / 4)
 
 
 def test_ipo_mean_divides_each_log_prob_by_its_own_length() -> None:
-    config = LossConfig(kind="ipo", ipo_tau=0.25, ipo_length="mean")
-    found = losses.pairwise(
-        config, 0, torch.tensor([[W, L]]), torch.tensor([[RW, RL]]), torch.tensor([[4, 9]])
-    )
+    config = IPO(ipo_tau=0.25, ipo_length="mean")
+    found = config(torch.tensor([[W, L]]), torch.tensor([[RW, RL]]), torch.tensor([[4, 9]]), 0)
     assert found.item() == pytest.approx(((W - RW) / 4 - (L - RL) / 9 - 2) ** 2)
 
 
 def test_beta_follows_the_iteration_and_its_last_value_repeats() -> None:
-    config = LossConfig(beta=(0.1, 5.0))
+    config = DPO(beta=(0.1, 5.0))
     pair = torch.tensor([[W, L]]), torch.tensor([[RW, RL]]), torch.ones(1, 2)
-    found = [losses.pairwise(config, t, *pair).item() for t in (0, 1, 7)]
+    found = [config(*pair, t).item() for t in (0, 1, 7)]
     expected = [-log_sigmoid(0.1 * DELTA), -log_sigmoid(5 * DELTA), -log_sigmoid(5 * DELTA)]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_mixture_reference() -> None:
     prev, base = torch.tensor([-2.0]), torch.tensor([-5.0])
-    geometric = losses.mixture_reference(prev, base, alpha=0.7)
-    arithmetic = losses.mixture_reference(prev, base, alpha=0.7, kind="arithmetic")
+    geometric = mixture_reference(prev, base, alpha=0.7)
+    arithmetic = mixture_reference(prev, base, alpha=0.7, kind="arithmetic")
     assert geometric.item() == pytest.approx(0.7 * -2 + 0.3 * -5)
     assert arithmetic.item() == pytest.approx(math.log(0.7 * math.exp(-2) + 0.3 * math.exp(-5)))
 
@@ -74,8 +77,8 @@ def test_mixture_reference() -> None:
 @pytest.mark.parametrize("kind", ["geometric", "arithmetic"])
 def test_a_policy_of_weight_zero_takes_no_part(kind: str) -> None:
     never = torch.tensor([-math.inf])
-    assert losses.mixture_reference(torch.tensor([-2.0]), never, alpha=1, kind=kind).item() == -2
-    assert losses.mixture_reference(never, torch.tensor([-3.0]), alpha=0, kind=kind).item() == -3
+    assert mixture_reference(torch.tensor([-2.0]), never, alpha=1, kind=kind).item() == -2
+    assert mixture_reference(never, torch.tensor([-3.0]), alpha=0, kind=kind).item() == -3
 
 
 @pytest.mark.parametrize(
@@ -93,11 +96,9 @@ def test_equal_pairs_are_skipped_only_where_their_gradient_is_zero(
     kind: str, changes: dict[str, float], expected: bool
 ) -> None:
     """The claim itself, by differentiating: winner and loser are one and the same number."""
-    config = LossConfig(kind=kind, **changes)
+    config = LOSSES[kind](**changes)
     lp = torch.tensor(-4.0, requires_grad=True)
     both = torch.stack([lp, lp])[None]
-    losses.pairwise(
-        config, 0, both, torch.full((1, 2), -5.0), torch.full((1, 2), 3)
-    ).sum().backward()
+    config(both, torch.full((1, 2), -5.0), torch.full((1, 2), 3), 0).sum().backward()
     assert (lp.grad == 0).item() is expected
-    assert losses.ignores_equal_pairs(config) is expected
+    assert config.ignores_equal_pairs() is expected

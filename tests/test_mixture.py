@@ -13,7 +13,7 @@ from alphaspin.foundation import rng
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.stepper import Policy, Stepper
 from alphaspin.sampling import mixture
-from alphaspin.sampling.decode import Draw
+from alphaspin.sampling.answer import Draw
 
 # docs/theory.md, section 4: α, Z, TV(exact, token level), KL(exact‖token level), p(∅) of both.
 CHECK_VALUES = [

@@ -11,17 +11,19 @@ from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from alphaspin.commands import job
-from alphaspin.config import Config, contraction_note
+from alphaspin.config import Config
 from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
 from alphaspin.foundation.runs import file_hash
+from alphaspin.methods.spin import contraction_note
 from alphaspin.model.backbone import Backbone, average_adapters
 from alphaspin.model.batching import Segment
 from alphaspin.model.load import load_base
 from alphaspin.model.stepper import Policy
-from alphaspin.opponents.base import BASE, EMA, PLAYERS, assign, choose_prompts, opponents
-from alphaspin.opponents.settings import Opponent, SelfPlayConfig
+from alphaspin.opponents.base import BASE, EMA, Player, assign, choose_prompts
+from alphaspin.opponents.iterates import History, opponents
 from alphaspin.sampling import gflownet
-from alphaspin.sampling.decode import Draw, invert, uniforms
+from alphaspin.sampling.answer import Draw
+from alphaspin.sampling.decode import invert, uniforms
 from alphaspin.sampling.mixture import Setting, sample
 
 CAP = 10
@@ -41,13 +43,17 @@ def test_prompts_are_shared_equally() -> None:
 
 
 def test_iterations_walk_through_the_data_before_they_repeat() -> None:
-    counts = SelfPlayConfig(prompts=(30, 50)).prompts
+    counts = History(prompts=(30, 50)).prompts
     first, second, third = (choose_prompts(100, counts, t, seed=3) for t in range(3))
     assert len(first) == 30 and len(set(first + second)) == 80  # fresh while the data lasts
     assert len(third) == len(set(third)) == 50  # across the lap, still without repetition
     assert set(range(100)) - set(first + second) <= set(third)
     assert choose_prompts(100, counts, 0, seed=4) != first
     assert sorted(choose_prompts(20, counts, 1, seed=3)) == list(range(20))
+
+
+def players(settings: Config, iteration: int) -> list[Player]:
+    return settings.selfplay.players(iteration, settings.reference)
 
 
 def config(**selfplay: object) -> Config:
@@ -65,21 +71,21 @@ def config(**selfplay: object) -> Config:
         ),
     ],
 )
-def test_registry(kind: Opponent, members: list[dict[int, float]]) -> None:
-    found = [PLAYERS[kind](config(opponent=kind), t) for t in range(3)]
-    assert [[dict(player.members) for player in players] for players in found] == [
+def test_registry(kind: str, members: list[dict[int, float]]) -> None:
+    found = [players(config(opponent=kind), t) for t in range(3)]
+    assert [[dict(player.members) for player in group] for group in found] == [
         [expected] for expected in members
     ]
 
 
 def test_fictitious_play_and_history_name_one_player_per_iterate() -> None:
     for t in range(4):
-        fictitious = PLAYERS["fictitious"](config(opponent="fictitious"), t)
+        fictitious = players(config(opponent="fictitious"), t)
         assert [player.members for player in fictitious] == [
             ((k, 1.0),) for k in opponents(t, "inf")
         ]
         assert len({player.name for player in fictitious}) == len(fictitious)
-        last = PLAYERS["history"](config(history=2), t)
+        last = players(config(history=2), t)
         assert [player.members[0][0] for player in last] == opponents(t, 2)
 
 
@@ -88,7 +94,7 @@ def test_a_mixture_of_one_is_that_one(alpha: float, expected: dict[int, float]) 
     settings = Config.model_validate(
         {"reference": {"alpha": alpha}, "selfplay": {"opponent": "mixture-token"}}
     )
-    (player,) = PLAYERS["mixture-token"](settings, 2)
+    (player,) = players(settings, 2)
     assert dict(player.members) == expected and not player.name.startswith("mixture")
 
 
@@ -96,7 +102,7 @@ def test_the_mixture_is_with_the_average_where_the_reference_is() -> None:
     settings = Config.model_validate(
         {"reference": {"kind": "ema", "alpha": 0.5}, "selfplay": {"opponent": "mixture-token"}}
     )
-    (player,) = PLAYERS["mixture-token"](settings, 2)
+    (player,) = players(settings, 2)
     assert dict(player.members) == {EMA: 0.5, BASE: 0.5}
 
 

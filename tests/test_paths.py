@@ -20,7 +20,8 @@ from alphaspin.commands.played import Played
 from alphaspin.config import Config, load_config, recipe_names
 from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.foundation.runs import Run, relocated
-from alphaspin.judges.settings import JudgeConfig
+from alphaspin.judges.function import Function
+from alphaspin.judges.server import Server
 
 SETTINGS: dict[str, Any] = {
     "text": {"max_response_tokens": 10},
@@ -110,7 +111,7 @@ def test_what_is_no_path_stays(project: Path) -> None:
     assert (made.model, made.data, made.text.template) == ("tiny", "someone/data:part", "plain")
     assert config(model="./tiny").model == str(project / "tiny")
     assert config(model="./tiny").digest() != config(model="tiny").digest()
-    server = JudgeConfig(kind="server", model="base", url="http://h/v1")
+    server = Server(model="base", url="http://h/v1")
     assert server.model == "base"  # a name of the server's, whatever lies here
     assert config(data="~/project/missing.jsonl").data == str(project / "missing.jsonl")
 
@@ -257,14 +258,14 @@ def test_a_judge_of_the_working_directory(
     (tmp_path / "b").mkdir()
     (tmp_path / "a/judge_from_here.py").write_text(JUDGE)
     monkeypatch.chdir(tmp_path / "a")
-    judge = JudgeConfig(kind="callable", function="judge_from_here:longer")
+    judge = Function(function="judge_from_here:longer")
     here = config(judge=judge.model_dump(), method="sppo")
     monkeypatch.chdir(tmp_path / "b")
     there = config(judge=judge.model_dump(exclude={"folder"}), method="sppo")
     assert here.identity() == there.identity(), "verdicts are found again"
     with pytest.raises(InputError, match=f"folder = {tmp_path / 'b'}"):
-        job.load_judge(there)
-    identity = job.load_judge(here).identity
+        there.judge.load(None)
+    identity = here.judge.load(None).identity
     assert identity.startswith("callable:judge_from_here:longer@")
 
 
@@ -277,7 +278,7 @@ def test_a_missing_base_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
         gflownet_job.run(run)
     settings = {"kind": "reward_model", "model": "/gone/judge"}
     with pytest.raises(InputError, match=r"judge\.model = /gone/judge: no such"):
-        job.load_judge(config(judge=settings, method="sppo"))
+        config(judge=settings, method="sppo").judge.load(None)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture
-from alphaspin.sampling.decode import Answer, Draw, Request, decode, uniforms
+from alphaspin.sampling.answer import Answer, Draw
+from alphaspin.sampling.decode import Request, decode, uniforms
 from alphaspin.sampling.settings import SamplingConfig
 
 JUDGE = '''

@@ -13,7 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaspin.losses import equations as losses
+from alphaspin.losses.base import margin
+from alphaspin.losses.nash_md import nash_md
+from alphaspin.losses.reference import mixture_reference
+from alphaspin.losses.rspo import Regulariser, rspo
+from alphaspin.losses.sppo import sppo
 
 P = torch.tensor([[0.5, 0.8, 0.3], [0.2, 0.5, 0.9], [0.7, 0.1, 0.5]], dtype=torch.float64)
 BASE = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
@@ -49,7 +53,7 @@ def test_sppo(eta: float) -> None:
         error = lp - (r + eta * (q - 0.5))
         values.append(error * error)
         gradients.append(2 * error)
-    check(losses.sppo(policy, ref, p, eta=eta), policy, values, gradients)
+    check(sppo(policy, ref, p, eta=eta), policy, values, gradients)
 
 
 def regularisers(lp: float, base: float, name: str) -> tuple[float, float]:
@@ -70,7 +74,7 @@ def regularisers(lp: float, base: float, name: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "forward_reverse", "chi2", "entropy"])
-def test_rspo_with_the_published_clamps(name: losses.Regulariser) -> None:
+def test_rspo_with_the_published_clamps(name: Regulariser) -> None:
     policy, ref, base, p = numbers(1)
     eta, lam = 1.3, 0.4
     ds = (policy - base).tolist()
@@ -82,23 +86,23 @@ def test_rspo_with_the_published_clamps(name: losses.Regulariser) -> None:
         penalty, slope = regularisers(lp, b, name)
         values.append(error * error + 2 * lam * penalty)
         gradients.append(2 * error + 2 * lam * slope)
-    found = losses.rspo(policy, ref, base, p, eta=eta, lam=lam, regulariser=name)
+    found = rspo(policy, ref, base, p, eta=eta, lam=lam, regulariser=name)
     check(found, policy, values, gradients)
 
 
 def test_rspo_settings_replace_the_published_ones() -> None:
     policy, ref, base = (torch.tensor([x], dtype=torch.float64) for x in (-9.0, -9.0, -4.0))
     half = torch.tensor([0.5], dtype=torch.float64)
-    rspo = partial(losses.rspo, policy, ref, base, half, eta=1.0, lam=1.0)
-    assert rspo(regulariser="forward_kl", clamp=2.0).item() == pytest.approx(2 * math.exp(2))
-    found = rspo(regulariser="forward_reverse", clamp=2.0, reverse_weight=3.0).item()
+    regularised = partial(rspo, policy, ref, base, half, eta=1.0, lam=1.0)
+    assert regularised(regulariser="forward_kl", clamp=2.0).item() == pytest.approx(2 * math.exp(2))
+    found = regularised(regulariser="forward_reverse", clamp=2.0, reverse_weight=3.0).item()
     assert found == pytest.approx(2 * (math.exp(2) + 3 * 25))
 
 
 def test_a_pairs_mean_is_the_papers_loss() -> None:
     """½[(…)²_w + (…)²_l] + λ(R_w + R_l), for [B, 2] as for [B]."""
     policy, ref, base, p = (x.detach().view(-1, 2) for x in numbers(2))
-    found = losses.rspo(policy, ref, base, p, eta=2.0, lam=0.5, regulariser="reverse_kl").mean(1)
+    found = rspo(policy, ref, base, p, eta=2.0, lam=0.5, regulariser="reverse_kl").mean(1)
     squared = (policy - ref - 2 * (p - 0.5)) ** 2
     expected = squared.sum(1) / 2 + 0.5 * ((policy - base) ** 2).sum(1)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
@@ -109,15 +113,15 @@ def test_reverse_kl_is_the_squared_loss_against_a_mixture(lam: float) -> None:
     """The identity of section 3: equal up to a constant, hence in gradient and in differences."""
     policy, ref, base, p = numbers(3)
     eta, a = 2.5, 1 / (1 + 2 * lam)
-    target = losses.mixture_reference(ref + eta * (p - 0.5), base, alpha=a)
-    mixed = (1 + 2 * lam) * losses.sppo(policy, target, torch.full_like(p, 0.5), eta=eta)
-    found = losses.rspo(policy, ref, base, p, eta=eta, lam=lam, regulariser="reverse_kl")
+    target = mixture_reference(ref + eta * (p - 0.5), base, alpha=a)
+    mixed = (1 + 2 * lam) * sppo(policy, target, torch.full_like(p, 0.5), eta=eta)
+    found = rspo(policy, ref, base, p, eta=eta, lam=lam, regulariser="reverse_kl")
     (one,) = torch.autograd.grad(found.sum(), policy, retain_graph=True)
     (two,) = torch.autograd.grad(mixed.sum(), policy, retain_graph=True)
     torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
-    at_zero = losses.rspo(
+    at_zero = rspo(
         torch.zeros_like(p), ref, base, p, eta=eta, lam=lam, regulariser="reverse_kl"
-    ) - (1 + 2 * lam) * losses.sppo(torch.zeros_like(p), target, torch.full_like(p, 0.5), eta=eta)
+    ) - (1 + 2 * lam) * sppo(torch.zeros_like(p), target, torch.full_like(p, 0.5), eta=eta)
     torch.testing.assert_close(found - mixed, at_zero, rtol=1e-9, atol=1e-9)
 
 
@@ -129,7 +133,7 @@ def test_nash_md() -> None:
         for lp, b, q in zip(policy.tolist(), base.tolist(), p.tolist(), strict=True)
     ]
     values = [-lp * f for lp, f in zip(policy.tolist(), factors, strict=True)]
-    check(losses.nash_md(policy, base, p, tau=tau), policy, values, [-f for f in factors])
+    check(nash_md(policy, base, p, tau=tau), policy, values, [-f for f in factors])
 
 
 def test_nash_md_descends_to_what_is_preferred_and_to_the_base() -> None:
@@ -143,7 +147,7 @@ def test_nash_md_descends_to_what_is_preferred_and_to_the_base() -> None:
     found = [value(logits.detach().log_softmax(0))]
     for _ in range(800):
         lp = logits.log_softmax(0)
-        loss = (lp.detach().exp() * losses.nash_md(lp, BASE, P @ rival, tau=tau)).sum()
+        loss = (lp.detach().exp() * nash_md(lp, BASE, P @ rival, tau=tau)).sum()
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - gradient).detach().requires_grad_()
         found.append(value(logits.detach().log_softmax(0)))
@@ -198,7 +202,7 @@ def test_sppo_steps_to_the_multiplicative_weights_update_and_averages_to_nash() 
         p = P @ lp.exp()
         mean += lp.exp() / steps
         log_z = (lp + eta * (p - 0.5)).logsumexp(0)
-        after = optimum(partial(losses.sppo, ref=lp - log_z, win_prob=p, eta=eta), lp.exp(), lp)
+        after = optimum(partial(sppo, ref=lp - log_z, win_prob=p, eta=eta), lp.exp(), lp)
         if step < 20:
             closed = (lp + eta * p).log_softmax(0)
             torch.testing.assert_close(after, closed, atol=1e-7, rtol=0)
@@ -209,7 +213,7 @@ def test_sppo_steps_to_the_multiplicative_weights_update_and_averages_to_nash() 
 def test_sppo_stands_still_at_nash_and_only_there() -> None:
     for start, still in ((NASH, True), (BASE.exp(), False)):
         lp = start.log()
-        after = optimum(partial(losses.sppo, ref=lp, win_prob=P @ start, eta=1.0), start, lp)
+        after = optimum(partial(sppo, ref=lp, win_prob=P @ start, eta=1.0), start, lp)
         assert torch.allclose(after, lp, atol=1e-9) is still
 
 
@@ -219,7 +223,7 @@ def test_rspo_reverse_kl_lands_on_the_regularised_nash(lam: float, tau: float) -
     lp = BASE
     for _ in range(300):
         loss = partial(
-            losses.rspo,
+            rspo,
             ref=lp,
             base=BASE,
             win_prob=P @ lp.exp(),
@@ -243,9 +247,9 @@ def test_nash_md_converges_as_printed(tau: float, at_100: str, at_1000: str) -> 
     distance: dict[int, float] = {}
     for t in range(1, 1001):
         eta = 2 / (tau * (t + 2))
-        rival = losses.mixture_reference(lp, BASE, alpha=1 - eta * tau).softmax(0)
+        rival = mixture_reference(lp, BASE, alpha=1 - eta * tau).softmax(0)
         policy = lp.clone().requires_grad_()
-        loss = (lp.exp() * losses.nash_md(policy, BASE, P @ rival, tau=tau)).sum()
+        loss = (lp.exp() * nash_md(policy, BASE, P @ rival, tau=tau)).sum()
         (gradient,) = torch.autograd.grad(loss, policy)
         lp = (lp - eta * gradient / lp.exp()).log_softmax(0)  # softmax logits: Fisher is diag(π)
         distance[t] = (solution.exp() * (solution - lp)).sum().item()
@@ -258,14 +262,14 @@ def test_nash_md_converges_as_printed(tau: float, at_100: str, at_1000: str) -> 
 
 def test_mixture_reference_is_normalised_by_log_z() -> None:
     prev = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
-    log_z = losses.mixture_reference(prev, BASE, alpha=0.4).logsumexp(0)
+    log_z = mixture_reference(prev, BASE, alpha=0.4).logsumexp(0)
     assert log_z.item() < -0.1
-    found = losses.mixture_reference(prev, BASE, alpha=0.4, log_z=log_z)
+    found = mixture_reference(prev, BASE, alpha=0.4, log_z=log_z)
     assert found.exp().sum().item() == pytest.approx(1, abs=1e-12)
     for alpha in (0.0, 1.0):  # one policy alone is normalised already
         torch.testing.assert_close(
-            losses.mixture_reference(prev, BASE, alpha=alpha, log_z=log_z),
-            losses.mixture_reference(prev, BASE, alpha=alpha),
+            mixture_reference(prev, BASE, alpha=alpha, log_z=log_z),
+            mixture_reference(prev, BASE, alpha=alpha),
         )
 
 
@@ -274,17 +278,17 @@ def test_pointwise_losses_miss_a_mixture_without_log_z_and_pairwise_ones_do_not(
     prev = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
     weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     half = torch.full((3,), 0.5, dtype=torch.float64)
-    raw = losses.mixture_reference(prev, BASE, alpha=0.4)
+    raw = mixture_reference(prev, BASE, alpha=0.4)
     right = raw.log_softmax(0)
     log_z = raw.logsumexp(0)
-    normalised = losses.mixture_reference(prev, BASE, alpha=0.4, log_z=log_z)
-    shifted = optimum(partial(losses.sppo, ref=raw, win_prob=half, eta=1.0), weights, prev)
-    corrected = optimum(partial(losses.sppo, ref=normalised, win_prob=half, eta=1.0), weights, prev)
+    normalised = mixture_reference(prev, BASE, alpha=0.4, log_z=log_z)
+    shifted = optimum(partial(sppo, ref=raw, win_prob=half, eta=1.0), weights, prev)
+    corrected = optimum(partial(sppo, ref=normalised, win_prob=half, eta=1.0), weights, prev)
     torch.testing.assert_close(corrected, right, atol=1e-6, rtol=0)
     assert (shifted - right).abs().max() > 0.01
     i, j = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
     torch.testing.assert_close(
-        losses.margin(right[i], right[j], raw[i], raw[j]), torch.zeros(3, dtype=torch.float64)
+        margin(right[i], right[j], raw[i], raw[j]), torch.zeros(3, dtype=torch.float64)
     )
 
 
@@ -293,9 +297,9 @@ def test_rspo_is_corrected_by_log_z_over_a() -> None:
     weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     half = torch.full((3,), 0.5, dtype=torch.float64)
     a = 1 / (1 + 2 * lam)
-    raw = losses.mixture_reference(prev, BASE, alpha=a)
+    raw = mixture_reference(prev, BASE, alpha=a)
     loss = partial(
-        losses.rspo,
+        rspo,
         ref=prev - raw.logsumexp(0) / a,
         base=BASE,
         win_prob=half,

@@ -13,16 +13,19 @@ from test_resume import finish, settings
 from torch import Tensor
 
 from alphaspin.config import Config
-from alphaspin.losses.equations import mixture_reference, pairwise
-from alphaspin.losses.settings import LossConfig
+from alphaspin.losses.dpo import DPO
+from alphaspin.losses.reference import mixture_reference
+from alphaspin.methods.reference import choose_mode
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tree, collate
+from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
-from alphaspin.model.scoring import OnlineReference, ReferenceCache, choose_mode, score
+from alphaspin.model.scoring import OnlineReference, ReferenceCache, score
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.tree import Tree
+from alphaspin.training.example import Example
 from alphaspin.training.settings import TrainConfig
-from alphaspin.training.trainer import Example, Job, accumulate_gradients
+from alphaspin.training.trainer import Job, accumulate_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -56,8 +59,8 @@ def gradients(
         logps = [torch.tensor([cache.lookup(i, tree) for tree in trees]) for i in ids]
         references = [tuple(row) for row in mix(*logps).tolist()]
     job = Job(
-        objective=lambda policy, reference, lengths: pairwise(
-            LossConfig(beta=(0.3,)), 0, policy, reference, lengths
+        objective=lambda policy, reference, lengths: DPO(beta=(0.3,))(
+            policy, reference, lengths, 0
         ),
         config=TRAIN,
         beta=0.3,

@@ -25,11 +25,12 @@ from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import file_hash
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tokens
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture
-from alphaspin.sampling.decode import Draw, Request, decode
+from alphaspin.model.tree import Tokens
+from alphaspin.sampling.answer import Draw
+from alphaspin.sampling.decode import Request, decode
 from alphaspin.sampling.remote import ServerSampler
 from alphaspin.sampling.settings import SamplingConfig
 

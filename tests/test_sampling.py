@@ -24,12 +24,13 @@ from transformers import (
 
 from alphaspin.model import caches
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tokens
 from alphaspin.model.caches import CACHES
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import sequence_logps
 from alphaspin.model.stepper import Policy, Stepper, mixture
-from alphaspin.sampling.decode import Answer, Draw, Request, decode, filtered, invert, uniforms
+from alphaspin.model.tree import Tokens
+from alphaspin.sampling.answer import Answer, Draw
+from alphaspin.sampling.decode import Request, decode, filtered, invert, uniforms
 from alphaspin.sampling.settings import SamplingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

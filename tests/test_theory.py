@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaspin.losses.equations import mixture_reference, pairwise
-from alphaspin.losses.settings import LossConfig
-from alphaspin.opponents.base import opponents
+from alphaspin.losses.base import Loss
+from alphaspin.losses.dpo import DPO
+from alphaspin.losses.ipo import IPO
+from alphaspin.losses.reference import mixture_reference
+from alphaspin.opponents.iterates import opponents
 
 TARGET = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 BASE_POLICY = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 PAIRS = torch.tensor(list(itertools.product(range(4), range(4))))  # (winner, loser)
 
 
-def best_response(loss: LossConfig, iteration: int, reference: Tensor, losers: Tensor) -> Tensor:
-    """Minimiser of E_{w~p, l~q} loss over all log-policies, from the project's own `pairwise`."""
+def best_response(loss: Loss, iteration: int, reference: Tensor, losers: Tensor) -> Tensor:
+    """Minimiser of E_{w~p, l~q} loss over all log-policies, from the project's own loss."""
     logits = reference.clone().requires_grad_()
     weights = TARGET[PAIRS[:, 0]] * losers[PAIRS[:, 1]]
     lengths = torch.ones(len(PAIRS), 2)
@@ -37,9 +39,7 @@ def best_response(loss: LossConfig, iteration: int, reference: Tensor, losers: T
     def closure() -> Tensor:
         optimizer.zero_grad()
         policy = logits.log_softmax(0)
-        value = (
-            weights * pairwise(loss, iteration, policy[PAIRS], reference[PAIRS], lengths)
-        ).sum()
+        value = (weights * loss(policy[PAIRS], reference[PAIRS], lengths, iteration)).sum()
         value.backward()
         return value
 
@@ -52,7 +52,7 @@ def self_play(
     *, alpha: float, beta: float, history: int | str = 1, consistent: bool = False, until: int = 12
 ) -> dict[int, float]:
     """Total variation to p after t = 1 … `until` trained iterates."""
-    loss = LossConfig(kind="dpo", beta=(beta,))
+    loss = DPO(beta=(beta,))
     iterates: list[Tensor] = []
     base = BASE_POLICY.log()
     distance: dict[int, float] = {}
@@ -93,21 +93,21 @@ def test_optimum_is_the_reference_times_the_likelihood_ratio() -> None:
     previous = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)
     losers = torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64)
     reference = mixture_reference(previous.log(), BASE_POLICY.log(), alpha=alpha)
-    found = best_response(LossConfig(beta=(beta,)), 0, reference, losers)
+    found = best_response(DPO(beta=(beta,)), 0, reference, losers)
     expected = (reference + (TARGET / losers).log() / beta).log_softmax(0)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_ipo_moves_every_margin_to_one_over_two_tau() -> None:
     """With one pair only, the optimum of (Δ - 1/(2τ))² is reached: Δ = 1/(2τ)."""
-    loss = LossConfig(kind="ipo", ipo_tau=0.2)
+    loss = IPO(ipo_tau=0.2)
     policy = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([[-1.0, -3.0]], dtype=torch.float64)
     optimizer = torch.optim.LBFGS([policy], max_iter=100)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = pairwise(loss, 0, policy, reference, torch.ones(1, 2)).sum()
+        value = loss(policy, reference, torch.ones(1, 2), 0).sum()
         value.backward()
         return value
 

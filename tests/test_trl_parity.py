@@ -2,7 +2,7 @@
 
 Both sides read the same files: a base, the adapter of the previous iterate (the reference) and
 another adapter (the policy). TRL runs its own collator and `compute_loss`; ours is
-`trainer.accumulate_gradients` with `losses.pairwise`, i.e. what `alphaspin-train` does at α = 1.
+`trainer.accumulate_gradients` with the loss of a pair, i.e. what `alphaspin-train` does at α = 1.
 """
 
 import math
@@ -21,17 +21,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alphaspin.losses.equations import ignores_equal_pairs, pairwise
-from alphaspin.losses.settings import LossConfig
+from alphaspin.losses.base import Loss
+from alphaspin.losses.dpo import DPO
+from alphaspin.losses.hinge import Hinge
+from alphaspin.losses.ipo import IPO
+from alphaspin.losses.slic import SLiC
 from alphaspin.model.backbone import WEIGHTS, Backbone
-from alphaspin.model.batching import Tree
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import ReferenceCache, score
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.tree import Tree
+from alphaspin.training.example import Example
 from alphaspin.training.settings import TrainConfig
-from alphaspin.training.trainer import Example, Job, accumulate_gradients
+from alphaspin.training.trainer import Job, accumulate_gradients
 
 # TRL warns about its own experimental parts and about arguments that do not matter here.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,13 +47,13 @@ PREVIOUS = "previous"
 LORA = LoraConfig(r=4, alpha=8)
 EPSILON = 0.2
 
-LOSSES: dict[str, tuple[LossConfig, dict[str, Any]]] = {
-    "dpo": (LossConfig(beta=(0.3,)), {"beta": 0.3, "loss_type": ["sigmoid"]}),
+LOSSES: dict[str, tuple[Loss, dict[str, Any]]] = {
+    "dpo": (DPO(beta=(0.3,)), {"beta": 0.3, "loss_type": ["sigmoid"]}),
     # TRL's `sigmoid` pays no heed to its label_smoothing. With S = -log σ(βΔ), F = -log σ(-βΔ), its
     # `robust` is ((1-ε) S - ε F) / (1-2ε), so that conservative DPO, (1-ε) S + ε F, is
     # 2 (1-ε) S - (1-2ε) robust: both terms are TRL's, weighted by TRL.
     "dpo-smoothed": (
-        LossConfig(beta=(0.3,), label_smoothing=EPSILON),
+        DPO(beta=(0.3,), label_smoothing=EPSILON),
         {
             "beta": 0.3,
             "label_smoothing": EPSILON,
@@ -57,10 +61,10 @@ LOSSES: dict[str, tuple[LossConfig, dict[str, Any]]] = {
             "loss_weights": [2 * (1 - EPSILON), -(1 - 2 * EPSILON)],
         },
     ),
-    "hinge": (LossConfig(kind="hinge", beta=(0.2,)), {"beta": 0.2, "loss_type": ["hinge"]}),
+    "hinge": (Hinge(beta=(0.2,)), {"beta": 0.2, "loss_type": ["hinge"]}),
     # TRL averages over tokens, and its β is the paper's τ.
     "ipo": (
-        LossConfig(kind="ipo", ipo_length="mean", ipo_tau=0.4),
+        IPO(ipo_length="mean", ipo_tau=0.4),
         {"beta": 0.4, "loss_type": ["ipo"]},
     ),
 }
@@ -130,13 +134,11 @@ def references(
     return [tuple(cache.lookup(identity, tree)) for tree in trees]
 
 
-def step(
-    backbone: Backbone, examples: Sequence[Example], loss: LossConfig, config: TrainConfig
-) -> Step:
+def step(backbone: Backbone, examples: Sequence[Example], loss: Loss, config: TrainConfig) -> Step:
     """Loss and gradients of one batch, by the package's own code."""
 
     def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
-        return pairwise(loss, 0, policy, reference, lengths)
+        return loss(policy, reference, lengths, 0)
 
     job = Job(
         objective=objective,
@@ -289,7 +291,7 @@ def test_a_fresh_adapter_starts_at_log_2(model: Path, layout: Any) -> None:
     config = TrainConfig(batch_size=8, accumulation=1, layout=layout)
     reference = references(backbone, None, trees, config)  # one part of 2 x 8: all of them
     examples = [Example(t, r) for t, r in zip(trees, reference, strict=True)]
-    done = step(backbone, examples, LossConfig(beta=(0.3,)), config)
+    done = step(backbone, examples, DPO(beta=(0.3,)), config)
     assert done.metrics["loss"] == torch.tensor(2.0).log().item()
     assert done.metrics["rewards/margins"] == 0
     assert done.metrics["rewards/chosen"] == done.metrics["rewards/rejected"] == 0
@@ -302,7 +304,7 @@ def test_a_fresh_adapter_starts_near_log_2_however_the_reference_was_batched(mod
     backbone = load(model)
     backbone.add_adapter(POLICY, LORA, seed=5, iteration=0)
     trees = make_trees(8, seed=4)
-    loss = LossConfig(beta=(0.1,))
+    loss = DPO(beta=(0.1,))
     config = TrainConfig(batch_size=8, accumulation=1, layout="packed")
     for other in (
         TrainConfig(batch_size=1, layout="padded"),
@@ -367,7 +369,7 @@ def test_micro_batches_of_unlike_length_weigh_by_their_pairs(model: Path) -> Non
 def test_equal_pairs_may_be_skipped(model: Path, kind: str) -> None:
     """Loser = winner, left out or computed: the same loss and the same gradient."""
     loss = LOSSES[kind][0]
-    assert ignores_equal_pairs(loss)
+    assert loss.ignores_equal_pairs()
     backbone = load(model, POLICY, PREVIOUS).double()
     trees = make_trees(8, seed=8)
     equal = {1, 4, 5}
@@ -397,16 +399,16 @@ def test_a_batch_of_equal_pairs_has_their_loss_and_no_gradient(model: Path) -> N
     tree = make_trees(2, seed=9)[1]
     tree = Tree(tree.prompt, (tree.responses[0],) * 2)
     examples = [Example(tree, (-3.0, -3.0), informative=False)] * 2
-    done = step(backbone, examples, LossConfig(beta=(0.3,)), TrainConfig(batch_size=2))
+    done = step(backbone, examples, DPO(beta=(0.3,)), TrainConfig(batch_size=2))
     assert done.metrics["loss"] == pytest.approx(math.log(2))
     assert not any(gradient.any() for gradient in done.gradients.values())
 
 
 def test_equal_pairs_are_computed_where_they_have_a_gradient(model: Path) -> None:
     """With the winner's likelihood in the loss an equal pair still teaches."""
-    loss = LossConfig(beta=(0.3,), nll_weight=1.0)
-    assert not ignores_equal_pairs(loss)
-    assert not ignores_equal_pairs(LossConfig(kind="slic", slic_lambda=0.1))
+    loss = DPO(beta=(0.3,), nll_weight=1.0)
+    assert not loss.ignores_equal_pairs()
+    assert not SLiC(slic_lambda=0.1).ignores_equal_pairs()
     backbone = load(model, POLICY)
     tree = make_trees(2, seed=9)[1]
     tree = Tree(tree.prompt, (tree.responses[0],) * 2)

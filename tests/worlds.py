@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Segment, Tokens
+from alphaspin.model.batching import Segment
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Ahead, Policy
+from alphaspin.model.tree import Tokens
 
 Levels = list[Tensor]
 

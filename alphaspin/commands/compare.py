@@ -8,19 +8,19 @@ differs, the answers that are there are judged.
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from alphaspin.commands.job import check_lengths, load_judge, load_source
+from alphaspin.commands.job import check_lengths, load_source
 from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.config import Config
 from alphaspin.data.demonstrations import ChatFormat, Demonstration
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
-from alphaspin.evaluation.measures import Evaluation
+from alphaspin.evaluation.measures import Bench, Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.runs import (
     Run,
@@ -30,9 +30,10 @@ from alphaspin.foundation.runs import (
     verifies,
     write_atomically,
 )
-from alphaspin.judges.base import CachedJudge
+from alphaspin.judges.cache import CachedJudge
+from alphaspin.judges.shared import TeamJudge
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.distributed import Team, TeamJudge
+from alphaspin.model.distributed import Team
 from alphaspin.report import page as report
 
 LOADED = "evaluated"
@@ -57,7 +58,7 @@ def run(played: Played, options: EvaluateOptions) -> list[Evaluation]:
             policies = played.policies(options.chosen())
             backbone, chat = played.load(Accelerator().device)
             if options.tasks:
-                from alphaspin.commands import harness  # the `eval` extra
+                from alphaspin.commands import harness
 
                 harness.run(played, policies, backbone, chat, options, guard)
                 rows = []
@@ -80,27 +81,27 @@ def _compare(
     options: EvaluateOptions,
     guard: SignalGuard,
 ) -> list[Evaluation]:
-    config = played.config.model_copy(update={"judge": options.judge})
+    config = played.config
     heldout = _prompts(played, chat, options)
     check_lengths(config, backbone, heldout)
     measures.checked_answers(heldout, config.evaluate.answer)
-    cached = CachedJudge(load_judge(config), played.path / "verdicts")
-    base_inputs = measures.inputs(backbone, None, heldout, chat, config, 0)
+    cached = CachedJudge(options.judge.load(config.evaluate.answer), played.path / "verdicts")
+    bench = Bench.of(config, backbone, chat, heldout, Team(backbone.device, guard))
+    scale = config.preference.reward_scale
+    base_inputs = bench.inputs(None, scale(config, 0))
     key = hashlib.sha256(f"{base_inputs} {cached.identity}".encode()).hexdigest()[:8]
-    bench = _Bench(
+    comparison = _Comparison(
         make_folder(played.path / "evaluation" / f"heldout-{key}"),
-        backbone,
-        chat,
-        config,
-        heldout,
-        replace(TeamJudge.of(Team(backbone.device, guard), cached), label="judge"),
+        bench,
+        lambda t: scale(config, t),
+        replace(TeamJudge.of(bench.team, cached), label="judge"),
     )
     source = options.heldout or played.config.heldout or f"set aside from {played.config.data}"
     about = {"heldout": source, "prompts": len(heldout), "judge": cached.identity}
-    write_atomically(bench.folder / "about.json", json.dumps(about, indent=1))
+    write_atomically(comparison.folder / "about.json", json.dumps(about, indent=1))
     rows: list[Evaluation] = []
     for policy in policies:
-        rows.append(bench.evaluate(policy, rows[0] if rows else None))
+        rows.append(comparison.evaluate(policy, rows[0] if rows else None))
         guard.check()
     console.text(f"{len(heldout)} held-out prompts: {source}")
     title = f"{played.config.name}: held-out measures"
@@ -129,25 +130,23 @@ def _prompts(played: Played, chat: ChatFormat, options: EvaluateOptions) -> list
 
 
 @dataclass(slots=True)
-class _Bench:
+class _Comparison:
     """What the policies of one comparison share."""
 
     folder: Path
-    backbone: Backbone
-    chat: ChatFormat
-    config: Config
-    heldout: list[Demonstration]
+    bench: Bench
+    scale: Callable[[int], float]
     judge: TeamJudge
 
     def evaluate(self, policy: Policy, base: Evaluation | None) -> Evaluation:
         """A policy's evaluation, from disk where one with the same inputs is there."""
         loaded = LOADED if (adapter := policy.adapter()) else None
         if adapter:
-            self.backbone.load_adapter(LOADED, adapter)
+            self.bench.backbone.load_adapter(LOADED, adapter)
         folder = self.folder / policy.name
         found = self._known(policy, loaded, folder) or self._measured(policy, loaded, base)
         if found.judge != self.judge.identity:
-            found = measures.compared(found, base or found, self.heldout, self.judge)
+            found = measures.compared(found, base or found, self.bench.heldout, self.judge)
         if not verifies(folder):
             with commit(folder) as temporary:
                 found.save(temporary / "evaluation.json")
@@ -155,9 +154,7 @@ class _Bench:
 
     def _known(self, policy: Policy, loaded: str | None, folder: Path) -> Evaluation | None:
         """One with the same inputs: of this comparison, of the run, or of one by another judge."""
-        wanted = measures.inputs(
-            self.backbone, loaded, self.heldout, self.chat, self.config, policy.iteration
-        )
+        wanted = self.bench.inputs(loaded, self.scale(policy.iteration))
         others = sorted(self.folder.parent.glob(f"heldout-*/{policy.name}"))
         for place in (folder, policy.folder / "evaluation", *others):
             if verifies(place):
@@ -167,16 +164,7 @@ class _Bench:
         return None
 
     def _measured(self, policy: Policy, loaded: str | None, base: Evaluation | None) -> Evaluation:
-        count = 2 * len(self.heldout)  # sampled and greedy
+        count = 2 * len(self.bench.heldout)  # sampled and greedy
         with console.bar(f"evaluate {policy.name}", count, "answers") as advance:
-            return measures.evaluate(
-                policy.name,
-                self.backbone,
-                loaded,
-                self.heldout,
-                self.chat,
-                self.config,
-                base,
-                policy.iteration,
-                advance,
-            )
+            scale = self.scale(policy.iteration)
+            return measures.evaluate(self.bench, policy.name, loaded, base, scale, advance)

@@ -18,9 +18,8 @@ from alphaspin.model.distributed import Team, repeatable
 from alphaspin.model.load import load_base
 from alphaspin.model.verify import Verdict, verify
 from alphaspin.sampling import mixture
-from alphaspin.sampling.decode import Draw
+from alphaspin.sampling.answer import Draw
 from alphaspin.sampling.gflownet import Task, train_sampler
-from alphaspin.training.settings import TrainConfig
 
 ADAPTER, SAMPLER = "previous", "sampler"
 
@@ -102,7 +101,7 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         summary: dict[str, Any] = {"prompts": len(fresh), "answers": config.check_answers}
         for name, proposal in (("token", None), ("gflownet", SAMPLER)):
             found = mixture.independent(
-                backbone, setting, fresh, draws, proposal=proposal, train=TrainConfig()
+                backbone, setting, fresh, draws, proposal=proposal
             ).diagnose()
             summary[name] = {
                 "ess": float(found.size.mean()),

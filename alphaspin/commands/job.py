@@ -16,9 +16,10 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin
+from pydantic import ValidationError
 
 from alphaspin import __version__
-from alphaspin.config import Config, contraction_note
+from alphaspin.config import Config
 from alphaspin.data.demonstrations import (
     ChatFormat,
     Demonstration,
@@ -29,7 +30,6 @@ from alphaspin.data.demonstrations import (
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.foundation import console
-from alphaspin.foundation.openai_api import key_of
 from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import (
     Metrics,
@@ -41,11 +41,12 @@ from alphaspin.foundation.runs import (
     write_atomically,
 )
 from alphaspin.foundation.section import check_installed, flat
-from alphaspin.judges.base import CachedJudge, CallableJudge, Judge, VerifiableJudge
+from alphaspin.judges.cache import CachedJudge
+from alphaspin.judges.shared import TeamJudge
 from alphaspin.methods.selfplay import Callback, play, teller
 from alphaspin.methods.session import Session
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.distributed import Team, TeamJudge, repeatable
+from alphaspin.model.distributed import Team, repeatable
 from alphaspin.model.load import base_hash, choose_bf16, load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import ReferenceCache
@@ -137,8 +138,9 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         backbone.use_layout(config.train.layout)
         if config.reference.mode == "joint" and (problem := backbone.joint_problem()):
             raise InputError(problem)
-        judge = load_judge(config) if config.method != "spin" and team.main else None
-        if config.judge.kind == "verifiable" and judge:
+        judged = config.preference.judged
+        judge = config.judge.load(config.evaluate.answer) if judged and team.main else None
+        if judge and config.judge.needs_answers:
             measures.checked_answers(demonstrations, config.evaluate.answer)
     identity = {
         "config": config.identity(),
@@ -151,6 +153,8 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
     check_settings(team, identity | {"config": config.model_dump(mode="json")})
     if judge:
         identity["judge"] = judge.identity
+    if plugins := config.plugins():
+        identity["plugins"] = plugins
     with contextlib.closing(open_run(team, config.run_folder(), identity)) as folder:
         mirror: Mirror | None = None
         if config.log.trackers:
@@ -178,7 +182,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             team,
             metrics,
             ReferenceCache(),
-            TeamJudge.of(team, cached) if config.method != "spin" else None,
+            TeamJudge.of(team, cached) if judged else None,
         )
         rows = play(session, callbacks)
 
@@ -190,7 +194,6 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         summary = team.from_main(write)
         if rows:
             title = f"{config.name}: held-out measures by iteration ({len(heldout)} prompts)"
-            judged = config.method != "spin"
             console.table(title, measures.header(judged), [measures.row(row) for row in rows])
         for kind, count in summary["trained_tokens"].items():
             console.note(f"{kind}: {count:,} response tokens that carried a gradient")
@@ -211,6 +214,14 @@ def check_settings(team: Team, settings: dict[str, Any]) -> None:
             raise InputError(f"process {team.index} was started with other settings: {line}")
 
 
+def renewed(identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run, perhaps of an earlier version, with its settings as they are now."""
+    try:
+        return {**identity, "config": Config.renewed(identity["config"])}
+    except (LookupError, ValidationError):
+        return identity
+
+
 def open_run(team: Team, path: Path, identity: dict[str, Any]) -> Run:
     """The run folder, opened by process 0 and joined by the others.
 
@@ -220,45 +231,13 @@ def open_run(team: Team, path: Path, identity: dict[str, Any]) -> Run:
     folder: Run | None = None
     with team.together():
         if team.main:
-            folder = Run(path, identity)
+            folder = Run(path, identity, renewed)
             if team.count > 1:
                 folder.share()
     owner = team.gather(folder and folder.owner)[0]
     with team.together():
         folder = folder or Run.join(path, owner)
     return folder
-
-
-def load_judge(config: Config) -> Judge:
-    """The judge of `config.judge`.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    # What loads models or talks to servers is imported only where it is used.
-    judge = config.judge
-    if judge.model and judge.kind != "server":
-        check_there("judge.model", judge.model)
-    match judge.kind:
-        case "verifiable":
-            return VerifiableJudge(config.evaluate.answer)
-        case "reward_model":
-            from alphaspin.judges.models import RewardModelJudge
-
-            return RewardModelJudge(str(judge.model), batch_size=judge.batch_size)
-        case "pairrm":
-            from alphaspin.judges.models import PairRMJudge
-
-            return PairRMJudge(judge.model or "llm-blender/PairRM-hf", batch_size=judge.batch_size)
-        case "server":
-            from alphaspin.judges.server import ServerJudge
-
-            key = key_of(judge.key_variable, "judge.key_variable")
-            url, model = str(judge.url), str(judge.model)
-            return ServerJudge(url, model, api_key=key, workers=judge.workers)
-        case "callable":
-            place, orders = str(judge.folder), judge.both_orders
-            return CallableJudge(str(judge.function), folder=place, both_orders=orders)
 
 
 def load_source(
@@ -320,7 +299,7 @@ def introduce(
     )
     for note in backbone.notes():
         console.note(note)
-    warning = contraction_note(config)
+    warning = config.preference.warning(config)
     if warning:
         console.alarm(warning)
     first = demonstrations[0]
@@ -378,7 +357,7 @@ def summarise(
             if r["stage"] == "pairs" and "alarm" not in r
         ],
         "alarms": [f"{r['stage']}: {r['alarm']}" for r in records if "alarm" in r],
-        "notes": [note for note in [contraction_note(config)] if note],
+        "notes": [note for note in [config.preference.warning(config)] if note],
         "samples": [
             {
                 "origin": heldout[i].origin,

@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from alphaspin.data.settings import TextConfig
 from alphaspin.foundation.paths import Expanded, Place, Source
 from alphaspin.foundation.section import Fraction, Names, PositiveInt, Section
-from alphaspin.judges.settings import JudgeConfig
+from alphaspin.judges import JUDGE
+from alphaspin.judges.base import JudgeConfig
+from alphaspin.judges.verifiable import Verifiable
 from alphaspin.sampling.settings import GFlowNetConfig
 
 
@@ -65,7 +67,7 @@ class EvaluateOptions(Section):
     """Use only the first of the held-out prompts."""
     heldout: Source | None = None
     """Other held-out demonstrations than the run's, read as `data` is."""
-    judge: JudgeConfig = JudgeConfig()
+    judge: Annotated[SerializeAsAny[JudgeConfig], BeforeValidator(JUDGE.read)] = Verifiable()
     """Who compares answers with the base's. With --judge.kind another than the run's judge; other
     keys alone change the run's (a server's address, for instance)."""
     tasks: tuple[str, ...] = ()

@@ -14,17 +14,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.commands.job import load_data
-from alphaspin.config import Config, PlanHints, contraction_note
+from alphaspin.config import Config, PlanHints
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.section import at
-from alphaspin.losses.equations import reward_scale
 from alphaspin.model.load import choose_bf16, loading
 from alphaspin.model.routing import target_modules, target_parameters
 from alphaspin.model.speedups import NF4_BITS
-from alphaspin.opponents.base import PLAYERS
 from alphaspin.training.trainer import total_steps
 
 MIB, GIB = 2**20, 2**30
@@ -40,13 +38,13 @@ def show(config: Config) -> None:
     title = (
         f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
     )
-    against = "against" if config.method == "spin" else "answers of"
+    against = "answers of" if config.preference.judged else "against"
     console.table(
         title,
         ["t", against, "prompts", "pairs", "steps", "sampled", "trained", "lr", "β"],
         [_row(config, facts, t) for t in range(config.selfplay.iterations)],
     )
-    warning = contraction_note(config)
+    warning = config.preference.warning(config)
     if warning:
         console.alarm(warning)
     for line in estimates(config, facts):
@@ -101,9 +99,10 @@ def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
 def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
     players = [
         player.name.replace("iterate-", "π")
-        for player in PLAYERS[config.selfplay.opponent](config, t)
+        for player in config.selfplay.players(t, config.reference)
     ]
     prompts = min(at(config.selfplay.prompts, t), facts.demonstrations)
+    longest = config.preference.answers_per_prompt() * config.text.max_response_tokens
     pairs = prompts
     if config.selfplay.mixing and t:
         pairs += min(at(config.selfplay.prompts, t - 1), facts.demonstrations)
@@ -119,16 +118,11 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
         f"{prompts:,}",
         f"{pairs:,}",
         f"{steps:,}",
-        f"≤ {prompts * answers_per_prompt(config) * config.text.max_response_tokens / 1e6:,.1f}M",
+        f"≤ {prompts * longest / 1e6:,.1f}M",
         f"~ {trained / 1e6:,.1f}M",
         f"{at(config.train.lr, t):g}",
-        f"{at(config.loss.beta, t) if config.method == 'spin' else reward_scale(config, t):g}",
+        f"{config.preference.reward_scale(config, t):g}",
     ]
-
-
-def answers_per_prompt(config: Config) -> int:
-    """Answers sampled in training for a prompt."""
-    return {"spin": 1, "nash_md": 2}.get(config.method, config.preference.responses)
 
 
 def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
@@ -161,7 +155,9 @@ def estimates(config: Config, facts: PlanHints) -> list[str]:
         min(at(config.selfplay.prompts, t), facts.demonstrations)
         for t in range(config.selfplay.iterations)
     )
-    answers = pairs * answers_per_prompt(config) * (config.text.max_response_tokens * 4 + 17)
+    answers = (
+        pairs * config.preference.answers_per_prompt() * (config.text.max_response_tokens * 4 + 17)
+    )
     cached = pairs * 4 * 20
     adapters = adapter * (config.selfplay.iterations * (2 if config.control == "sft" else 1))
     checkpoint = adapter * (1 + states)

@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alphaspin.config import Config
 from alphaspin.data.answers import checked_part, preference, word_f1
 from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
 from alphaspin.errors import InputError
 from alphaspin.evaluation.diversity import distinct, self_bleu
 from alphaspin.evaluation.winrate import Estimate, at_equal_length, win_rate
 from alphaspin.judges.base import Comparison, Judge, Prompt, preferences
-from alphaspin.losses.equations import reward_scale
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tree
 from alphaspin.model.distributed import Team
 from alphaspin.model.scoring import logps
-from alphaspin.sampling.decode import Answer, Draw, Request, decode
+from alphaspin.model.tree import Tree
+from alphaspin.sampling.answer import Answer, Draw
+from alphaspin.sampling.decode import Request, decode
+from alphaspin.sampling.settings import SamplingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,73 +129,99 @@ def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> li
     return answers
 
 
-def inputs(
-    backbone: Backbone,
-    adapter: str | None,
-    heldout: Sequence[Demonstration],
-    chat: ChatFormat,
-    config: Config,
-    iteration: int,
-) -> str:
-    """Hash of what `evaluate` measures, the judge apart; its arguments have the same names."""
-    sampling = config.sampling
-    content = [
-        (backbone.identity, backbone.adapter_ids[adapter], str(backbone.head.weight.dtype)),
-        (fingerprint(heldout), [(demo.index, demo.answer) for demo in heldout]),
-        (config.seed, config.text.max_response_tokens, sorted(chat.stop_token_ids)),
-        (sampling.temperature, sampling.top_p, sampling.top_k),
-        (config.evaluate.answer, reward_scale(config, iteration)),
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What the evaluations of a run share.
+
+    heldout: prompts with their demonstrations. chat: for decoding to text. pattern: which part of
+    an answer must match (`evaluate.answer`). cap: longest answer in tokens. sampling: how answers
+    are drawn. scored: pairs per scoring pass. team: processes that share the prompts and all get
+    the result.
+    """
+
+    backbone: Backbone
+    chat: ChatFormat
+    heldout: Sequence[Demonstration]
+    seed: int
+    pattern: str | None
+    cap: int
+    sampling: SamplingConfig
+    scored: int
+    team: Team
+
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        backbone: Backbone,
+        chat: ChatFormat,
+        heldout: Sequence[Demonstration],
+        team: Team | None = None,
+    ) -> "Bench":
+        """With the settings of a composed configuration."""
+        return cls(
+            backbone,
+            chat,
+            heldout,
+            config.seed,
+            config.evaluate.answer,
+            config.text.max_response_tokens,
+            config.sampling,
+            config.train.scored_together,
+            team or Team(backbone.device),
+        )
+
+    def inputs(self, adapter: str | None, scale: float) -> str:
+        """Hash of what `evaluate` measures, the judge apart; its arguments have the same names."""
+        backbone, sampling = self.backbone, self.sampling
+        content = [
+            (backbone.identity, backbone.adapter_ids[adapter], str(backbone.head.weight.dtype)),
+            (fingerprint(self.heldout), [(demo.index, demo.answer) for demo in self.heldout]),
+            (self.seed, self.cap, sorted(self.chat.stop_token_ids)),
+            (sampling.temperature, sampling.top_p, sampling.top_k),
+            (self.pattern, scale),
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def evaluate(
+    bench: Bench,
     name: str,
-    backbone: Backbone,
     adapter: str | None,
-    heldout: Sequence[Demonstration],
-    chat: ChatFormat,
-    config: Config,
     base: Evaluation | None,
-    iteration: int,
+    scale: float,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
     judge: Judge | None = None,
-    team: Team | None = None,
 ) -> Evaluation:
     """Measure one policy.
 
     Args:
+        bench: prompts, and how they are answered.
         name: `base`, `0`, `1`, …
-        backbone: holds the adapter.
-        adapter: its name, None for the base.
-        heldout: prompts with their demonstrations.
-        chat: for decoding to text.
-        config: sampling, β, what is compared.
+        adapter: its name in the backbone, None for the base.
         base: the base's evaluation; None when this is the base itself.
-        iteration: t, which selects β for the margin.
+        scale: β, or what takes its place, for the margin (`Method.reward_scale`).
         progress: called with the answers finished and the tokens decoded.
         judge: compares the sampled answers with the base's.
-        team: processes that share the prompts and all get the result; None for this one alone.
 
     Raises:
         InputError: a demonstration without the pattern of `evaluate.answer`.
         JudgeError: the judge's.
     """
-    team = team or Team(backbone.device)
-    part = checked_part(config.evaluate.answer)
-    gold = checked_answers(heldout, config.evaluate.answer)
-    cap = config.text.max_response_tokens
+    backbone, chat, heldout, team = bench.backbone, bench.chat, bench.heldout, bench.team
+    part = checked_part(bench.pattern)
+    gold = checked_answers(heldout, bench.pattern)
     prompts = [demo.prompt for demo in heldout]
-    draws = [Draw(config.seed, 0, "evaluate", demo.index) for demo in heldout]
+    draws = [Draw(bench.seed, 0, "evaluate", demo.index) for demo in heldout]
 
     def answers(
         indices: Sequence[int], noise: Sequence[Draw | None]
     ) -> list[tuple[list[int], bool]]:
         found = decode(
             backbone,
-            [Request(prompts[i], {adapter: 1.0}, cap, noise[i]) for i in indices],
+            [Request(prompts[i], {adapter: 1.0}, bench.cap, noise[i]) for i in indices],
             stop_ids=chat.stop_token_ids,
-            config=config.sampling,
+            config=bench.sampling,
             progress=progress,
         )
         return [(answer.tokens.tolist(), answer.truncated) for answer in found]
@@ -203,7 +229,7 @@ def evaluate(
     def scores(policy: str | None, trees: Sequence[Tree]) -> NDArray[np.float64]:
         return np.array(
             team.spread(
-                lambda mine: logps(backbone, policy, [trees[i] for i in mine], config.train),
+                lambda mine: logps(backbone, policy, [trees[i] for i in mine], bench.scored),
                 len(trees),
             )
         )
@@ -253,20 +279,20 @@ def evaluate(
         **_mean("sampled", matches(texts)),
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
-        margin=reward_scale(config, iteration) * float(margins.mean()) if len(margins) else 0.0,
-        **(_mean("kl", divergence.tolist()) if config.sampling.untouched else {}),
+        margin=scale * float(margins.mean()) if len(margins) else 0.0,
+        **(_mean("kl", divergence.tolist()) if bench.sampling.untouched else {}),
         **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),
         distinct_3=distinct(texts, 3),
-        self_bleu=self_bleu(texts, config.seed),
+        self_bleu=self_bleu(texts, bench.seed),
         answers=texts,
         greedy_answers=greedy_texts,
         answer_tokens=[answer.tokens.tolist() for answer in sampled],
         truncated=[answer.truncated for answer in sampled],
         demonstration_logps=scored[:, 0].tolist(),
         base_answer_logps=scored[:, 1].tolist(),
-        inputs=inputs(backbone, adapter, heldout, chat, config, iteration),
+        inputs=bench.inputs(adapter, scale),
         judge=None,  # `compared` fills these
         verdicts=None,
     )

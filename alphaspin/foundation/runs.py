@@ -224,13 +224,19 @@ class Run:
     join. So another job is refused until the last of them is gone.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]):
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        renewed: Callable[[dict[str, Any]], dict[str, Any]] = lambda known: known,
+    ):
         """Create or reopen the folder.
 
         Args:
             path: created if missing.
             identity: what decides the result (configuration, hashes of base and data). A folder
                 that holds a run of another identity is refused.
+            renewed: the identity that is there, perhaps of an earlier version, as this one has it.
 
         Raises:
             InputError: another job has the folder, or it holds another run or other things.
@@ -250,7 +256,7 @@ class Run:
         self._lock.write(self.owner)
         self._lock.flush()
         try:
-            self.manifest = self._open_manifest(identity)
+            self.manifest = self._open_manifest(identity, renewed)
             for leftover in [*path.rglob(f"{TEMPORARY}*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         except BaseException:
@@ -303,12 +309,14 @@ class Run:
         run.manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         return run
 
-    def _open_manifest(self, identity: dict[str, Any]) -> dict[str, Any]:
+    def _open_manifest(
+        self, identity: dict[str, Any], renewed: Callable[[dict[str, Any]], dict[str, Any]]
+    ) -> dict[str, Any]:
         path = self.path / "manifest.json"
         identity = json.loads(json.dumps(identity))
         if path.exists():
             manifest = read_manifest(path)
-            known = manifest["identity"]
+            known = json.loads(json.dumps(renewed(manifest["identity"])))
             for line in differences(known, relocated(identity, known)):
                 raise InputError(
                     f"{self.path} holds another run: {line}. Choose another --output, or give "

@@ -4,9 +4,10 @@ A value that the papers change from one iteration to the next (learning rate, β
 with one entry per iteration whose last entry repeats; a single number means the same everywhere.
 """
 
+import difflib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -95,19 +96,34 @@ def refuse_unused(
         value: Any = settings
         default: Any = None
         for name in key.split("."):
-            default = type(value).model_fields[name].default
-            value = getattr(value, name)
+            field = type(value).model_fields.get(name)
+            if field is None:  # another kind of the section has it
+                value = default = None
+                break
+            default, value = field.default, getattr(value, name)
         if value == default:
             continue
         if isinstance(value, Section):  # name the first setting that differs
             name = next(
-                n for n in type(value).model_fields if getattr(value, n) != getattr(default, n)
+                n
+                for n in type(value).model_fields
+                if getattr(value, n) != getattr(default, n, None)
             )
             key, value = f"{key}.{name}", getattr(value, name)
         raise ValueError(
             f"{prefix}{key} = {short(value)} has no effect with {choice} = {chosen}, only with "
             f"{' or '.join(users)}: leave it out, or start from a recipe of the method"
         )
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The one of `known`, dotted names, that is most like a word, or whose last part is."""
+    by_last = {name.rsplit(".", 1)[-1]: name for name in known}
+    found = difflib.get_close_matches(word, known, 1, cutoff=0.6)
+    if not found:
+        last = difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last, 1, cutoff=0.6)
+        found = [by_last[name] for name in last]
+    return found[0] if found else None
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

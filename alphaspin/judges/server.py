@@ -6,8 +6,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from alphaspin.errors import JudgeError, ServerError
-from alphaspin.foundation.openai_api import Client, parsed
-from alphaspin.judges.base import Comparison, plain_text
+from alphaspin.foundation.openai_api import Client, key_of, parsed
+from alphaspin.foundation.section import PositiveInt
+from alphaspin.judges.base import Comparison, Judge, JudgeConfig, plain_text
 
 SYSTEM = (
     "You compare two answers to the same conversation. Judge correctness first, then helpfulness "
@@ -118,3 +119,29 @@ def parse_verdict(reply: str) -> float:
     if len(marks) != 1 or not reply.rstrip(" \n.*").endswith("]]"):
         raise JudgeError(f"needs one [[A]], [[B]] or [[C]] at the end of a reply: {reply[-200:]!r}")
     return VERDICTS[marks[0]]
+
+
+class Server(JudgeConfig):
+    """A generative judge behind an OpenAI-compatible API."""
+
+    kind: str = "server"
+    url: str
+    """Address, up to and with `/v1`."""
+    model: str
+    """The name that the server knows."""
+    key_variable: str | None = None
+    """Environment variable that holds the API key."""
+    workers: PositiveInt = 8
+    """Requests under way at once."""
+
+    free = frozenset({"url", "key_variable", "workers"})
+
+    def load(self, pattern: str | None) -> Judge:
+        """Nothing is sent yet."""
+        del pattern
+        key = key_of(self.key_variable, "judge.key_variable")
+        return ServerJudge(self.url, self.model, api_key=key, workers=self.workers)
+
+    def title(self) -> str:
+        """With its name."""
+        return f"server {self.model}"

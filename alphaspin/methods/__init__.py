@@ -1,0 +1,11 @@
+"""Methods by name. One more is a file beside these and a line below."""
+
+from alphaspin.foundation.kinds import Table
+from alphaspin.methods.base import Method
+from alphaspin.methods.nash_md import NashMD
+from alphaspin.methods.rspo import RSPO
+from alphaspin.methods.spin import Spin
+from alphaspin.methods.sppo import SPPO
+
+METHODS: dict[str, type[Method]] = {"spin": Spin, "sppo": SPPO, "rspo": RSPO, "nash_md": NashMD}
+METHOD = Table("method", "preference", Method, METHODS, "spin")

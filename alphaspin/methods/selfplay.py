@@ -1,23 +1,11 @@
 """The outer loop of self-play: answer, judge, score, train, evaluate; phase by phase, resumable.
 
     for t = 0, 1, …:
-        opponents   y_l ~ an earlier iterate, for each prompt of iteration t
-        reference   lp_prev and lp_base of winners y_w and losers y_l, in one pass, cached
-        train       a new adapter π_t on (y_w, y_l) against π_ref ∝ π_prev^α π_base^(1-α)
+        answer      pairs of answers, and what they are worth (`Method.examples`)
+        train       a new adapter π_t on them
         evaluate    held-out measures of π_t
 
-With `method: sppo` and `rspo` (arXiv 2405.00675 and 2503.00030) a judge takes the place of the
-demonstrations, and the first phases are
-
-        responses   y_1 … y_K ~ π_prev for each prompt
-        judge       P(y_i ≻ y_j) of all pairs; the best and the worst response of each prompt
-        reference   lp_prev of the two, and lp_base for `rspo`, in one pass, cached; with a mixture
-                    as the reference (α < 1) those of all K, for log Z(x)
-
-`nash_md` (arXiv 2312.00886, section 7) has y ~ π_prev, y' from the mixture of π_prev and the base,
-and P(y ≻ y'). Its gradient holds on policy: π_t starts as π_prev and makes one pass over the
-responses. It is exact at the first step of an iteration and slightly off policy at later ones, so
-`selfplay.prompts` = `train.batch_size` is strictly on policy, with many iterations.
+The phases before training are the method's, one file each beside this one.
 
 Each phase leaves durable artefacts and begins by looking for them. What is not there is computed
 from what is, as a function of (seed, t, example), so a killed run that is started again ends with
@@ -25,37 +13,22 @@ the same bits as one that was never killed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from alphaspin.config import Config
-from alphaspin.data.demonstrations import Demonstration
 from alphaspin.evaluation import measures
 from alphaspin.foundation import console
 from alphaspin.foundation.runs import commit, verifies
-from alphaspin.losses.equations import ignores_equal_pairs, pairwise, reward_scale
-from alphaspin.methods.preference import judged_pairs, mirror_descent
-from alphaspin.methods.session import Session, Shard
-from alphaspin.model.batching import Tree
+from alphaspin.methods.base import Sections
+from alphaspin.methods.reference import reference_mode
+from alphaspin.methods.session import Session
 from alphaspin.model.routing import POLICY
-from alphaspin.model.scoring import OnlineReference, batched, choose_mode
-from alphaspin.opponents.base import PLAYERS, assign
-from alphaspin.sampling.decode import Answer
-from alphaspin.training.trainer import REMEDY, Example, Job, Objective, train
-
-REMEDIES = {
-    kind: f"consider loss.nll_weight, {setting} or a smaller train.lr"
-    for kind, setting in {
-        "dpo": "a larger loss.beta",
-        "hinge": "a larger loss.beta",
-        "ipo": "a larger loss.ipo_tau",
-        "slic": "a larger loss.slic_lambda",
-    }.items()
-}
-"""Against log-probs of winners and losers that fall together, by the loss of `spin`."""
+from alphaspin.model.scoring import OnlineReference
+from alphaspin.model.tree import Tree
+from alphaspin.training.example import Example, Objective
+from alphaspin.training.trainer import Job, train
 
 
 class Callback:
@@ -132,13 +105,7 @@ def train_iterate(session: Session, iteration: int) -> None:
         for shard in sorted((folder / "reference").glob("*")):
             session.cache.load(shard)  # the base's log-probs serve later iterations too
         return
-    match config.method:
-        case "spin":
-            examples, objective = demonstrated_pairs(session, iteration)
-        case "sppo" | "rspo":
-            examples, objective = judged_pairs(session, iteration)
-        case "nash_md":
-            examples, objective = mirror_descent(session, iteration)
+    examples, objective = config.preference.examples(session, iteration)
     session.unload_iterates()
     online = None
     if examples and not examples[0].reference:
@@ -148,83 +115,6 @@ def train_iterate(session: Session, iteration: int) -> None:
     before = session.folder(iteration - 1) / "adapter" if iteration else None
     with session.timed("train", iteration):
         fit(session, "train", iteration, folder, examples, objective, config, before, online)
-
-
-def demonstrated_pairs(session: Session, iteration: int) -> tuple[list[Example], Objective]:
-    """Phases 1 and 2 of `spin`: demonstrations against opponents' answers, and the loss."""
-    config = session.config
-    with session.timed("opponents", iteration):
-        duels = sample_duels(session, iteration)
-        if config.selfplay.mixing and iteration:
-            duels += sample_duels(session, iteration - 1)
-    mode, reason = reference_mode(session, len(duels))
-    if config.reference.mode == "auto":
-        console.note(f"t={iteration}: reference {mode}, {reason}")
-    references: list[tuple[float, ...]] = [()] * len(duels)
-    if mode == "cached":
-        with session.timed("reference", iteration):
-            references = score_reference(session, iteration, [duel.tree() for duel in duels])
-    skip = ignores_equal_pairs(config.loss)
-    examples = [
-        Example(duel.tree(), reference, informative=not (skip and duel.equal()))
-        for duel, reference in zip(duels, references, strict=True)
-    ]
-    equal = sum(duel.equal() for duel in duels)
-    cut = sum(duel.loser.truncated for duel in duels)
-    console.note(
-        f"t={iteration}: {len(duels)} pairs, {equal} of them with loser = winner (no gradient "
-        f"from the pair), {cut} losers cut at the length cap"
-    )
-
-    def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
-        return pairwise(config.loss, iteration, policy, reference, lengths)
-
-    return examples, objective
-
-
-@dataclass(frozen=True, slots=True)
-class Duel:
-    """A demonstration (the winner), and what an opponent answered (the loser)."""
-
-    demonstration: Demonstration
-    loser: Answer
-
-    def tree(self) -> Tree:
-        """Prompt, winner, loser."""
-        return Tree(self.demonstration.prompt, (self.demonstration.response, self.loser.tokens))
-
-    def equal(self) -> bool:
-        """Whether the loser is the winner, token for token."""
-        return np.array_equal(self.demonstration.response, self.loser.tokens)
-
-
-def sample_duels(session: Session, iteration: int) -> list[Duel]:
-    """The pairs of iteration t; answers that are not on disk are sampled now."""
-    config = session.config
-    examples = session.examples(iteration)
-    players = PLAYERS[config.selfplay.opponent](config, iteration)
-    assigned = assign(examples, players)
-    folder = session.folder(iteration) / "opponents"
-    shards: list[Shard] = []
-    for player in players:
-        mine = [e for e, p in zip(examples, assigned, strict=True) if p == player]
-        for number, part in enumerate(batched(mine, config.sampling.shard_size)):
-            draws = [(example, "sample") for example in part]
-            shards.append(Shard(folder / f"{player.name}-{number:05d}", player, draws))
-    found = dict(session.answers(iteration, shards, "opponents"))
-    return [Duel(session.demonstrations[example], found[example]) for example in examples]
-
-
-def reference_mode(session: Session, pairs: int) -> tuple[str, str]:
-    """`reference.mode` with `auto` resolved, and why."""
-    joint = session.backbone.joint_problem() is None
-    return choose_mode(session.config, pairs, sharded=session.team.sharded, joint=joint)
-
-
-def score_reference(session: Session, iteration: int, trees: list[Tree]) -> list[tuple[float, ...]]:
-    """lp_ref of (winner, loser) for each pair."""
-    logps = session.frozen_logps(iteration, trees, session.reference_policies(iteration))
-    return [tuple(row) for row in session.mix(*logps).tolist()]
 
 
 def start_policy(session: Session, iteration: int, before: Path | None) -> None:
@@ -244,7 +134,7 @@ def fit(
     folder: Path,
     examples: list[Example],
     objective: Objective,
-    config: Config,
+    config: Sections,
     before: Path | None,
     online: OnlineReference | None = None,
 ) -> None:
@@ -253,12 +143,12 @@ def fit(
     job = Job(
         objective=objective,
         config=config.train,
-        beta=reward_scale(config, iteration),
+        beta=config.preference.reward_scale(config, iteration),
         iteration=iteration,
         seed=config.seed,
         stage=f"{stage}/{iteration}",
         checkpoints=folder / "checkpoints",
-        remedy=REMEDIES[config.loss.kind] if config.method == "spin" else REMEDY,
+        remedy=config.preference.remedy(config),
         online=online,
     )
     train(session.team, session.backbone, examples, job, session.metrics)
@@ -331,17 +221,13 @@ def evaluate(
             if adapter is not None:
                 session.backbone.load_adapter("evaluated", adapter)
             evaluation = measures.evaluate(
+                session.bench(),
                 name,
-                session.backbone,
                 "evaluated" if adapter is not None else None,
-                session.heldout,
-                session.chat,
-                session.config,
                 base,
-                iteration,
+                session.config.preference.reward_scale(session.config, iteration),
                 advance,
                 session.judge,
-                session.team,
             )
             with session.team.together():
                 if session.team.main:

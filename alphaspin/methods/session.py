@@ -15,41 +15,32 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from alphaspin.config import Config
 from alphaspin.data.demonstrations import ChatFormat, Demonstration
+from alphaspin.evaluation.measures import Bench
 from alphaspin.foundation import console
+from alphaspin.foundation.batched import batched
 from alphaspin.foundation.runs import Metrics, Run, commit, remove, verifies
-from alphaspin.losses.equations import mixture_reference
+from alphaspin.judges.shared import TeamJudge
+from alphaspin.losses.reference import mixture_reference
+from alphaspin.methods.base import Sections
 from alphaspin.model.backbone import WEIGHTS, Backbone, average_adapters
-from alphaspin.model.batching import Tree
-from alphaspin.model.distributed import Team, TeamJudge
-from alphaspin.model.scoring import ReferenceCache, batched, score
+from alphaspin.model.distributed import Team
+from alphaspin.model.scoring import ReferenceCache, score
 from alphaspin.model.stepper import Policy
-from alphaspin.opponents.base import EMA, Player, choose_prompts
-from alphaspin.sampling.decode import Answer, Draw, Request
+from alphaspin.model.tree import Tree
+from alphaspin.opponents.base import EMA, Player, Shard, choose_prompts
+from alphaspin.sampling.answer import Answer, Draw
+from alphaspin.sampling.decode import Request
 from alphaspin.sampling.gflownet import Task, train_sampler
 from alphaspin.sampling.mixture import Setting, sample
 from alphaspin.sampling.remote import engine
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Answers that are sampled and kept together.
-
-    folder: where they are or will be. player: who answers. draws: (example, purpose) of each
-    answer; together with t they fix its random numbers.
-    """
-
-    folder: Path
-    player: Player
-    draws: Sequence[tuple[int, str]]
 
 
 @dataclass(slots=True)
 class Session:
     """One run in progress: what all phases share; the phases run in all processes alike."""
 
-    config: Config
+    config: Sections
     run: Run
     backbone: Backbone
     chat: ChatFormat
@@ -63,6 +54,10 @@ class Session:
     def folder(self, iteration: int) -> Path:
         """Artefacts of iteration t."""
         return self.run.path / "iterations" / str(iteration)
+
+    def bench(self) -> Bench:
+        """What its evaluations share."""
+        return Bench.of(self.config, self.backbone, self.chat, self.heldout, self.team)
 
     def examples(self, iteration: int) -> list[int]:
         """The demonstrations that iteration t uses, as indices in random order."""
@@ -240,7 +235,12 @@ class Session:
                     advance(len(shard), 0)
                     return
                 scored = score(
-                    self.backbone, self.cache, policies, shard, config.train, progress=advance
+                    self.backbone,
+                    self.cache,
+                    policies,
+                    shard,
+                    config.train.scored_together,
+                    progress=advance,
                 )
                 self.cache.save(path, *scored, hashes)
 

@@ -34,7 +34,7 @@ from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.runs import file_hash
 from alphaspin.model.attention import TREES, Places
-from alphaspin.model.batching import Batch, Segment, Tree, collate
+from alphaspin.model.batching import Batch, Segment, collate
 from alphaspin.model.routing import (
     NOT_JOINT,
     POLICY,
@@ -48,6 +48,7 @@ from alphaspin.model.routing import (
     target_parameters,
 )
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.tree import Tree
 
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 WEIGHTS = "adapter_model.safetensors"

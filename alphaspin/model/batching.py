@@ -24,20 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alphaspin.model.attention import Places, lay_out
-
-Tokens = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """A prompt and its responses, as token ids [P] and [L_1], [L_2], … (int32)."""
-
-    prompt: Tokens
-    responses: tuple[Tokens, ...]
-
-    def size(self) -> int:
-        """Tokens when the prompt stands once."""
-        return len(self.prompt) + sum(len(response) for response in self.responses)
+from alphaspin.model.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import Cache
 
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Segment, Tokens
+from alphaspin.model.batching import Segment
+from alphaspin.model.tree import Tokens
 
 Names = Sequence[str | None]
 Rows = list[list[int]]

@@ -14,9 +14,8 @@ the others' passes with a single token until all are done.
 
 import json
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -27,15 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from alphaspin.errors import (
-    EXIT_CODES,
-    Elsewhere,
-    Interrupted,
-    exit_code,
-)
-from alphaspin.foundation import console
+from alphaspin.errors import EXIT_CODES, Elsewhere, Interrupted, exit_code
 from alphaspin.foundation.runs import SignalGuard
-from alphaspin.judges.base import Comparison, Judge
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Segment
 
@@ -252,43 +244,3 @@ def repeatable() -> Generator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = before[2]
-
-
-@dataclass(frozen=True)
-class TeamJudge:
-    """A judge that process 0 asks for all processes; a signal stops it after a group of verdicts.
-
-    With a label it has a progress bar.
-    """
-
-    team: Team
-    judge: Judge | None  # in process 0
-    identity: str
-    both_orders: bool
-    label: str | None = None
-
-    @classmethod
-    def of(cls, team: Team, judge: Judge | None) -> "TeamJudge":
-        """`judge` is there in process 0."""
-        identity, both_orders = team.gather(judge and [judge.identity, judge.both_orders])[0]
-        return cls(team, judge, identity, both_orders)
-
-    def compare(self, pairs: Sequence[Comparison]) -> Iterator[Mapping[int, float]]:
-        """All verdicts, each of them durable as soon as process 0 had it."""
-
-        def ask() -> list[list[float]]:
-            assert self.judge
-            found: list[list[float]] = []
-            with (
-                console.bar(self.label, len(pairs), "verdicts")
-                if self.label
-                else nullcontext(lambda items, tokens: None)
-            ) as advance:
-                for group in self.judge.compare(pairs):
-                    advance(len(group), 0)
-                    found += [[index, verdict] for index, verdict in group.items()]
-                    if self.team.interrupted:
-                        raise Interrupted
-            return found
-
-        yield {int(index): verdict for index, verdict in self.team.from_main(ask)}

@@ -7,8 +7,7 @@ the hash of all three, so that a value of another adapter or other tokens is nev
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,18 +18,13 @@ from alphaspin_kernels import sequence_logprob
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from alphaspin.config import Config
+from alphaspin.foundation.batched import batched
 from alphaspin.foundation.runs import commit, verifies
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Batch, Tokens, Tree, collate
-from alphaspin.training.settings import TrainConfig
+from alphaspin.model.batching import Batch, collate
+from alphaspin.model.tree import Tokens, Tree
 
 T = TypeVar("T")
-
-
-def batched(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive slices of at most `size` items."""
-    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def sequence_logps(backbone: Backbone, batch: Batch) -> Tensor:
@@ -54,9 +48,6 @@ def hidden_logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
         softcap=backbone.softcap,
         temperature=1 / backbone.scale,
     )
-
-
-_logps = hidden_logps  # its earlier name, which scripts outside of this repository have
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,28 +87,6 @@ class OnlineReference:
                 frozen_B = sequence_logps(backbone, frozen)
             policy_B = sequence_logps(backbone, batch)
         return policy_B, self.mix(*frozen_B.chunk(len(self.policies)))
-
-
-def choose_mode(config: Config, pairs: int, *, sharded: bool, joint: bool) -> tuple[str, str]:
-    """`reference.mode` of an iteration with this many pairs, and why.
-
-    In units of one pass of a pair through previous and base, per pair of the iteration: cached
-    costs 1 whatever is trained on; online the number of times that a pair is trained on. At once
-    they cost the same, and the cache is kept for later iterations; a sharded base is then better
-    gathered once for all three policies. Where there is nothing to cache, so is one in 4 bits,
-    which is then dequantised once. `joint`: whether the model's family can do that.
-    """
-    mode, train = config.reference.mode, config.train
-    if mode != "auto":
-        return mode, "as configured"
-    steps = math.ceil(pairs / train.batch_size) * train.epochs
-    uses = min(steps, train.max_steps or steps) * train.batch_size / max(1, pairs)
-    if uses < 1:
-        joint = joint and (sharded or train.quantization != "none")
-        return "joint" if joint else "online", f"only {uses:.0%} of the pairs are trained on"
-    if sharded and joint and train.epochs == 1:
-        return "joint", "one epoch, and a sharded base is gathered once for three policies"
-    return "cached", f"each pair is scored once, for {train.epochs} epochs of training"
 
 
 class ReferenceCache:
@@ -205,7 +174,7 @@ def score(
     cache: ReferenceCache,
     policies: Sequence[str | None],
     trees: Sequence[Tree],
-    train: TrainConfig,
+    size: int,
     *,
     progress: Callable[[int, int], None] = lambda trees, tokens: None,
 ) -> tuple[list[bytes], list[float]]:
@@ -216,7 +185,7 @@ def score(
         cache: what is there already.
         policies: adapter names; None is the base.
         trees: prompts with their responses.
-        train: two micro-batches' worth of trees per pass.
+        size: trees per pass.
         progress: called with the trees done and the response tokens scored.
 
     Returns:
@@ -225,7 +194,7 @@ def score(
     backbone.eval()
     keys: list[bytes] = []
     values: list[float] = []
-    for part in batched(trees, 2 * max(1, train.batch_size // train.accumulation)):
+    for part in batched(trees, size):
         groups: list[tuple[str | None, list[Tree]]] = []
         part_keys: list[bytes] = []
         tokens = 0
@@ -248,10 +217,10 @@ def score(
 
 
 def logps(
-    backbone: Backbone, policy: str | None, trees: Sequence[Tree], train: TrainConfig
+    backbone: Backbone, policy: str | None, trees: Sequence[Tree], size: int
 ) -> list[list[float]]:
     """lp(y) of every response of every tree under one policy, not cached on disk."""
     cache = ReferenceCache()
-    score(backbone, cache, [policy], trees, train)
+    score(backbone, cache, [policy], trees, size)
     identity = backbone.adapter_ids[policy]
     return [cache.lookup(identity, tree) for tree in trees]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tokens
 from alphaspin.model.caches import CACHES, Rows
+from alphaspin.model.tree import Tokens
 
 Policy = Mapping[str | None, float]
 """Weights by adapter name, None for the base; not negative, of sum 1."""

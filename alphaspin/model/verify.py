@@ -29,11 +29,12 @@ from alphaspin import __version__
 from alphaspin.errors import InputError
 from alphaspin.foundation.runs import write_atomically
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Batch, Tree, collate
+from alphaspin.model.batching import Batch, collate
 from alphaspin.model.caches import CACHES, give_up
 from alphaspin.model.routing import NOT_JOINT
 from alphaspin.model.scoring import hidden_logps
 from alphaspin.model.stepper import Stepper
+from alphaspin.model.tree import Tree
 
 FILE = "verified.json"
 NAMES = ("check-1", "check-2")

@@ -1,17 +1,21 @@
 """Who plays iteration t: which earlier iterates answer the prompts, and how prompts are shared.
 
-Iterates are numbered t = 0, 1, …; `BASE` (-1) stands for the base model, and so does every
-π_k with k < 0. At iteration t the iterates 0 … t-1 exist.
+Iterates are numbered t = 0, 1, …; `BASE` (-1) stands for the base model, and so does every π_k with
+k < 0. At iteration t the iterates 0 … t-1 exist.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
 
-from alphaspin.config import Config
+from pydantic import create_model
+
+from alphaspin.foundation.kinds import Kind, settings_of
 from alphaspin.foundation.rng import generator
-from alphaspin.foundation.section import PerIterationInt, at
-from alphaspin.opponents.settings import Opponent
+from alphaspin.foundation.section import PerIterationInt, PositiveInt, at
+from alphaspin.losses.reference import ReferenceConfig
 
 T = TypeVar("T")
 
@@ -55,47 +59,54 @@ class Player:
         return cls(name, ((iterate, weight), (BASE, 1 - weight)), sampler)
 
 
-def opponents(iteration: int, history: int | Literal["inf"]) -> list[int]:
-    """The distinct opponents of iteration t, oldest first (arXiv 2404.04291, section 3.2).
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Answers that are sampled and kept together.
 
-    history h: π_{t-1} … π_{t-h}, with π_k = π_base for k < 0.
-    history `inf` (fictitious play): π_0 … π_{t-1}; the base at t = 0.
+    folder: where they are or will be. player: who answers. draws: (example, purpose) of each
+    answer; together with t they fix its random numbers.
     """
-    if history == "inf":
-        return list(range(iteration)) or [BASE]
-    return sorted({max(iteration - k, BASE) for k in range(1, history + 1)})
+
+    folder: Path
+    player: Player
+    draws: Sequence[tuple[int, str]]
 
 
-def _iterates(config: Config, iteration: int) -> list[Player]:
-    return [Player.single(k) for k in opponents(iteration, config.selfplay.history)]
+class SelfPlayConfig(Kind):
+    """The outer loop: who plays against whom, and on which prompts."""
 
+    opponent: str
+    iterations: PositiveInt = 3
+    """Number of iterations (t = 0, 1, …); the papers' T plus one."""
+    prompts: PerIterationInt = (50_000,)
+    """Prompts that get a sampled answer, per iteration; never more than the data holds."""
+    mixing: bool = False
+    """Train on the previous iteration's pairs as well (the public SPIN code's "mixing")."""
+    warm_start: bool = True
+    """A new iterate starts from the previous adapter; otherwise from a fresh one."""
 
-def _mixture(
-    sampler: Literal["token", "smc", "gflownet"],
-) -> Callable[[Config, int], list[Player]]:
-    def players(config: Config, iteration: int) -> list[Player]:
-        previous = EMA if config.reference.kind == "ema" else iteration - 1
-        previous = previous if iteration else BASE
-        alpha = config.reference.alpha
-        return [Player.mixture(f"mixture-{sampler}", previous, alpha, sampler)]
+    @abstractmethod
+    def players(self, iteration: int, reference: ReferenceConfig) -> list[Player]:
+        """The distinct players of iteration t, among whom its prompts are dealt out."""
 
-    return players
+    @abstractmethod
+    def title(self, reference: ReferenceConfig) -> str:
+        """Who they are, for the report."""
 
+    @classmethod
+    def of_function(cls, function: Callable[..., Any], name: str) -> type[Self]:
+        """The opponent that `function(iteration, reference, *, …)` gives as a list of players."""
 
-PLAYERS: dict[Opponent, Callable[[Config, int], list[Player]]] = {
-    "previous": lambda config, t: [Player.single(t - 1)],
-    "history": _iterates,
-    "fictitious": lambda config, t: [Player.single(k) for k in opponents(t, "inf")],
-    "ema": lambda config, t: [Player.single(EMA if t else BASE)],
-    "mixture-token": _mixture("token"),
-    "mixture-smc": _mixture("smc"),
-    "mixture-gflownet": _mixture("gflownet"),
-}
-"""The distinct players of iteration t by `selfplay.opponent`; prompts are dealt out among them.
+        def players(
+            self: SelfPlayConfig, iteration: int, reference: ReferenceConfig
+        ) -> list[Player]:
+            chosen = {key: getattr(self, key) for key in settings}
+            return function(iteration, reference, **chosen)
 
-The mixtures are those of the reference, π_prev^α π_base^(1-α) with its α and its π_prev: α-SPIN
-whose losers come from the very distribution that its loss assumes.
-"""
+        settings = settings_of(function)
+        kind = create_model(function.__name__, __base__=cls, **settings)
+        kind.players, kind.title = players, lambda self, reference: name
+        return kind
 
 
 def assign(examples: list[int], players: Sequence[T]) -> list[T]:

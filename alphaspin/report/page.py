@@ -317,53 +317,12 @@ def find_alarms(
 
 def describe(config: Config) -> str:
     """What was done, in one sentence."""
-    loss, reference, play, lora = config.loss, config.reference, config.selfplay, config.lora
-    beta = ", ".join(f"{value:g}" for value in loss.beta)
-    how = {
-        "dpo": f"logistic (DPO) loss with β = {beta}",
-        "ipo": f"IPO loss with τ = {loss.ipo_tau:g}",
-        "hinge": f"hinge loss with β = {beta}",
-        "slic": f"SLiC loss with δ = {loss.slic_delta:g}, λ = {loss.slic_lambda:g}",
-    }[loss.kind]
-    adapter = f"LoRA of rank {lora.r} with alpha {lora.alpha:g}"
-    control = "plain further SFT at equal cost as control" if config.control == "sft" else ""
-    many = f"{play.iterations} iteration{'s' * (play.iterations > 1)} of "
-    if config.method != "spin":
-        settings, judge = config.preference, config.judge
-        lam = f", {settings.regulariser} with λ = {settings.lam:g}" * (config.method == "rspo")
-        tried = f"best and worst of {settings.responses} responses of the previous iterate"
-        parts = [
-            f"{many}{config.method.upper()} on {config.model}: η = {settings.eta:g}{lam}",
-            f"{tried}, {settings.labels} labels",
-        ]
-        if config.method == "nash_md":
-            parts = [
-                f"{many}Nash-MD on {config.model}: τ = {settings.tau:g}",
-                f"against the mixture with {settings.mixture:g} of the base's logits",
-            ]
-        parts += [
-            f"judge {judge.kind} {judge.model or judge.function or ''}".strip(),
-            adapter,
-            control,
-        ]
-        return "; ".join(part for part in parts if part) + "."
-    last = {1: "the previous iterate", "inf": "all iterates so far (fictitious play)"}
-    opponents = {
-        "previous": last[1],
-        "history": f"{last.get(play.history, f'the last {play.history} iterates')} "
-        f"(history {play.history})",
-        "fictitious": last["inf"],
-        "ema": f"the moving average of the iterates (decay {reference.ema_decay:g})",
-        "mixture-token": "the reference's mixture, drawn token by token",
-        "mixture-smc": "the reference's mixture, by sequential Monte Carlo",
-        "mixture-gflownet": "the reference's mixture, by a GFlowNet adapter",
-    }[play.opponent]
+    lora = config.lora
     parts = [
-        f"{many}{'SPIN' if reference.alpha == 1 else 'α-SPIN'} on {config.model}: {how}",
-        f"reference α = {reference.alpha:g} ({reference.kind})" if loss.kind != "slic" else "",
-        f"opponents from {opponents}",
-        adapter,
-        control,
+        *config.preference.deed(config, config.model),
+        f"judge {config.judge.title()}" if config.preference.judged else "",
+        f"LoRA of rank {lora.r} with alpha {lora.alpha:g}",
+        "plain further SFT at equal cost as control" if config.control == "sft" else "",
     ]
     return "; ".join(part for part in parts if part) + "."
 

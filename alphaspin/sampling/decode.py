@@ -12,7 +12,6 @@ Shapes: N sequences, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,22 +20,13 @@ from torch import Tensor
 
 from alphaspin.foundation import rng
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tokens
 from alphaspin.model.stepper import Ahead, Components, Policy, Stepper, components
-from alphaspin.model.stepper import mixture as mixture
+from alphaspin.model.tree import Tokens
+from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.settings import SamplingConfig
 
 SPAN = 256  # tokens summed at once
 REFILL = 8  # newcomers wait until 1/REFILL of the batch is free, so that their passes are few
-
-
-class Draw(NamedTuple):
-    """What the random numbers of one answer are a function of."""
-
-    seed: int
-    iteration: int
-    purpose: str
-    example: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +43,6 @@ class Request:
     max_tokens: int
     draw: Draw | None
     temperature: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Sampled tokens (int32), ending with a stop token unless cut at the cap.
-
-    Where they were asked for: logps [L] float32, log-prob of each token under the distribution it
-    was chosen from, temperature and filters included. log_normalisers [L] float32,
-    log Z_s = log Σ_v Π_i π_i(v)^w_i of each step at temperature 1 without filters (at most 0, and
-    0 for a plain policy): Σ_s log Z_s is the log of the importance weight Π_i π_i(y)^w_i / q(y) of
-    an answer sampled at temperature 1 without filters.
-    """
-
-    tokens: Tokens
-    truncated: bool
-    logps: NDArray[np.float32] | None = None
-    log_normalisers: NDArray[np.float32] | None = None
 
 
 def uniforms(seed: int, iteration: int, purpose: str, example: int, length: int) -> Tensor:

@@ -43,16 +43,18 @@ from torch import Tensor
 
 from alphaspin.errors import InputError, Interrupted, TrainingStopped
 from alphaspin.foundation import console, rng
+from alphaspin.foundation.batched import batched
 from alphaspin.foundation.runs import Metrics, commit, remove, verifies
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tokens, Tree, collate
+from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
-from alphaspin.model.scoring import batched
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy
+from alphaspin.model.tree import Tokens, Tree
 from alphaspin.sampling import mixture
-from alphaspin.sampling.decode import Answer, Draw, Request, decode, invert, uniforms
+from alphaspin.sampling.answer import Answer, Draw
+from alphaspin.sampling.decode import Request, decode, invert, uniforms
 from alphaspin.sampling.settings import NO_STACK, GFlowNetConfig, SamplingConfig
 from alphaspin.training.trainer import (
     learning_rate,

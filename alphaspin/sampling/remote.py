@@ -29,7 +29,8 @@ from alphaspin.foundation import rng
 from alphaspin.foundation.openai_api import Client, key_of, parsed
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.stepper import components
-from alphaspin.sampling.decode import Answer, Request, decode
+from alphaspin.sampling.answer import Answer
+from alphaspin.sampling.decode import Request, decode
 from alphaspin.sampling.settings import SamplingConfig
 
 Engine = Callable[..., list[Answer]]

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from alphaspin.foundation.kinds import Need
 from alphaspin.foundation.section import PositiveFloat, PositiveInt, Section, refuse_unused
 from alphaspin.model.settings import LoraConfig
 
@@ -11,6 +12,14 @@ SAMPLING_KEYS: dict[str, tuple[str, ...]] = {
     key: ("vllm", "sglang", "transformers") for key in ("url", "model", "key_variable", "workers")
 }
 """Settings of sampling that only servers look at."""
+
+
+WEIGHED = Need(
+    "sampling.untouched",
+    (True,),
+    "answers are weighed by the probability with which they were drawn",
+    "sampling.temperature = 1 without top_p and top_k",
+)
 
 
 class SamplingConfig(Section):

@@ -59,3 +59,8 @@ class TrainConfig(Section):
     every layer, gathered when a pass reaches it. Adapters and the head are whole in each."""
     checkpoint_every: PositiveInt = 50
     """Optimiser steps between two durable checkpoints."""
+
+    @property
+    def scored_together(self) -> int:
+        """Pairs per pass without a gradient: two micro-batches' worth."""
+        return 2 * max(1, self.batch_size // self.accumulation)

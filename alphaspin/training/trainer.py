@@ -18,7 +18,7 @@ Shapes: B examples of a micro-batch, K responses each (2 in self-play: winner, l
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,32 +33,12 @@ from alphaspin.foundation import console, rng
 from alphaspin.foundation.runs import Metrics, commit, remove, verifies
 from alphaspin.foundation.section import at
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Tree, collate
+from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import OnlineReference, sequence_logps
+from alphaspin.training.example import REMEDY, Example, Objective
 from alphaspin.training.settings import TrainConfig
-
-Objective = Callable[..., Tensor]
-"""(lp_θ [B, K], lp_ref [B, K], tokens [B, K], *facts [B, K]) → loss [B]."""
-
-
-REMEDY = "consider a smaller train.lr"
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt with K responses, and their log-probs under the reference where it is cached.
-
-    `facts` are further numbers per response that the objective takes, K each.
-    `informative` is False where the gradient is exactly zero (the loser equals the winner): the
-    example counts in the mean of the loss, and is not computed.
-    """
-
-    tree: Tree
-    reference: tuple[float, ...] = ()
-    informative: bool = True
-    facts: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +217,8 @@ def accumulate_gradients(
         else:
             policy, reference = job.online.logps(backbone, batch, trees)
         policy_BK, reference_BK = policy.view(-1, width), reference.view(-1, width)
-        facts = torch.tensor([e.facts for e in part], device=device).unbind(1)
-        loss_B = objective(policy_BK, reference_BK, lengths_BK, *facts)
+        extras = torch.tensor([e.extras for e in part], device=device).unbind(1)
+        loss_B = objective(policy_BK, reference_BK, lengths_BK, *extras)
         (loss_B.sum() / len(examples) * counts).backward()
         if counts:
             sums_S += _statistics(loss_B, policy_BK, reference_BK, lengths_BK, job.beta)
