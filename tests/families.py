@@ -2,7 +2,7 @@
 
 A family's default configuration is shrunk by the names of its numbers (`SIZES`): what transformers
 calls a thing is nearly uniform, and what is not stands in `HINTS`. `python tests/families.py` tries
-all of them and writes `tests/families.json`, from which the README's table is made.
+all of them and writes `tests/families.json`, from which the table of `docs/models.md` is made.
 """
 
 import json
@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from alphaspin.errors import InputError
 
 ROOT = Path(__file__).parent
-FILE, README = ROOT / "families.json", ROOT.parent / "README.md"
+FILE, PAGE = ROOT / "families.json", ROOT.parent / "docs" / "models.md"
 BEGIN, END = "<!-- families: python tests/families.py -->", "<!-- end of families -->"
 PADDED = "exact, padded rows (one sequence each; chosen by itself, slower)"
 REASONS = {
@@ -207,7 +207,7 @@ def _line(error: Exception) -> str:
 
 
 def table(verdicts: dict[str, str]) -> str:
-    """The verdicts as the README has them."""
+    """The verdicts as `docs/models.md` has them."""
     rows: dict[str, list[str]] = {}
     for family, found in verdicts.items():
         kind, _, reason = found.partition(": ")
@@ -222,7 +222,7 @@ def table(verdicts: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Try the families that are named, or all: then write the file and the README's table."""
+    """Try the families that are named, or all: then write the file and the page's table."""
     warnings.simplefilter("ignore")
     found: dict[str, str] = {}
     for family in sys.argv[1:] or names():
@@ -234,9 +234,9 @@ def main() -> None:
     versions = f"transformers {transformers.__version__}, PEFT {peft.__version__}"
     about = f"{versions}, torch {torch.__version__}, CPU, fp32, {date.today()}"
     FILE.write_text(json.dumps({"about": about, "verdicts": found}, indent=1) + "\n")
-    text = README.read_text()
+    text = PAGE.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    README.write_text(f"{text[:start]}\n{about}\n\n{table(found)}\n{text[end:]}")
+    PAGE.write_text(f"{text[:start]}\n{about}\n\n{table(found)}\n{text[end:]}")
 
 
 if __name__ == "__main__":

@@ -23,5 +23,5 @@ def test_a_family_has_its_verdict(family: str, tmp_path: Path) -> None:
         assert found in ("packed", known), f"it was {known}"
 
 
-def test_the_readme_has_the_table() -> None:
-    assert families.table(KNOWN) in families.README.read_text()
+def test_the_page_has_the_table() -> None:
+    assert families.table(KNOWN) in families.PAGE.read_text()
