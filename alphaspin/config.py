@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -35,6 +36,7 @@ from alphaspin.foundation.section import (
     PositiveInt,
     Section,
     nearest,
+    no_effect,
     refuse_unused,
     short,
 )
@@ -163,6 +165,11 @@ class Config(Sections):
             for key in every
             if key not in chosen.uses
         }
+        chosen_by = {t.key: t for t in TABLES if t.key in users}
+        for key, other in chosen_by.items():  # each kind says its own name by default
+            if self.chosen(other) != other.default:
+                name = self.chosen(table)
+                raise ValueError(no_effect(key, self.chosen(other), table.key, name, users[key]))
         refuse_unused(self, table.key, self.chosen(table), users)
 
     def chosen(self, table: Table[Any]) -> str:
@@ -404,7 +411,7 @@ def explain(error: ValidationError, root: type[Section] = Config) -> str:
             section, given = key.rpartition(".")[0], item["input"]
             who = [f"{t.key} = {given.get(t.field)}" for t in TABLES if t.section == section]
             line = f"{who[0]} needs {key}" if who else f"{key}: is needed"
-        elif key and not item["msg"].startswith(f"Value error, {key}."):
+        elif key and not re.match(r"Value error, [\w.]+ = ", item["msg"]):
             line = f"{key} = {short(item['input'])}: {item['msg'].removeprefix('Value error, ')}"
         else:
             line = item["msg"].removeprefix("Value error, ")

@@ -113,7 +113,7 @@ def test_the_mixture_is_with_the_average_where_the_reference_is() -> None:
         ({"selfplay": {"opponent": "ema", "warm_start": False}}, "selfplay.opponent = ema"),
         (
             {"selfplay": {"opponent": "mixture-token"}, "reference": {"kind": "arithmetic"}},
-            "reference.kind = arithmetic",
+            "needs reference.kind = geometric, not .arithmetic",
         ),
         ({"method": "sppo", "selfplay": {"opponent": "ema"}}, "selfplay.opponent = 'ema'"),
         ({"gflownet": {"lr": 1.0}}, "gflownet.lr = 1 has no effect with selfplay.opponent"),

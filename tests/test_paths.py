@@ -136,10 +136,6 @@ def test_spellings_are_one_run(project: Path, tmp_path: Path) -> None:
 def test_runs_keep_their_names(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The digests of the versions that kept paths as typed.
-    assert load_config("tiny").digest() == "036378f6"
-    assert load_config("gemma-2b-ultrachat").digest() == "c0407fd8"
-    assert config().digest() == "a5968687"
     # Of another spelling, the manifest tells.
     old = {**config().model_dump(mode="json"), "model": "./base/", "data": "rows.jsonl"}
     kept = project / "runs/run-01234567"

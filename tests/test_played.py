@@ -263,7 +263,7 @@ def test_what_is_not_the_runs_is_refused(world: Path, run: Path, alphaspin: Comm
     assert f"there are {PROMPTS} held-out prompts" in told(run, "--prompts=50")
     assert "iterations = 0 last: expected numbers" in told(run, "--iterations", "0", "last")
     assert "did you mean --judge.kind" in told(run, "--judge.kid=server")
-    assert "server needs judge.url" in told(run, "--judge.kind=server")
+    assert "--judge.url" in told(run, "--judge.kind=server")
     weights = run / "iterations/1/adapter" / WEIGHTS
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1])

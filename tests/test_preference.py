@@ -22,10 +22,11 @@ from safetensors.numpy import load_file
 from test_resume import CONTEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphaspin.config import Config, load_config
+from alphaspin.commands import job
+from alphaspin.config import Config, explain, load_config
 from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED
-from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash
+from alphaspin.foundation.runs import HASHES, TEMPORARY, Run, file_hash
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture
@@ -491,7 +492,7 @@ def test_settings_that_would_have_no_effect_are_refused() -> None:
     def said(**fields: Any) -> str:
         with pytest.raises(ValueError) as error:
             Config.model_validate(fields)
-        return str(error.value)
+        return explain(error.value)  # pyright: ignore[reportArgumentType]
 
     for fields, message in (
         ({"method": "sppo", "loss": {"beta": 0.5}}, "loss.beta = (0.5,) has no effect with method"),
@@ -509,21 +510,28 @@ def test_settings_that_would_have_no_effect_are_refused() -> None:
         ({"method": "sppo", "judge": {"kind": "reward_model"}}, "needs judge.model"),
         ({"method": "sppo", "judge": {"model": "x"}}, "judge.model = 'x' has no effect with judge"),
         ({"method": "sppo", "preference": {"responses": 1}}, "greater than or equal to 2"),
-        ({"method": "dpo"}, "'spin', 'sppo'"),
+        ({"method": "dpo"}, "spin, sppo, rspo"),
         ({"method": "nash_md", "preference": {"eta": 5.0}}, "preference.eta = 5 has no effect"),
         ({"method": "nash_md", "train": {"epochs": 2}}, "nash_md needs train.epochs = 1"),
     ):
         assert message in said(**fields)
 
 
-def test_runs_made_before_there_were_methods_keep_their_folders() -> None:
-    """Digests of packaged recipes at the commit before `method` existed."""
-    before = {
-        "tiny": "036378f6",
-        "default": "69b8b438",
-        "gemma-2b-ultrachat": "c0407fd8",
-        "mistral-7b-ultrachat": "f5db01df",
-    }
-    assert {name: load_config(name).digest() for name in before} == before
+def test_runs_of_earlier_versions_are_found_and_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest of a version in which every section had the settings of all kinds."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/tiny-036378f6"
+    folder.mkdir(parents=True)
+    old = json.loads((Path(__file__).parent / "old_manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(old))
+    config = load_config("tiny")
+    assert config.run_folder() == Path("runs/tiny-036378f6")
+    identity = {**old["identity"], "config": config.identity()}
+    Run(folder, identity, job.renewed).close()
+    with pytest.raises(InputError, match="holds another run: its config.seed"):
+        other = config.model_copy(update={"seed": 3}).identity()
+        Run(folder, {**identity, "config": other}, job.renewed)
     digests = [Config(method=m).digest() for m in ("spin", "sppo", "rspo", "nash_md")]
     assert all(a != b for a, b in pairwise(sorted(digests)))

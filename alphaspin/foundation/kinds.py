@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, create
 from alphaspin.errors import InputError
 from alphaspin.foundation.paths import Place
 from alphaspin.foundation.runs import file_hash
-from alphaspin.foundation.section import RECORDED, Section, nearest, short
+from alphaspin.foundation.section import RECORDED, Section, nearest, no_effect
 
 K = TypeVar("K", bound="Kind")
 
@@ -198,7 +198,10 @@ class Table(Generic[K]):
             raise ValueError("expected keys and values")
         given = dict(cast("Mapping[str, Any]", values))
         name = str(name or given.get(self.field, self.default))
-        kind = self.find(name, given.get("folder"))
+        try:
+            kind = self.find(name, given.get("folder"))
+        except InputError as error:
+            raise ValueError(f"{self.key} = {name!r}: {error}") from error
         for setting in [key for key in given if key not in kind.model_fields]:
             if users := self.users(setting):
                 field = self.kinds[users[0]].model_fields[setting]
@@ -216,11 +219,7 @@ class Table(Generic[K]):
 
     def without_effect(self, setting: str, value: Any, name: str) -> str:
         """What is said of a setting that the kind `name` does not have."""
-        users = " or ".join(self.users(setting))
-        return (
-            f"{self.section}.{setting} = {short(value)} has no effect with {self.key} = {name}, "
-            f"only with {users}: leave it out"
-        )
+        return no_effect(f"{self.section}.{setting}", value, self.key, name, self.users(setting))
 
     def other(self, section: K, name: str, folder: str | None = None) -> K:
         """Another kind, unchecked, with those settings of a section that both have alike."""

@@ -110,10 +110,17 @@ def refuse_unused(
                 if getattr(value, n) != getattr(default, n, None)
             )
             key, value = f"{key}.{name}", getattr(value, name)
-        raise ValueError(
-            f"{prefix}{key} = {short(value)} has no effect with {choice} = {chosen}, only with "
-            f"{' or '.join(users)}: leave it out, or start from a recipe of the method"
-        )
+        raise ValueError(no_effect(prefix + key, value, choice, chosen, users))
+
+
+def no_effect(key: str, value: Any, choice: str, chosen: str, users: Sequence[str]) -> str:
+    """What is said of a setting that was set and would have no effect."""
+    return (
+        f"{key} = {short(value)} has no effect with {choice} = {chosen}, only with "
+        f"{' or '.join(users)}: leave it out"
+        + ", or start from a recipe of the method"
+        * (choice == "method")
+    )
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
