@@ -331,7 +331,12 @@ def test_an_exchanged_adapter_is_refused(folder: Path, copied: Path, alphaspin: 
 
 def test_what_only_cuts_up_the_work_may_change(folder: Path, copied: Path, alphaspin: Any) -> None:
     run = copied
-    options = ["--train.lr=1e-2", "--train.accumulation=3", "--train.layout=padded", "--control=sft"]
+    options = [
+        "--train.lr=1e-2",
+        "--train.accumulation=3",
+        "--train.layout=padded",
+        "--control=sft",
+    ]
     code, printed = alphaspin(*own(folder, run, *options))
     assert code == 0, printed
     summary = json.loads((run / "summary.json").read_text())

@@ -24,8 +24,6 @@ from alphaspin.sampling import Draw, Request, decode
 from alphaspin.scoring import sequence_logps
 from alphaspin.stepper import mixture
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 COMMON: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,

@@ -21,8 +21,6 @@ from alphaspin.routing import POLICY
 from alphaspin.scoring import OnlineReference, ReferenceCache, choose_mode, score
 from alphaspin.trainer import Example, Job, accumulate_gradients
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 ALPHA = 0.7
 POLICIES = (PREVIOUS, None)
 TRAIN = TrainConfig(batch_size=6, accumulation=2)

@@ -30,8 +30,6 @@ from alphaspin.runs import file_hash
 from alphaspin.sampling import Draw, Request, decode
 from alphaspin.stepper import mixture
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 CPU = torch.device("cpu")
 END = 1  # of the tests' tokenizer
 Reply = dict[str, Any] | int | bytes | tuple[int, str]
@@ -373,7 +371,7 @@ def test_transformers_serve(
     options = {"engine": "transformers", "url": transformers_serve, "model": model, "workers": 1}
     config = SamplingConfig.model_validate(options)
     server = ServerSampler(config, chat)
-    rows = [json.loads(line) for line in packaged("tiny/heldout.jsonl").open()][:5]
+    rows = map(json.loads, packaged("tiny/heldout.jsonl").read_text().splitlines()[:5])
     messages = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     prompts = [np.array(chat.encode_prompt(m), np.int32) for m in messages]
     stops = chat.stop_token_ids

@@ -32,8 +32,6 @@ from alphaspin.sampling import Answer, Draw, Request, decode, filtered, invert, 
 from alphaspin.scoring import sequence_logps
 from alphaspin.stepper import Policy, Stepper, mixture
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 
 @pytest.fixture(scope="module", params=helpers.FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

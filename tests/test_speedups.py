@@ -43,8 +43,6 @@ from alphaspin.scoring import sequence_logps
 from alphaspin.speedups import dequantise, is_quantised, liger_problem
 from alphaspin.trainer import _optimizer, load_optimizer, optimizer_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 LINEAR = 2 * 7  # layers of the models here that carry adapters
 LORA = LoraConfig(r=4, alpha=6, dropout=0.3)
 
