@@ -82,8 +82,8 @@ def child(
     torch.set_num_threads(1)
     sys.argv = ["alphaspin", *arguments]
     seen: Counter[str] = Counter()
-    run = Path(next(a for a in arguments if a.startswith("--output=")).removeprefix("--output="))
-    if run.exists():  # figures of the metrics that a run which was not resumed has drawn already
+    run = Path(next((a[9:] for a in arguments if a.startswith("--output=")), ""))
+    if (run / "lock").exists():  # figures of metrics that a run which was not resumed has drawn
         report.draw = lambda *_: ""
 
     def count(kind: str) -> None:
