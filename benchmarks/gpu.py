@@ -78,7 +78,8 @@ def main(out: Path) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch)
         os.environ["ALPHASPIN_RESULTS"] = scratch
-        pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
+        # Of whichever torch and Triton are there, what they deprecate is no failure of the kernels.
+        pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default"]
         tests = [*pytest, "tests/kernels", "-k", ON_THE_GPU, *workers(), "--durations=10"]
         problems.append(part("tests", tests, TESTS, out / "tests.log"))
         kernels = ["benchmarks/test_kernels.py", "--benchmark", "-s", "-v"]

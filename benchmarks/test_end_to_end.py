@@ -252,7 +252,7 @@ class Trl(Variant):
             output_dir=self.output.name,
             use_cpu=not torch.cuda.is_available(),
             bf16=torch.cuda.is_available(),
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             max_length=None,
             report_to="none",
             beta=BETA,

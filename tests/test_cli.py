@@ -72,6 +72,22 @@ def records(run: Path, stage: str) -> list[dict[str, Any]]:
     return [r for r in map(json.loads, lines) if r["stage"] == stage and "alarm" not in r]
 
 
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Path:
+    """A finished run, which tests that change it copy."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        options = ["--train.lr=1e-2", "--log.trackers", "tensorboard"]
+        patch.setattr(sys, "argv", ["alphaspin", *own(folder, folder / "finished", *options)])
+        cli.main()
+    assert stop.value.code == 0
+    return folder / "finished"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
 VARIANTS: dict[str, list[str]] = {
     "spin": ["--reference.alpha=1", "--loss.beta=1"],
     "alpha": ["--reference.alpha=0.7", "--selfplay.history=2", "--loss.label_smoothing=0.1"],
@@ -112,13 +128,11 @@ def test_every_method_runs(folder: Path, tmp_path: Path, alphaspin: Any, variant
     assert (run / "report.html").stat().st_size > 10_000
 
 
-def test_adapters_load_in_peft_alone(folder: Path, tmp_path: Path, alphaspin: Any) -> None:
+def test_adapters_load_in_peft_alone(folder: Path, finished: Path) -> None:
     """The evaluation's log-probs, from PEFT and transformers without a line of this project."""
-    run = tmp_path / "run"
-    assert alphaspin(*own(folder, run, "--train.lr=1e-2"))[0] == 0
-    evaluation = json.loads((run / "iterations/1/evaluation/evaluation.json").read_text())
+    evaluation = json.loads((finished / "iterations/1/evaluation/evaluation.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
-    model = PeftModel.from_pretrained(base, run / "iterations/1/adapter").eval()
+    model = PeftModel.from_pretrained(base, finished / "iterations/1/adapter").eval()
     chat = ChatFormat.create(make_tokenizer())
     config = Config()
     demos, _ = load_demonstrations(str(folder / "data.jsonl"), chat, config.text)
@@ -237,13 +251,14 @@ def test_bad_values(
     assert not run.exists(), "what is bad is found before a folder is bound to it"
 
 
-def test_bad_data_leaves_a_finished_run_alone(folder: Path, tmp_path: Path, alphaspin: Any) -> None:
-    run = tmp_path / "run"
-    assert alphaspin(*own(folder, run))[0] == 0
+def test_bad_data_leaves_a_finished_run_alone(
+    folder: Path, copied: Path, tmp_path: Path, alphaspin: Any
+) -> None:
+    run = copied
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", \n')
-    code, printed = alphaspin(*own(folder, run, f"--data={broken}"))
+    code, printed = alphaspin(*own(folder, run, "--train.lr=1e-2", f"--data={broken}"))
     assert code == EXIT_INPUT and f"{broken}:2" in printed and "Traceback" not in printed
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -256,12 +271,15 @@ def test_model_without_tokenizer(folder: Path, tmp_path: Path, alphaspin: Any) -
 
 
 def test_trackers(
-    folder: Path, tmp_path: Path, alphaspin: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    alphaspin: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = tmp_path / "run"
-    assert alphaspin(*own(folder, run, "--log.trackers", "tensorboard"))[0] == 0
-    scalars = EventAccumulator(str(run / "default")).Reload()
-    expected = [record["loss"] for record in records(run, "train/0") + records(run, "train/1")]
+    scalars = EventAccumulator(str(finished / "default")).Reload()
+    steps = records(finished, "train/0") + records(finished, "train/1")
+    expected = [record["loss"] for record in steps]
     assert [event.value for event in scalars.Scalars("train/loss")] == pytest.approx(expected)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
@@ -302,22 +320,23 @@ def test_garbage_in_the_metrics_is_passed_over(tmp_path: Path) -> None:
     assert Metrics(path).read() == [json.loads(good)]
 
 
-def test_an_exchanged_adapter_is_refused(folder: Path, tmp_path: Path, alphaspin: Any) -> None:
-    run = tmp_path / "run"
-    assert alphaspin(*own(folder, run))[0] == 0
+def test_an_exchanged_adapter_is_refused(folder: Path, copied: Path, alphaspin: Any) -> None:
+    run = copied
     shutil.rmtree(run / "iterations/0/adapter")
     shutil.copytree(run / "iterations/1/adapter", run / "iterations/0/adapter")
     shutil.rmtree(run / "iterations/1")
-    code, printed = alphaspin(*own(folder, run))
+    code, printed = alphaspin(*own(folder, run, "--train.lr=1e-2"))
     assert code == EXIT_INPUT and "iterations/0/adapter" in printed and "manifest" in printed
 
 
-def test_what_only_cuts_up_the_work_may_change(
-    folder: Path, tmp_path: Path, alphaspin: Any
-) -> None:
-    run = tmp_path / "run"
-    assert alphaspin(*own(folder, run))[0] == 0
-    options = ["--train.accumulation=3", "--train.layout=padded", "--control=sft"]
+def test_what_only_cuts_up_the_work_may_change(folder: Path, copied: Path, alphaspin: Any) -> None:
+    run = copied
+    options = [
+        "--train.lr=1e-2",
+        "--train.accumulation=3",
+        "--train.layout=padded",
+        "--control=sft",
+    ]
     code, printed = alphaspin(*own(folder, run, *options))
     assert code == 0, printed
     summary = json.loads((run / "summary.json").read_text())
@@ -343,16 +362,20 @@ def test_the_moving_average_reference(folder: Path, tmp_path: Path, alphaspin: A
 
 
 def test_the_environment_of_accelerate_changes_nothing(
-    folder: Path, tmp_path: Path, alphaspin: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    alphaspin: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def hashes(run: Path) -> Any:
-        assert alphaspin(*own(folder, run))[0] == 0
-        return json.loads((run / "summary.json").read_text())["adapters"]
-
-    plain = hashes(tmp_path / "plain")
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert hashes(tmp_path / "configured") == plain
+    assert alphaspin(*own(folder, tmp_path / "run", "--train.lr=1e-2"))[0] == 0
+    plain, configured = (
+        json.loads((run / "summary.json").read_text())["adapters"]
+        for run in (finished, tmp_path / "run")
+    )
+    assert configured == plain
 
 
 @pytest.mark.parametrize(

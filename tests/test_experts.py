@@ -22,8 +22,6 @@ from alphaspin.model.scoring import sequence_logps
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.verify import verify
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 NAMES = ("experts.gate_up_proj", "experts.down_proj")
 LORA = LoraConfig(r=3, alpha=5, target_parameters=NAMES)
 CPU = torch.device("cpu")

@@ -27,8 +27,6 @@ from alphaspin.sampling.answer import Draw
 from alphaspin.sampling.decode import Request, decode
 from alphaspin.sampling.settings import SamplingConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 COMMON: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,

@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from alphaspin.dpo import DPO
-from alphaspin.ipo import IPO
 
 from alphaspin.losses import LOSSES
-from alphaspin.losses.dpo import dpo
+from alphaspin.losses.dpo import DPO, dpo
 from alphaspin.losses.hinge import hinge
-from alphaspin.losses.ipo import ipo
+from alphaspin.losses.ipo import IPO, ipo
 from alphaspin.losses.reference import mixture_reference
 from alphaspin.losses.slic import slic
 

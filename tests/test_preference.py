@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alphaspin.commands import job
 from alphaspin.config import Config, explain, load_config
 from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
-from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED
+from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, InputError
 from alphaspin.foundation.runs import HASHES, TEMPORARY, Run, file_hash
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig
@@ -530,7 +530,7 @@ def test_runs_of_earlier_versions_are_found_and_go_on(
     assert config.run_folder() == Path("runs/tiny-036378f6")
     identity = {**old["identity"], "config": config.identity()}
     Run(folder, identity, job.renewed).close()
-    with pytest.raises(InputError, match="holds another run: its config.seed"):
+    with pytest.raises(InputError, match=r"holds another run: its config\.seed"):
         other = config.model_copy(update={"seed": 3}).identity()
         Run(folder, {**identity, "config": other}, job.renewed)
     digests = [Config(method=m).digest() for m in ("spin", "sppo", "rspo", "nash_md")]

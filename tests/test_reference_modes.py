@@ -27,8 +27,6 @@ from alphaspin.training.example import Example
 from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import Job, accumulate_gradients
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 ALPHA = 0.7
 POLICIES = (PREVIOUS, None)
 TRAIN = TrainConfig(batch_size=6, accumulation=2)

@@ -34,8 +34,6 @@ from alphaspin.sampling.decode import Request, decode
 from alphaspin.sampling.remote import ServerSampler
 from alphaspin.sampling.settings import SamplingConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 CPU = torch.device("cpu")
 END = 1  # of the tests' tokenizer
 Reply = dict[str, Any] | int | bytes | tuple[int, str]
@@ -377,7 +375,7 @@ def test_transformers_serve(
     options = {"engine": "transformers", "url": transformers_serve, "model": model, "workers": 1}
     config = SamplingConfig.model_validate(options)
     server = ServerSampler(config, chat)
-    rows = [json.loads(line) for line in packaged("tiny/heldout.jsonl").open()][:5]
+    rows = map(json.loads, packaged("tiny/heldout.jsonl").read_text().splitlines()[:5])
     messages = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     prompts = [np.array(chat.encode_prompt(m), np.int32) for m in messages]
     stops = chat.stop_token_ids

@@ -2,17 +2,22 @@
 
 Each case forks a fresh process from a server that has imported everything but computed nothing, and
 sends itself a signal at the k-th event of a kind: a decoding step (sampling), a pass over a batch
-without gradient (scoring), an optimiser step (training), a flush or rename (saving).
+without gradient (scoring), an optimiser step (training), a flush or rename (saving). What SIGKILL
+leaves behind is what the folder holds at that instant: one run copies it at every point of
+`test_sigkill`, where otherwise each point would need a run of its own up to there.
 """
 
 import errno
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +64,35 @@ def settings(folder: Path, run: Path, **changes: str) -> list[str]:
     return ["train", "default", *flags, *switches]
 
 
-def child(arguments: list[str], event: tuple[str, int] | None, action: str, log: str) -> None:
-    """Run `alphaspin` in this process; at event (kind, k) do `action`; count events into `log`."""
+def child(
+    arguments: list[str],
+    event: tuple[str, int] | None,
+    action: str,
+    log: str,
+    copies: Mapping[tuple[str, int], Path] | None = None,
+) -> None:
+    """Run `alphaspin` in this process; at event (kind, k) do `action`; count events into `log`.
+
+    At the events of `copies` the run folder is copied.
+    """
     import torch
 
     from alphaspin import cli
     from alphaspin.model import scoring
+    from alphaspin.report import page as report
     from alphaspin.sampling import decode as sampling
 
     torch.set_num_threads(1)
     sys.argv = ["alphaspin", *arguments]
     seen: Counter[str] = Counter()
+    run = Path(next((a[9:] for a in arguments if a.startswith("--output=")), ""))
+    if (run / "lock").exists():  # figures of metrics that a run which was not resumed has drawn
+        report.draw = lambda *_: ""
 
     def count(kind: str) -> None:
         seen[kind] += 1
+        if copies and (kind, seen[kind]) in copies:
+            shutil.copytree(run, copies[kind, seen[kind]])
         if event == (kind, seen[kind]):
             if action == "full disk":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
@@ -109,9 +129,13 @@ def child(arguments: list[str], event: tuple[str, int] | None, action: str, log:
 
 
 def start(
-    arguments: list[str], log: Path, event: tuple[str, int] | None = None, action: str = "SIGKILL"
+    arguments: list[str],
+    log: Path,
+    event: tuple[str, int] | None = None,
+    action: str = "SIGKILL",
+    copies: Mapping[tuple[str, int], Path] | None = None,
 ) -> Any:
-    process = CONTEXT.Process(target=child, args=(arguments, event, action, str(log)))
+    process = CONTEXT.Process(target=child, args=(arguments, event, action, str(log), copies))
     process.start()
     return process
 
@@ -162,20 +186,70 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return folder, result(folder / "run"), events
 
 
+@pytest.fixture(scope="module")
+def copies(world: tuple[Path, dict[str, str], Counter[str]]) -> dict[tuple[str, int], Path]:
+    """The run folder as it is at each (kind, point), of one more run."""
+    folder, expected, events = world
+    found: dict[tuple[str, int], Path] = {}
+    at: dict[tuple[str, int], Path] = {}
+    for kind in KINDS:
+        for point in range(POINTS_PER_KIND):
+            k = event_of(events, kind, point)
+            found[kind, point] = at[kind, k] = folder / "copies" / f"{kind}-{k}"
+    log = folder / "copied-log"
+    assert finish(settings(folder, folder / "copied"), log, copies=at) == 0, log.read_text()
+    assert result(folder / "copied") == expected
+    return found
+
+
+def event_of(events: Counter[str], kind: str, point: int) -> int:
+    """Evenly over the run, the first and the last event among them."""
+    return 1 + round(point * (events[kind] - 1) / (POINTS_PER_KIND - 1))
+
+
 @pytest.mark.parametrize("point", range(POINTS_PER_KIND))
 @pytest.mark.parametrize("kind", KINDS)
 def test_sigkill(
-    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path, kind: str, point: int
+    world: tuple[Path, dict[str, str], Counter[str]],
+    copies: dict[tuple[str, int], Path],
+    tmp_path: Path,
+    kind: str,
+    point: int,
 ) -> None:
-    folder, expected, events = world
-    # Evenly over the run, the first and the last event among them.
-    k = 1 + round(point * (events[kind] - 1) / (POINTS_PER_KIND - 1))
-    arguments = settings(folder, tmp_path / "run")
+    folder, expected, _ = world
+    shutil.copytree(copies[kind, point], tmp_path / "run")
     log = tmp_path / "log"
-    assert finish(arguments, log, (kind, k)) == -signal.SIGKILL
-    assert finish(arguments, log) == 0, log.read_text()
+    assert finish(settings(folder, tmp_path / "run"), log) == 0, log.read_text()
     assert result(tmp_path / "run") == expected
     assert not list((tmp_path / "run").rglob(f"{TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_what_sigkill_leaves(
+    world: tuple[Path, dict[str, str], Counter[str]],
+    copies: dict[tuple[str, int], Path],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    folder, expected, events = world
+    point = POINTS_PER_KIND - 3
+    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
+    killed = finish(arguments, log, (kind, event_of(events, kind, point)))
+    assert killed == -signal.SIGKILL
+
+    def left(run: Path) -> dict[str, Any]:
+        """Lengths of the lines of what tells of times and processes, else the content."""
+        files = {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file()}
+        return {
+            re.sub(rf"{TEMPORARY}[^/]*", TEMPORARY, name): file.read_bytes()
+            if file.suffix == ".safetensors"
+            else file.read_bytes().count(b"\n")
+            for name, file in files.items()
+        }
+
+    assert left(tmp_path / "run") == left(copies[kind, point])
+    assert finish(arguments, log) == 0, log.read_text()
+    assert result(tmp_path / "run") == expected
 
 
 def test_killed_again_and_again(

@@ -33,8 +33,6 @@ from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.decode import Request, decode, filtered, invert, uniforms
 from alphaspin.sampling.settings import SamplingConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 
 @pytest.fixture(scope="module", params=helpers.FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -47,8 +47,6 @@ from alphaspin.model.speedups import dequantise, is_quantised, liger_problem
 from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import _optimizer, load_optimizer, optimizer_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
 LINEAR = 2 * 7  # layers of the models here that carry adapters
 LORA = LoraConfig(r=4, alpha=6, dropout=0.3)
 

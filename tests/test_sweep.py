@@ -14,7 +14,7 @@ KNOWN: dict[str, str] = json.loads(families.FILE.read_text())["verdicts"]
 STEP = 1 if os.environ.get("ALPHASPIN_SWEEP") else 6
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # what the code of a family says about itself
 @pytest.mark.parametrize("family", families.names()[::STEP])
 def test_a_family_has_its_verdict(family: str, tmp_path: Path) -> None:
     found, known = families.verdict(family, tmp_path), KNOWN.get(family, "")

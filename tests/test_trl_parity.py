@@ -37,8 +37,6 @@ from alphaspin.training.example import Example
 from alphaspin.training.settings import TrainConfig
 from alphaspin.training.trainer import Job, accumulate_gradients
 
-# TRL warns about its own experimental parts and about arguments that do not matter here.
-pytestmark = pytest.mark.filterwarnings("ignore")
 DPOConfig, DPOTrainer = (
     getattr(pytest.importorskip("trl"), name) for name in ("DPOConfig", "DPOTrainer")
 )
@@ -180,7 +178,7 @@ def dpo_trainer(folder: Path, output: Path, trees: Sequence[Tree], settings: dic
         output_dir=str(output),
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         max_length=None,
         report_to="none",
         **settings,

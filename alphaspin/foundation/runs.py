@@ -297,9 +297,12 @@ class Run:
         run.path, run.owner = path, owner
         try:
             run._lock = (path / "lock").open()
-            seen = run._lock.read()
         except FileNotFoundError:
             seen = ""
+        else:
+            seen = run._lock.read()
+            if seen != owner:
+                run.close()
         if seen != owner:
             raise InputError(
                 f"output = {path}: on {socket.gethostname()} this is not the folder that process 0 "
