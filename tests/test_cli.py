@@ -23,7 +23,8 @@ from alphaspin.config import Config, load_config, recipe_names
 from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_STOPPED, InputError
 from alphaspin.foundation.runs import Metrics
-from alphaspin.training.trainer import Watch, learning_rate
+from alphaspin.training.loop import learning_rate
+from alphaspin.training.watch import Watch
 
 SMALL = [
     "--text.max_response_tokens=10",

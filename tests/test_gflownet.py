@@ -252,9 +252,9 @@ def test_replay_keeps_the_best_and_of_near_duplicates_one(tmp_path: Path) -> Non
     replay.add(7, [*far, better, worse])
     replay.add(7, [kept(5, 5, 5, 1, reward=-3.5)])
     replay.add(8, [kept(6, 1, reward=-1.0)])
-    replay.save(tmp_path / "replay.safetensors")
+    replay.save(tmp_path)
     again = Replay(capacity=3, near=0.25)
-    again.load(tmp_path / "replay.safetensors")
+    again.load(tmp_path)
     for each in (replay, again):
         assert len(each) == 4
         found = each.draw(7, 5, np.random.default_rng(0))
@@ -263,8 +263,8 @@ def test_replay_keeps_the_best_and_of_near_duplicates_one(tmp_path: Path) -> Non
         best = max(found, key=lambda t: t.reward)
         assert best.answer.tokens.tolist() == [2, 2, 2, 2, 1] and not best.answer.truncated
     empty = Replay(3, 0.25)
-    empty.save(tmp_path / "replay.safetensors")
-    again.load(tmp_path / "replay.safetensors")
+    empty.save(tmp_path)
+    again.load(tmp_path)
     assert not len(again)
 
 

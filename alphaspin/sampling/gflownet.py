@@ -27,7 +27,6 @@ of all answers; the state before token k is the row of token k).
 """
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +40,8 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alphaspin.errors import InputError, Interrupted, TrainingStopped
-from alphaspin.foundation import console, rng
+from alphaspin.errors import InputError
+from alphaspin.foundation import rng
 from alphaspin.foundation.batched import batched
 from alphaspin.foundation.runs import Metrics, commit, remove, verifies
 from alphaspin.model.backbone import Backbone
@@ -56,12 +55,7 @@ from alphaspin.sampling import mixture
 from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.decode import Request, decode, invert, uniforms
 from alphaspin.sampling.settings import NO_STACK, GFlowNetConfig, SamplingConfig
-from alphaspin.training.trainer import (
-    learning_rate,
-    load_optimizer,
-    newest_checkpoint,
-    optimizer_tensors,
-)
+from alphaspin.training.loop import Loop, learning_rate, run
 
 TEMPERATURES = (0.5, 2.0)
 WARMUP, ANNEAL = 0.1, 0.5  # shares of the steps
@@ -248,8 +242,8 @@ class Replay:
         kept = self._kept[prompt]
         return [kept[i] for i in generator.permutation(len(kept))[:count]]
 
-    def save(self, path: Path) -> None:
-        """Write all as safetensors."""
+    def save(self, folder: Path) -> None:
+        """Write all into a file of its own."""
         entries = [(p, t) for p in sorted(self._kept) for t in self._kept[p]]
         empty = torch.zeros(0, 0)
         tensors = {
@@ -259,12 +253,12 @@ class Replay:
             "tokens": torch.tensor([i for _, t in entries for i in t.answer.tokens]).int(),
             "log_r": torch.cat([t.log_r_LK for _, t in entries] or [empty]),
         }
-        save_file(tensors, path)
+        save_file(tensors, folder / REPLAY)
 
-    def load(self, path: Path) -> None:
+    def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         self._kept.clear()
-        data = load_file(path)
+        data = load_file(folder / REPLAY)
         lengths = data["length"].tolist()
         for prompt, tokens, cut, log_r in zip(
             data["prompt"].tolist(),
@@ -349,58 +343,36 @@ def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) 
 def _train(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> None:
     config = task.config
     start_adapter(backbone, task.weights, config.lora, task.seed, task.iteration)
-    parameters = backbone.policy_parameters()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
     replay = Replay(config.replay, config.near)
-    step = team.from_main(lambda: newest_checkpoint(task.folder / "checkpoints"))
-    if step:
-        _load(backbone, optimizer, replay, task.folder / "checkpoints", step)
-    metrics.rewind(task.stage, step)
     per_epoch = math.ceil(len(task.prompts) / config.batch_size)
     total = per_epoch * config.epochs
-    with console.bar(task.stage, total, "steps", done=step) as advance:
-        while step < total:
-            started = time.perf_counter()
-            epoch, batch = divmod(step, per_epoch)
-            generator = rng.generator(task.seed, task.iteration, f"gflownet/order/{epoch}")
-            order = generator.permutation(len(task.prompts))
-            chosen = [*map(int, order[batch * config.batch_size : (batch + 1) * config.batch_size])]
-            rate = learning_rate(step, total, config.lr, WARMUP, "linear")
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            fresh, replayed = behave(backbone, task, replay, chosen, step)
-            temperature = reward_temperature(step, total, config.reward_temperature)
-            optimizer.zero_grad()
-            values = accumulate(backbone, task, chosen, fresh, replayed, temperature, step)
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in parameters.values() if p.grad is not None]
-            )
-            values |= {"grad_norm": norm.item(), "learning_rate": rate}
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                message = (
-                    f"loss {values['loss']:g}, gradient norm {values['grad_norm']:g} at step "
-                    f"{step + 1}: stopped before the update"
-                )
-                metrics.write(task.stage, step + 1, {"alarm": message})
-                with team.together():
-                    raise TrainingStopped(f"{task.stage}: {message}")
-            if config.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters.values(), config.clip, norm)
-            optimizer.step()
-            step += 1
-            for prompt, found in zip(chosen, fresh, strict=True):
-                replay.add(prompt, found)
-            values |= {"reward_temperature": temperature, "replay": float(len(replay))}
-            values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
-            metrics.write(task.stage, step, values)
-            advance(1, int(values["tokens"]))
-            stop = any(team.gather(team.interrupted))
-            if stop or (step % config.checkpoint_every == 0 and step < total):
-                with team.together():
-                    if team.main:
-                        _save(backbone, optimizer, replay, task.folder / "checkpoints", step)
-                    if stop:
-                        raise Interrupted
+
+    def gradient(step: int) -> dict[str, float]:
+        epoch, batch = divmod(step, per_epoch)
+        generator = rng.generator(task.seed, task.iteration, f"gflownet/order/{epoch}")
+        order = generator.permutation(len(task.prompts))
+        chosen = [*map(int, order[batch * config.batch_size : (batch + 1) * config.batch_size])]
+        fresh, replayed = behave(backbone, task, replay, chosen, step)
+        temperature = reward_temperature(step, total, config.reward_temperature)
+        values = accumulate(backbone, task, chosen, fresh, replayed, temperature, step)
+        for prompt, found in zip(chosen, fresh, strict=True):
+            replay.add(prompt, found)
+        values |= {"reward_temperature": temperature, "replay": float(len(replay))}
+        return values | {"stop": float(sum(team.gather(team.interrupted)))}
+
+    loop = Loop(
+        task.stage,
+        task.folder / "checkpoints",
+        config.checkpoint_every,
+        total,
+        lambda step: learning_rate(step, total, config.lr, WARMUP, "linear"),
+        gradient,
+        config.clip,
+        kept=replay,
+    )
+    parameters = backbone.policy_parameters().values()
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    run(team, backbone, optimizer, loop, metrics)
 
 
 def reward_temperature(step: int, total: int, start: float) -> float:
@@ -495,27 +467,3 @@ def _end_uniforms(task: Task, prompt: int, group: Sequence[Trajectory], step: in
 
 def _states(t: Trajectory) -> int:
     return len(t.answer.tokens) - (not t.answer.truncated)
-
-
-def _save(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, replay: Replay, folder: Path, step: int
-) -> None:
-    """A durable checkpoint; the one before it is deleted afterwards."""
-    older = list(folder.glob("step-*"))
-    with commit(folder / f"step-{step:06d}") as temporary:
-        backbone.save_adapter(POLICY, temporary)
-        save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
-        replay.save(temporary / REPLAY)
-    for path in older:
-        if path.name != f"step-{step:06d}":
-            remove(path)
-
-
-def _load(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, replay: Replay, folder: Path, step: int
-) -> None:
-    """Read what `_save` wrote."""
-    path = folder / f"step-{step:06d}"
-    backbone.load_adapter(POLICY, path)
-    load_optimizer(optimizer, load_file(path / "optimizer.safetensors"))
-    replay.load(path / REPLAY)
