@@ -52,7 +52,7 @@ def gradients(
     references: list[tuple[float, ...]] = [()] * len(trees)
     if mode == "cached":
         cache = ReferenceCache()
-        score(backbone, cache, POLICIES, trees, TRAIN)
+        score(backbone, cache, POLICIES, trees, TRAIN.batch_size)
         ids = [backbone.adapter_ids[policy] for policy in POLICIES]
         logps = [torch.tensor([cache.lookup(i, tree) for tree in trees]) for i in ids]
         references = [tuple(row) for row in mix(*logps).tolist()]

@@ -270,14 +270,14 @@ def test_prompts_that_no_text_gives_are_refused(
         ({"sampling": {"url": "http://x/v1"}}, "no effect with sampling.engine = local"),
         (
             {"method": "nash_md", "sampling": {"engine": "vllm", "url": "http://x", "model": "m"}},
-            "method = nash_md samples from a mixture.*local, not vllm",
+            "method = nash_md needs sampling.engine = local, not 'vllm'",
         ),
         (
             {
                 "selfplay": {"opponent": "mixture-token"},
                 "sampling": {"engine": "sglang", "url": "http://x", "model": "m"},
             },
-            "selfplay.opponent = mixture-token samples from a mixture",
+            "selfplay.opponent = mixture-token needs sampling.engine = local, not 'sglang'",
         ),
     ],
 )

@@ -127,7 +127,7 @@ def references(
 ) -> list[tuple[float, ...]]:
     """lp_ref as the self-play loop computes it: through `score` and its cache."""
     cache = ReferenceCache()
-    score(backbone, cache, [policy], trees, config)
+    score(backbone, cache, [policy], trees, config.batch_size)
     identity = backbone.adapter_ids[policy]
     return [tuple(cache.lookup(identity, tree)) for tree in trees]
 
