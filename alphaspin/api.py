@@ -24,7 +24,7 @@ from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.commands.played import Played
 from alphaspin.config import Config, explain
 from alphaspin.errors import InputError
-from alphaspin.evaluation.measures import Evaluation
+from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation.runs import Metrics
 from alphaspin.foundation.section import Section
 from alphaspin.methods.selfplay import Callback

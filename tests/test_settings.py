@@ -14,7 +14,7 @@ from test_backbone import LORA, PREVIOUS, load, make_folder
 from alphaspin.cli import main, parse
 from alphaspin.config import Config
 from alphaspin.errors import InputError
-from alphaspin.evaluation.measures import Evaluation
+from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import Backbone

@@ -20,7 +20,8 @@ from alphaspin.commands.played import Played, Policy
 from alphaspin.data.demonstrations import ChatFormat, Demonstration
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
-from alphaspin.evaluation.measures import Bench, Evaluation
+from alphaspin.evaluation.measures import Bench
+from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.runs import (
     Run,

@@ -21,7 +21,7 @@ from alphaspin.commands.played import Played, Policy
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
-from alphaspin.evaluation.measures import Evaluation
+from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import commit, verifies

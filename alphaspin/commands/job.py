@@ -29,6 +29,7 @@ from alphaspin.data.demonstrations import (
 )
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
+from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import (
@@ -328,7 +329,7 @@ def summarise(
     config: Config,
     folder: Run,
     metrics: Metrics,
-    rows: list[measures.Evaluation],
+    rows: list[Evaluation],
     heldout: list[Demonstration],
     chat: ChatFormat,
 ) -> dict[str, Any]:

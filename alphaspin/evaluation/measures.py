@@ -10,9 +10,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from alphaspin.data.answers import checked_part, preference, word_f1
 from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
 from alphaspin.errors import InputError
 from alphaspin.evaluation.diversity import distinct, self_bleu
+from alphaspin.evaluation.record import Evaluation
 from alphaspin.evaluation.winrate import Estimate, at_equal_length, win_rate
 from alphaspin.judges.base import Comparison, Judge, Prompt, preferences
 from alphaspin.model.backbone import Backbone
@@ -31,84 +31,6 @@ from alphaspin.model.tree import Tree
 from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.decode import Request, decode
 from alphaspin.sampling.settings import SamplingConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One policy's measures and answers on the held-out prompts.
-
-    nll: mean of -lp(demonstration), nats per answer; nll_per_token: the same over all tokens, nats.
-    sampled, greedy: exact match, shares with standard errors. preferred: share of prompts on which
-    the sampled answer is preferred to the base's, ties counted half. margin: mean over prompts of
-    β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)] where they differ.
-    kl: mean of lp_t - lp_base of the sampled answers, an unbiased estimate of KL(π_t‖π_base), nats
-    per answer; None where answers are not drawn from π_t itself (temperature, top_p, top_k).
-    length: mean tokens of the sampled answers. distinct_1 to 3, self_bleu: diversity of the sampled
-    answers, see `diversity`. inputs: hash of all that these depend on.
-
-    With a judge, named in `judge`: verdicts: P(sampled answer ≻ the base's) of each prompt. judged:
-    their mean. controlled: the win rate at equal length in characters. low and high are the ends of
-    a 95 % confidence interval, see `winrate`.
-    """
-
-    name: str
-    nll: float
-    nll_se: float
-    nll_per_token: float
-    sampled: float
-    sampled_se: float
-    greedy: float
-    greedy_se: float
-    margin: float
-    preferred: float
-    preferred_se: float
-    answers: list[str]
-    greedy_answers: list[str]
-    answer_tokens: list[list[int]]
-    truncated: list[bool]
-    demonstration_logps: list[float]
-    base_answer_logps: list[float]
-    kl: float | None = None
-    kl_se: float | None = None
-    length: float | None = None
-    length_se: float | None = None
-    distinct_1: float | None = None
-    distinct_2: float | None = None
-    distinct_3: float | None = None
-    self_bleu: float | None = None
-    inputs: str = ""
-    judge: str | None = None
-    verdicts: list[float] | None = None
-    judged: float | None = None
-    judged_se: float | None = None
-    judged_low: float | None = None
-    judged_high: float | None = None
-    controlled: float | None = None
-    controlled_low: float | None = None
-    controlled_high: float | None = None
-
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> "Evaluation":
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: a version with other measures wrote it.
-        """
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"{path}: not what this version of alphaspin writes ({error})"
-            ) from None
-
-    def numbers(self) -> dict[str, Any]:
-        """The name and all measures that are one number: a row of `summary.json`."""
-        measured = {key: v for key, v in asdict(self).items() if isinstance(v, float)}
-        return {"name": self.name, **measured}
 
 
 def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> list[str]:
@@ -279,7 +201,7 @@ def evaluate(
         **_mean("sampled", matches(texts)),
         **_mean("greedy", matches(greedy_texts)),
         **_mean("preferred", wins),
-        margin=scale * float(margins.mean()) if len(margins) else 0.0,
+        **_mean("margin", (scale * margins).tolist() or [0.0]),
         **(_mean("kl", divergence.tolist()) if bench.sampling.untouched else {}),
         **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
         distinct_1=distinct(texts, 1),
@@ -316,17 +238,17 @@ def compared(
     if evaluation.name != base.name:
         ours, theirs = ([len(text) for text in e.answers] for e in (evaluation, base))
         found, controlled = win_rate(verdicts), at_equal_length(verdicts, ours, theirs)
-    return replace(
-        evaluation,
-        judge=judge.identity,
-        verdicts=verdicts,
+    said = {
+        "judge": judge.identity,
+        "verdicts": verdicts,
         **_mean("judged", verdicts),
-        judged_low=found.low,
-        judged_high=found.high,
-        controlled=controlled.value,
-        controlled_low=controlled.low,
-        controlled_high=controlled.high,
-    )
+        "judged_low": found.low,
+        "judged_high": found.high,
+        "controlled": controlled.value,
+        "controlled_low": controlled.low,
+        "controlled_high": controlled.high,
+    }
+    return evaluation.model_copy(update=said)
 
 
 def _mean(name: str, values: list[float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from alphaspin.evaluation import measures
+from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.runs import commit, verifies
 from alphaspin.methods.base import Sections
@@ -46,7 +47,7 @@ class Callback:
     def on_iterate(self, iteration: int, adapter: Path) -> None:
         """Iterate t is on disk."""
 
-    def on_evaluation(self, evaluation: measures.Evaluation) -> None:
+    def on_evaluation(self, evaluation: Evaluation) -> None:
         """The base, an iterate or the control has been measured."""
 
 
@@ -63,11 +64,11 @@ def teller(callbacks: Sequence[Callback]) -> Callable[[str, int, Mapping[str, fl
     return tell
 
 
-def play(session: Session, callbacks: Sequence[Callback] = ()) -> list[measures.Evaluation]:
+def play(session: Session, callbacks: Sequence[Callback] = ()) -> list[Evaluation]:
     """All iterations, then the control; the evaluations in the order of the table."""
     callbacks = callbacks if session.team.main else ()
     config = session.config
-    rows: list[measures.Evaluation] = []
+    rows: list[Evaluation] = []
     base = None
     if session.heldout:
         base = evaluate(session, "base", session.run.path / "base", None, None, 0)
@@ -92,7 +93,7 @@ def play(session: Session, callbacks: Sequence[Callback] = ()) -> list[measures.
     return rows
 
 
-def _told(callbacks: Sequence[Callback], evaluation: measures.Evaluation) -> None:
+def _told(callbacks: Sequence[Callback], evaluation: Evaluation) -> None:
     for callback in callbacks:
         callback.on_evaluation(evaluation)
 
@@ -207,9 +208,9 @@ def evaluate(
     name: str,
     folder: Path,
     adapter: Path | None,
-    base: measures.Evaluation | None,
+    base: Evaluation | None,
     iteration: int,
-) -> measures.Evaluation:
+) -> Evaluation:
     """Measures of the base or of an adapter on disk."""
     if not session.team.from_main(lambda: verifies(folder / "evaluation")):
         mine = session.heldout[session.team.index :: session.team.count]
@@ -235,4 +236,4 @@ def evaluate(
                         evaluation.save(temporary / "evaluation.json")
         if adapter is not None:
             session.backbone.remove_adapter("evaluated")
-    return measures.Evaluation.load(folder / "evaluation" / "evaluation.json")
+    return Evaluation.load(folder / "evaluation" / "evaluation.json")

@@ -18,12 +18,12 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from alphaspin.errors import InputError
+from alphaspin.evaluation.record import Measures
 from alphaspin.foundation.runs import write_atomically
 from alphaspin.foundation.section import flat
 from alphaspin.report.page import (
     SHARES,
     Curves,
-    Row,
     Summary,
     by_iteration,
     draw,
@@ -56,7 +56,7 @@ class Setting:
     label: str
     control: bool
     seeds: list[int] = field(default_factory=list)
-    rows: list[list[Row]] = field(default_factory=list)
+    rows: list[list[Measures]] = field(default_factory=list)
 
     def values(self, measure: str) -> NDArray[np.float64]:
         """[runs, 1 + iterations]: the base, then t = 0, 1, …; shares in per cent."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -23,11 +23,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from alphaspin.config import Config
 from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
+from alphaspin.evaluation.record import Measures
 from alphaspin.foundation.runs import Metrics, verifies, write_atomically
 
 COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {
@@ -69,47 +70,6 @@ UNSEEN = str.maketrans(
 """Control characters, which HTML forbids and models do write, to symbols one can see."""
 
 
-class Row(BaseModel):
-    """Held-out measures of one policy; see `measures.Evaluation`."""
-
-    name: Annotated[str, Field(pattern=r"^(base|(sft )?[0-9]+)$")]
-    nll: float
-    nll_se: float | None = None
-    sampled: float
-    sampled_se: float
-    greedy: float
-    greedy_se: float
-    margin: float
-    margin_se: float | None = None
-    preferred: float
-    preferred_se: float
-    kl: float | None = None
-    kl_se: float | None = None
-    length: float | None = None
-    length_se: float | None = None
-    distinct_1: float | None = None
-    distinct_2: float | None = None
-    distinct_3: float | None = None
-    self_bleu: float | None = None
-    judged: float | None = None
-    judged_se: float | None = None
-    judged_low: float | None = None
-    judged_high: float | None = None
-    controlled: float | None = None
-    controlled_low: float | None = None
-    controlled_high: float | None = None
-
-    @property
-    def control(self) -> bool:
-        """Whether this is the control and no iterate of self-play."""
-        return self.name.startswith("sft ")
-
-    @property
-    def iteration(self) -> int:
-        """t; -1 for the base, which precedes iteration 0."""
-        return -1 if self.name == "base" else int(self.name.removeprefix("sft "))
-
-
 class Sample(BaseModel):
     """A held-out prompt, its demonstration, and what each policy answered."""
 
@@ -125,7 +85,7 @@ class Comparison(BaseModel):
     heldout: str
     prompts: int
     judge: str
-    rows: list[Row]
+    rows: list[Measures]
 
 
 class Summary(BaseModel):
@@ -135,7 +95,7 @@ class Summary(BaseModel):
     config: Config
     environment: dict[str, str]
     adapters: dict[str, str]
-    rows: list[Row]
+    rows: list[Measures]
     seconds: dict[str, float]
     trained_tokens: dict[str, int] = {}
     alarms: list[str]
@@ -343,11 +303,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def plot_iterates(rows: Sequence[Row], title: str, curves: Curves) -> Markup:
+def plot_iterates(rows: Sequence[Measures], title: str, curves: Curves) -> Markup:
     """Measures of base, iterates and (dashed) control, with bars of one standard error, or of the
     confidence interval where there is one."""
 
-    def bar(row: Row, measure: str) -> tuple[float, float]:
+    def bar(row: Measures, measure: str) -> tuple[float, float]:
         """Lengths of the bar below and above the value; NaN for none."""
         value, low = getattr(row, measure), getattr(row, f"{measure}_low", None)
         if low is not None:
