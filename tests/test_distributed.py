@@ -324,7 +324,7 @@ def ten_steps(team: Team, folder: Path, case: str) -> None:
     model = make_model(options.get("family", "llama"))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     backbone = Backbone(model, "model", "hash")
-    if options.get("fsdp") and team.count > 1:
+    if options.get("fsdp") and team.world_size > 1:
         team.shard(backbone)
     if options.get("activation_checkpointing"):
         backbone.enable_activation_checkpointing()
@@ -372,7 +372,7 @@ def ten_steps(team: Team, folder: Path, case: str) -> None:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 share = 1 if parameter is backbone.head.weight else 2
                 assert local.numel() == sizes[name] / share, name
-    own = folder / case / str(team.index)
+    own = folder / case / str(team.rank)
     own.mkdir()
     save_file(gradients, own / "gradients")
     save_file(backbone.adapter_state(POLICY), own / "adapter")
@@ -384,7 +384,7 @@ def all_cases(folder: Path) -> None:
 
     torch.set_num_threads(1)
     team = Team.of(Accelerator(cpu=True), None)
-    assert team.count == 2
+    assert team.world_size == 2
     for case in CASES:
         ten_steps(team, folder, case)
 

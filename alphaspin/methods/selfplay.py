@@ -213,7 +213,7 @@ def evaluate(
 ) -> Evaluation:
     """Measures of the base or of an adapter on disk."""
     if not session.team.from_main(lambda: verifies(folder / "evaluation")):
-        mine = session.heldout[session.team.index :: session.team.count]
+        mine = session.heldout[session.team.rank :: session.team.world_size]
         answers = 2 * len(mine)  # sampled and greedy
         with (
             session.timed("evaluate", iteration),

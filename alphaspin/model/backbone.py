@@ -542,7 +542,7 @@ class Backbone(nn.Module):
         route.segments, route.batch, route.beside = batch.segments, batch, beside
         if any(segment.adapter == POLICY for segment in batch.segments):
             route.seed = int(torch.randint(2**62, ()))  # no draw for policies without noise
-        ids, depth = batch.input_ids, batch.depth
+        ids, position_ids = batch.input_ids, batch.position_ids
         if batch.places is None:
             return self._padded(batch)
         if getattr(self, "layout_reason", ""):
@@ -552,11 +552,12 @@ class Backbone(nn.Module):
             )
         if beside is not None:
             assert beside.places is not None, "packed"
-            ids, depth = torch.cat([ids, beside.input_ids], 1), torch.cat([depth, beside.depth], 1)
+            ids = torch.cat([ids, beside.input_ids], 1)
+            position_ids = torch.cat([position_ids, beside.position_ids], 1)
         try:
             with self._attending_trees():
                 output = cast(Any, self.decoder)(
-                    input_ids=ids, position_ids=depth, use_cache=False, places=batch.places
+                    input_ids=ids, position_ids=position_ids, use_cache=False, places=batch.places
                 )
         finally:
             route.segments, route.batch, route.beside = batch.segments, None, None
