@@ -420,8 +420,11 @@ def test_gradients_and_adapters_do_not_depend_on_the_number_of_processes(
 
 
 @pytest.mark.skipif(not SWEEP, reason="imports everything thrice; needs ALPHASPIN_SWEEP=1")
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_launchers(world: tuple[Path, dict[str, str]], tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "processes"), [("torchrun", 2), ("accelerate", 1)])
+def test_launchers(
+    world: tuple[Path, dict[str, str]], tmp_path: Path, launcher: str, processes: int
+) -> None:
+    """accelerate starts one process on a CPU, whatever it is told (several need MPI)."""
     folder, expected = world
     module = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
@@ -437,4 +440,6 @@ def test_launchers(world: tuple[Path, dict[str, str]], tmp_path: Path, launcher:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert outcome(tmp_path / "run") == expected
+    environment = json.loads((tmp_path / "run/summary.json").read_text())["environment"]
+    assert environment["processes"] == str(processes)
     assert (tmp_path / "run/report.html").is_file()
