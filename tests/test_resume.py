@@ -26,7 +26,7 @@ import pytest
 from helpers import arithmetic, save_model, write_rows
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
-from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash
+from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash, sealed
 
 KINDS = ("sampling", "scoring", "training", "saving")
 POINTS_PER_KIND = 30 if os.environ.get("ALPHASPIN_SWEEP") else 9
@@ -309,6 +309,115 @@ def test_a_damaged_artefact_is_made_again(
     damaged.write_bytes(content)
     assert finish(arguments, log) == 0, log.read_text()
     assert result(tmp_path / "run") == expected
+
+
+def over(run: Path, source: Path | str, target: str) -> None:
+    """What a hand that copies folders does."""
+    shutil.rmtree(run / target, ignore_errors=True)
+    shutil.copytree(run / source, run / target)
+
+
+def by_stage(found: dict[str, str]) -> dict[str, Any]:
+    """A result in an order that does not tell which stage was last."""
+    records = sorted(json.loads(found["metrics"]), key=lambda r: (r["stage"], r["step"]))
+    return {**found, "metrics": records, "lineage": json.loads(found["lineage"])}
+
+
+@pytest.fixture(scope="module")
+def another(world: tuple[Path, dict[str, str], Counter[str]]) -> Path:
+    """A run of the same form with another seed, killed in its second iteration."""
+    folder, log = world[0], world[0] / "another-log"
+    assert finish(settings(folder, folder / "another", seed="1"), log, ("training", 4)) < 0
+    return folder / "another"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "gone", "says"),
+    [
+        ("iterations/0/evaluation", "iterations/1/evaluation", (), "it is iterations/0/evaluation"),
+        ("base/evaluation", "iterations/0/evaluation", (), "it is base/evaluation"),
+        ("control/sft/0/evaluation", "iterations/0/evaluation", (), "it is control/sft/0/eval"),
+        ("iterations/0/opponents/*", "iterations/1/opponents/*", ("1",), "it is iterations/0/"),
+        ("iterations/0/reference/00000", "iterations/1/reference/00000", ("1",), "it is iterat"),
+        ("iterations/0/adapter", "iterations/1/adapter", ("1", "manifest"), "it is iterations/0/a"),
+        ("ANOTHER/iterations/0/opponents/*", "iterations/0/opponents/*", ("0", "1"), "another"),
+        ("ANOTHER/iterations/0/evaluation", "iterations/0/evaluation", (), "of another run"),
+        ("ANOTHER/iterations/0/adapter", "iterations/0/adapter", ("0", "manifest"), "another run"),
+    ],
+)
+def test_what_belongs_elsewhere_is_made_again(
+    world: tuple[Path, dict[str, str], Counter[str]],
+    another: Path,
+    tmp_path: Path,
+    source: str,
+    target: str,
+    gone: tuple[str, ...],
+    says: str,
+) -> None:
+    folder, expected, _ = world
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    if "manifest" in gone:  # as if killed before it took note of the adapter
+        manifest = json.loads((run / "manifest.json").read_text())
+        known = {k: v for k, v in manifest["adapters"].items() if not k.endswith(gone)}
+        (run / "manifest.json").write_text(json.dumps(sealed({**manifest, "adapters": known})))
+    (run / "summary.json").unlink()
+    root = another if source.startswith("ANOTHER") else run
+    origin = min(root.glob(source.removeprefix("ANOTHER/")))
+    place = min(run.glob(target))
+    for t in {"0", "1"} & {*gone}:
+        shutil.rmtree(run / "iterations" / t / "adapter")
+    over(run, origin, str(place.relative_to(run)))
+    log = tmp_path / "log"
+    assert finish(settings(folder, run), log) == 0, log.read_text()
+    printed = " ".join(log.read_text().split())
+    assert "is made again: " in printed and says in printed
+    assert by_stage(result(run)) == by_stage(expected)
+
+
+def test_a_checkpoint_of_another_iteration_is_passed_over(
+    world: tuple[Path, dict[str, str], Counter[str]], another: Path, tmp_path: Path
+) -> None:
+    folder, expected, _ = world
+    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
+    assert finish(arguments, log, ("training", 2)) < 0
+    checkpoints = "iterations/0/checkpoints"
+    stray = Path(shutil.copytree(tmp_path / "run" / checkpoints, tmp_path / "kept"))
+    assert finish(arguments, log, ("training", 3)) < 0  # in the second iteration by now
+    place = tmp_path / "run/iterations/1/checkpoints"
+    for found in (stray, another / "iterations/1/checkpoints"):
+        shutil.copytree(min(found.iterdir()), place / f"step-{5 + len(found.parts):06d}")
+    assert finish(arguments, log) == 0, log.read_text()
+    printed = " ".join(log.read_text().split())
+    assert printed.count("is made again: it is iterations/") == 2 and "of another run" in printed
+    assert result(tmp_path / "run") == expected
+
+
+def test_a_file_that_does_not_belong_to_an_artefact_is_named(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    folder, _, _ = world
+    run, log = Path(shutil.copytree(folder / "run", tmp_path / "run")), tmp_path / "log"
+    (run / "iterations/1/adapter/notes.txt").write_text("mine")
+    for command in (settings(folder, run), ["evaluate", str(run), "--heldout=tiny"]):
+        log.unlink(missing_ok=True)
+        assert finish(command, log) == EXIT_INPUT
+        printed = " ".join(log.read_text().split())
+        assert "1/adapter/notes.txt: does not belong to this artefact; move it" in printed
+
+
+def test_an_edited_manifest_is_refused(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    folder, _, _ = world
+    run, log = Path(shutil.copytree(folder / "run", tmp_path / "run")), tmp_path / "log"
+    text = (run / "manifest.json").read_text()
+    (run / "manifest.json").write_text(text.replace('"alpha": 0.8', '"alpha": 0.9'))
+    assert (run / "manifest.json").read_text() != text
+    export = ["export", str(run), f"--to={tmp_path / 'out'}", "--vllm"]
+    for command in (settings(folder, run), ["evaluate", str(run)], export, ["report", str(run)]):
+        log.unlink(missing_ok=True)
+        assert finish(command, log) == EXIT_INPUT
+        assert "manifest.json: was edited" in " ".join(log.read_text().split()), command
 
 
 def test_a_second_process_is_refused(

@@ -39,6 +39,7 @@ from alphaspin.foundation.runs import (
     SignalGuard,
     differences,
     relocated,
+    run_id,
     write_atomically,
 )
 from alphaspin.foundation.section import check_installed, flat
@@ -347,6 +348,7 @@ def summarise(
     return {
         "name": config.name,
         "config": config.model_dump(mode="json"),
+        "run": run_id(folder.manifest),
         "environment": folder.manifest["environment"],
         "adapters": folder.manifest["adapters"],
         "rows": [row.numbers() for row in rows],
