@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.forks import fork
 from helpers import arithmetic, make_model, save_model, tokens, write_rows
 from safetensors.torch import load_file, save_file
-from test_resume import CONTEXT, child, result, settings
+from test_resume import child, result, settings
 from torch.distributed.tensor import DTensor
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
@@ -60,10 +61,7 @@ def both(body: Any, *arguments: tuple[Any, ...]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        CONTEXT.Process(target=join, args=(rank, port, body, *own))
-        for rank, own in enumerate(arguments)
-    ]
+    processes = [fork(join, rank, port, body, *own) for rank, own in enumerate(arguments)]
     for process in processes:
         process.start()
     for process in processes:
@@ -109,9 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     rows = arithmetic(28)
     # What repeats stands in one shard only, of whichever process.
     write_rows(folder / "data.jsonl", rows + rows[:12])
-    alone = CONTEXT.Process(
-        target=child, args=(options(folder, folder / "alone"), None, "", str(folder / "log"))
-    )
+    alone = fork(child, options(folder, folder / "alone"), None, "", str(folder / "log"))
     alone.start()
     alone.join()
     assert alone.exitcode == 0, (folder / "log").read_text()
@@ -179,7 +175,7 @@ def test_a_sharded_base_is_gathered_once_for_all_policies(
     """What `reference.mode: auto` does with a sharded base and one epoch; bits of one process."""
     folder, _ = world
     alone = options(folder, tmp_path / "alone", **{"reference.mode": "joint"})
-    process = CONTEXT.Process(target=child, args=(alone, None, "", str(tmp_path / "log")))
+    process = fork(child, alone, None, "", str(tmp_path / "log"))
     process.start()
     sharded = options(folder, tmp_path / "sharded", **{"train.sharding": "fsdp"})
     assert play(sharded, tmp_path / "log") == [0, 0], (tmp_path / "log0").read_text()
@@ -208,7 +204,7 @@ def test_a_signal_to_one_stops_all_and_one_can_go_on_alone(
     assert len(list((tmp_path / "run").rglob("step-*"))) == 1
     told = [Path(f"{log}{i}").read_text().count("goes on from here") for i in range(2)]
     assert sum(told) == 1
-    alone = CONTEXT.Process(target=child, args=(arguments, None, "", str(log)))
+    alone = fork(child, arguments, None, "", str(log))
     alone.start()
     alone.join()
     assert alone.exitcode == 0, log.read_text()
@@ -260,7 +256,7 @@ def test_a_judge_is_asked_by_one_process(
     arguments = options(folder, tmp_path / "two", **changes)
     assert play(arguments, log) == [0, 0], Path(f"{log}0").read_text()
     arguments = options(folder, tmp_path / "one", **changes)
-    alone = CONTEXT.Process(target=child, args=(arguments, None, "", str(log)))
+    alone = fork(child, arguments, None, "", str(log))
     alone.start()
     alone.join()
     assert alone.exitcode == 0, log.read_text()

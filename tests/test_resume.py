@@ -2,16 +2,11 @@
 
 Each case forks a fresh process from a server that has imported everything but computed nothing, and
 sends itself a signal at the k-th event of a kind: a decoding step (sampling), a pass over a batch
-without gradient (scoring), an optimiser step (training), a flush or rename (saving). What SIGKILL
-leaves behind is what the folder holds at that instant: one run copies it at every point of
-`test_sigkill`, where otherwise each point would need a run of its own up to there.
+without gradient (scoring), an optimiser step (training). Kills at each file-system call: `faults`.
 """
 
-import errno
 import json
-import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -23,16 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import disk
+from faults.forks import fork
 from helpers import arithmetic, save_model, write_rows
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
-from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash, sealed
-
-KINDS = ("sampling", "scoring", "training", "saving")
-POINTS_PER_KIND = 30 if os.environ.get("ALPHASPIN_SWEEP") else 9
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["alphaspin.commands.job", "alphaspin.cli", "alphaspin.report.page"])
+from alphaspin.foundation.runs import HASHES, file_hash, sealed
 
 
 def settings(folder: Path, run: Path, **changes: str) -> list[str]:
@@ -69,11 +60,11 @@ def child(
     event: tuple[str, int] | None,
     action: str,
     log: str,
-    copies: Mapping[tuple[str, int], Path] | None = None,
+    faults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run `alphaspin` in this process; at event (kind, k) do `action`; count events into `log`.
+    """Run `alphaspin` in this process; at event (kind, k) send a signal; count events into `log`.
 
-    At the events of `copies` the run folder is copied.
+    faults: what `disk.arm` is given.
     """
     import torch
 
@@ -91,11 +82,7 @@ def child(
 
     def count(kind: str) -> None:
         seen[kind] += 1
-        if copies and (kind, seen[kind]) in copies:
-            shutil.copytree(run, copies[kind, seen[kind]])
         if event == (kind, seen[kind]):
-            if action == "full disk":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
             os.kill(os.getpid(), getattr(signal, action))
 
     def counting(owner: Any, name: str, kind: str) -> None:
@@ -107,9 +94,6 @@ def child(
 
         setattr(owner, name, wrapped)
 
-    counting(os, "fsync", "saving")
-    counting(Path, "rename", "saving")
-    counting(Path, "replace", "saving")
     counting(torch.optim.AdamW, "step", "training")
     counting(sampling, "invert", "sampling")
     original = scoring.sequence_logps
@@ -121,6 +105,8 @@ def child(
 
     scoring.sequence_logps = scored
     sys.stdout = sys.stderr = Path(log).open("a")  # noqa: SIM115 - lives as long as the process
+    if faults:
+        disk.arm(**faults)
     try:
         cli.main()
     finally:
@@ -133,9 +119,9 @@ def start(
     log: Path,
     event: tuple[str, int] | None = None,
     action: str = "SIGKILL",
-    copies: Mapping[tuple[str, int], Path] | None = None,
+    faults: Mapping[str, Any] | None = None,
 ) -> Any:
-    process = CONTEXT.Process(target=child, args=(arguments, event, action, str(log), copies))
+    process = fork(child, arguments, event, action, str(log), faults)
     process.start()
     return process
 
@@ -186,72 +172,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return folder, result(folder / "run"), events
 
 
-@pytest.fixture(scope="module")
-def copies(world: tuple[Path, dict[str, str], Counter[str]]) -> dict[tuple[str, int], Path]:
-    """The run folder as it is at each (kind, point), of one more run."""
-    folder, expected, events = world
-    found: dict[tuple[str, int], Path] = {}
-    at: dict[tuple[str, int], Path] = {}
-    for kind in KINDS:
-        for point in range(POINTS_PER_KIND):
-            k = event_of(events, kind, point)
-            found[kind, point] = at[kind, k] = folder / "copies" / f"{kind}-{k}"
-    log = folder / "copied-log"
-    assert finish(settings(folder, folder / "copied"), log, copies=at) == 0, log.read_text()
-    assert result(folder / "copied") == expected
-    return found
-
-
-def event_of(events: Counter[str], kind: str, point: int) -> int:
-    """Evenly over the run, the first and the last event among them."""
-    return 1 + round(point * (events[kind] - 1) / (POINTS_PER_KIND - 1))
-
-
-@pytest.mark.parametrize("point", range(POINTS_PER_KIND))
-@pytest.mark.parametrize("kind", KINDS)
-def test_sigkill(
-    world: tuple[Path, dict[str, str], Counter[str]],
-    copies: dict[tuple[str, int], Path],
-    tmp_path: Path,
-    kind: str,
-    point: int,
-) -> None:
-    folder, expected, _ = world
-    shutil.copytree(copies[kind, point], tmp_path / "run")
-    log = tmp_path / "log"
-    assert finish(settings(folder, tmp_path / "run"), log) == 0, log.read_text()
-    assert result(tmp_path / "run") == expected
-    assert not list((tmp_path / "run").rglob(f"{TEMPORARY}*"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_is_what_sigkill_leaves(
-    world: tuple[Path, dict[str, str], Counter[str]],
-    copies: dict[tuple[str, int], Path],
-    tmp_path: Path,
-    kind: str,
-) -> None:
-    folder, expected, events = world
-    point = POINTS_PER_KIND - 3
-    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
-    killed = finish(arguments, log, (kind, event_of(events, kind, point)))
-    assert killed == -signal.SIGKILL
-
-    def left(run: Path) -> dict[str, Any]:
-        """Lengths of the lines of what tells of times and processes, else the content."""
-        files = {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file()}
-        return {
-            re.sub(rf"{TEMPORARY}[^/]*", TEMPORARY, name): file.read_bytes()
-            if file.suffix == ".safetensors"
-            else file.read_bytes().count(b"\n")
-            for name, file in files.items()
-        }
-
-    assert left(tmp_path / "run") == left(copies[kind, point])
-    assert finish(arguments, log) == 0, log.read_text()
-    assert result(tmp_path / "run") == expected
-
-
 def test_killed_again_and_again(
     world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
 ) -> None:
@@ -281,18 +201,6 @@ def test_a_signal_saves_and_exits_with_the_documented_code(
     assert "goes on from here" in log.read_text()
     if kind == "training":  # the step was finished and saved, not lost
         assert list((tmp_path / "run").rglob("step-*"))
-    assert finish(arguments, log) == 0, log.read_text()
-    assert result(tmp_path / "run") == expected
-
-
-@pytest.mark.parametrize("k", [3, 20, 45])
-def test_a_full_disk_is_one_message_and_loses_nothing(
-    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path, k: int
-) -> None:
-    folder, expected, _ = world
-    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
-    assert finish(arguments, log, ("saving", k), "full disk") == EXIT_INPUT
-    assert "No space left" in log.read_text() and "Traceback" not in log.read_text()
     assert finish(arguments, log) == 0, log.read_text()
     assert result(tmp_path / "run") == expected
 

@@ -276,8 +276,13 @@ class Metrics:
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._step = len(kept)
 
+    def keep(self) -> None:
+        """Flush the records to disk: before work that they belong to is made durable."""
+        if self._writes and self._path.exists():
+            _flush(self._path)
+
     def write(self, stage: str, step: int, values: Mapping[str, float | str]) -> None:
-        """Append one record; not flushed to disk by itself, since `rewind` repairs a torn end."""
+        """Append one record; unflushed (see `keep`): `rewind` repairs a torn end."""
         if not self._writes:
             return
         with self._path.open("a", encoding="utf-8") as file:

@@ -105,7 +105,8 @@ def train_iterate(session: Session, iteration: int) -> None:
     folder = session.folder(iteration)
     if session.finished(f"train/{iteration}", folder):
         for shard in sorted((folder / "reference").glob("*")):
-            session.cache.load(shard)  # the base's log-probs serve later iterations too
+            # The base's log-probs serve later iterations too.
+            session.cache.load(shard, otherwise="left out")
         return
     examples, objective = config.preference.examples(session, iteration)
     session.unload_iterates()
