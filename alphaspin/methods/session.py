@@ -4,6 +4,7 @@ The iterates on disk, the answers of players, the log-probs of frozen policies. 
 looking for what it left; all of it is a function of (seed, t, example).
 """
 
+import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,10 +57,9 @@ class Session:
         return self.run.path / "iterations" / str(iteration)
 
     def lineage(self, iteration: int) -> dict[str, str]:
-        """Hashes of the iterates before t, which all that is made in iteration t is made from."""
-        return {
-            f"iterate {k}": recorded(self.folder(k) / "adapter")[WEIGHTS] for k in range(iteration)
-        }
+        """Hash of the iterates before t, which all that is made in iteration t is made from."""
+        before = [recorded(self.folder(k) / "adapter")[WEIGHTS] for k in range(iteration)]
+        return {"iterates": hashlib.sha256("".join(before).encode()).hexdigest()}
 
     def bench(self) -> Bench:
         """What its evaluations share."""
