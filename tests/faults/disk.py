@@ -6,6 +6,7 @@ more; `nameless` all names, but of the contents only those that lasted, as a fil
 its names but not its data leaves it.
 """
 
+import copy
 import ctypes
 import functools
 import os
@@ -101,10 +102,19 @@ class Folder:
 class Disk:
     """An empty root folder, and what calls make of it."""
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self.root = Folder()
+    def __init__(self, start: Path | None = None) -> None:
+        """Begin with what a folder holds, all of it flushed; with nothing without one."""
         self._inodes: dict[int, File | Folder] = {}
+        self.root = self._read(start) if start else Folder()
+
+    def _read(self, folder: Path) -> Folder:
+        found = Folder()
+        for path in folder.iterdir():
+            content = b"" if path.is_dir() else path.read_bytes()
+            node = self._read(path) if path.is_dir() else File(bytearray(content), content)
+            found.now[path.name] = self._inodes[path.stat().st_ino] = node
+        found.flushed = dict(found.now)
+        return found
 
     def _find(self, path: str) -> "File | Folder":
         node: File | Folder = self.root
@@ -170,9 +180,9 @@ def _lay_out(folder: Folder, state: State, place: Path) -> None:
             (place / name).write_bytes(node.now if state == "killed" else node.flushed)
 
 
-def after(calls: list[Call], k: int, state: State, place: Path) -> Path:
+def after(start: Disk, calls: list[Call], k: int, state: State, place: Path) -> Path:
     """The root folder after the first k calls; `place` is replaced."""
-    disk = Disk()
+    disk = copy.deepcopy(start)
     for call in calls[:k]:
         disk.apply(call)
     shutil.rmtree(place, ignore_errors=True)
