@@ -23,12 +23,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from alphaspin.data import demonstrations as data
-from alphaspin.data.demonstrations import (
-    ChatFormat,
-    Demonstration,
-    load_demonstrations,
-    load_messages,
-)
+from alphaspin.data.chat import PLAIN_TEMPLATE, ChatFormat
+from alphaspin.data.demonstrations import Demonstration, load_demonstrations, load_messages
 from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
 
@@ -248,7 +244,7 @@ def test_round_trip(style, question, answer):
     assert chat.stop_token_ids.isdisjoint(response[:-1])
     # Together the tokens are the rendered text up to the end token.
     whole = tokenizer.decode(prompt + response)
-    template = data.PLAIN_TEMPLATE if style.startswith("plain") else None
+    template = PLAIN_TEMPLATE if style.startswith("plain") else None
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
     rendered = rendered.rpartition(END_OF[style])[0] + END_OF[style]
     assert whole == rendered or style in MARKS
@@ -327,7 +323,7 @@ def test_template_without_special_tokens_gets_the_eos(tmp_path):
 
 
 def test_plain_template(caplog):
-    with caplog.at_level(logging.INFO, "alphaspin.data.demonstrations"):
+    with caplog.at_level(logging.INFO, "alphaspin.data.chat"):
         chat = ChatFormat.create(tokenizer_of("plain"))
         ChatFormat.create(tokenizer_of("chatml"))
     assert [record.getMessage() for record in caplog.records] == [

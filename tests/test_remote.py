@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from alphaspin.commands.job import run
 from alphaspin.config import Config
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import file_hash

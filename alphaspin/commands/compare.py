@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from alphaspin.commands.job import check_lengths, load_source
 from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.data.demonstrations import ChatFormat, Demonstration
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.measures import Bench, Evaluation

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from alphaspin.commands.options import ExportOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.measures import Evaluation

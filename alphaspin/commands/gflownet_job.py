@@ -8,7 +8,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from alphaspin.commands.options import GFlowNetRun
-from alphaspin.data.demonstrations import ChatFormat, fingerprint, load_demonstrations
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import fingerprint, load_demonstrations
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import check_there, packaged

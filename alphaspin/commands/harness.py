@@ -19,7 +19,7 @@ from torch import nn
 
 from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.runs import SignalGuard, commit, folder_hash, verifies

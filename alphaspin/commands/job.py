@@ -20,13 +20,8 @@ from pydantic import ValidationError
 
 from alphaspin import __version__
 from alphaspin.config import Config
-from alphaspin.data.demonstrations import (
-    ChatFormat,
-    Demonstration,
-    fingerprint,
-    hold_out,
-    load_demonstrations,
-)
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration, fingerprint, hold_out, load_demonstrations
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.foundation import console

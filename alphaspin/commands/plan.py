@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.commands.job import load_data
 from alphaspin.config import Config, PlanHints
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import packaged

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from alphaspin.commands.job import load_data, load_source
 from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.config import Config, explain
-from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
 from alphaspin.foundation.paths import check_there
 from alphaspin.foundation.runs import file_hash, read_manifest, verifies

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphaspin.data.answers import checked_part, preference, word_f1
-from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
 from alphaspin.evaluation.diversity import distinct, self_bleu
 from alphaspin.evaluation.winrate import Estimate, at_equal_length, win_rate
