@@ -73,16 +73,16 @@ class Row(BaseModel):
     """Held-out measures of one policy; see `measures.Evaluation`."""
 
     name: Annotated[str, Field(pattern=r"^(base|(sft )?[0-9]+)$")]
-    nll: float
+    nll: float | None = None
     nll_se: float | None = None
-    sampled: float
-    sampled_se: float
-    greedy: float
-    greedy_se: float
-    margin: float
+    sampled: float | None = None
+    sampled_se: float | None = None
+    greedy: float | None = None
+    greedy_se: float | None = None
+    margin: float | None = None
     margin_se: float | None = None
-    preferred: float
-    preferred_se: float
+    preferred: float | None = None
+    preferred_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
     length: float | None = None
@@ -115,7 +115,7 @@ class Sample(BaseModel):
 
     origin: str
     prompt: str | None = None
-    demonstration: str
+    demonstration: str | None = None
     answers: dict[str, str]
 
 
@@ -327,10 +327,11 @@ def describe(config: Config) -> str:
     return "; ".join(part for part in parts if part) + "."
 
 
-def matches(pattern: str | None, answer: str, demonstration: str) -> bool:
+def matches(pattern: str | None, answer: str, demonstration: str | None) -> bool:
     """Exact match, as the evaluation counts it."""
     part = checked_part(pattern)
-    return part(answer) is not None and part(answer) == part(demonstration)
+    same = demonstration is not None and part(answer) == part(demonstration)
+    return same and part(answer) is not None
 
 
 def duration(seconds: float) -> str:
