@@ -75,8 +75,8 @@ def run(
         if not manager.match_tasks([task]):
             raise InputError(f"tasks = {task}: lm-evaluation-harness {version} knows no such task")
     tokenizer = copy.copy(chat.tokenizer)
-    if chat.template is not None:
-        tokenizer.chat_template = chat.template
+    if chat.template is not None or chat.options:
+        tokenizer.chat_template = chat.source
     settings = [
         (version, sorted(options.tasks), options.chat, tokenizer.chat_template),
         folder_hash(further, DEFINITIONS) if further else None,

@@ -1,15 +1,19 @@
 """Conversations to tokens: a tokenizer with its chat template, in training and in sampling."""
 
+import inspect
+import json
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jinja2
 
-from alphaspin.data.rows import Messages, turns_of
+from alphaspin.data.rows import ANSWERED, FIELDS, THINKING, TOOL_ROLES, Messages, turns_of
 from alphaspin.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -20,6 +24,30 @@ PLAIN_TEMPLATE = (
     "{{ '### Assistant:\n' if add_generation_prompt }}"
 )
 PROBE = "quokka"  # an answer that no template contains and no normaliser changes
+CLOCK = "strftime_now"  # how a template asks for the date
+TAGS = re.compile(r"(</?[\w|]+>|\[/?[A-Z_]+\])")
+"""Marks around which templates lay out white space anew, as `</think>` and `[/THINK]`."""
+OPENING = re.compile(r"(<\w+>|\[[A-Z]+\])\s*\Z")
+"""What a prompt ends with that has opened the thinking."""
+CLOSING = re.compile(r"</\w+>|\[/[A-Z]+\]")
+LEFT_OUT = (
+    "the template leaves this out: set text.template to one that renders it, or take it out of the "
+    "data"
+)
+EARLIER = "demonstrations whose prompts lack the thinking of earlier turns, as the template has it"
+
+
+class Rendered(NamedTuple):
+    """A conversation as text."""
+
+    prompt: str
+    response: str  # the last turn, with all that the template adds
+    note: str | None = None  # what is to be said of it
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """What becomes tokens."""
+        return self.prompt, self.response
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,57 +69,106 @@ class ChatFormat:
     bos: tuple[int, ...] = ()  # put before a prompt that lacks the BOS its tokenizer wants
     context: tuple[int, ...] = ()  # a prompt to decode after: decoders trim the start of a text
     wrapping: tuple[str, str] = ("", "")  # what the template has around an answer, decoded
+    opening: str = ""  # of the thinking: in the generation prompt, and not in what is rendered
+    options: str = ""  # sets the template's variables
+    words: frozenset[str] = frozenset()  # all names that the template may look at, and more
+    dates: str = ""  # tells a template that asks for the date what the date is
 
     @classmethod
     def create(
-        cls, tokenizer: Any, template: str = "auto", extra_stop_ids: Iterable[int] = ()
+        cls,
+        tokenizer: Any,
+        template: str = "auto",
+        extra_stop_ids: Iterable[int] = (),
+        *,
+        options: Mapping[str, Any] | None = None,
+        clock: datetime | None = None,
     ) -> "ChatFormat":
-        """The format of a tokenizer under `text.template`.
+        """The format of a tokenizer under `text.template` and `text.template_options`.
+
+        A template that prints the date is told the same `clock` whenever it is asked.
 
         The end token is found behind the answer of a probe conversation: the first token there that
         is a stop token (the tokenizer's EOS or one of `extra_stop_ids`, the model's generation
         config), else the last special token; a template without one gets the EOS appended.
 
         Raises:
-            InputError: no such template file; a template that fails, or renders conversations
-                not as continuations of its generation prompt; no end token.
+            InputError: no such template file; a template that fails, lacks a variable, or renders
+                conversations not as continuations of its generation prompt; no end token.
         """
         eos, bos = (cast("int | None", i) for i in (tokenizer.eos_token_id, tokenizer.bos_token_id))
         stops = frozenset(extra_stop_ids) | frozenset(() if eos is None else (eos,))
         adds_bos = bos is not None and tokenizer(PROBE)["input_ids"][:1] == [bos]
-        chat = cls(tokenizer, _template_source(tokenizer, template), -1, stops)
-        texts = chat.render(turns_of("Hello", "user") + turns_of(PROBE, "assistant"))
-        if PROBE not in texts[1]:
+        source = _template_source(tokenizer, template)
+        words = frozenset(re.findall(r"\w+", source or str(tokenizer.chat_template)))
+        chat = cls(tokenizer, source, -1, stops, words=words)
+        chat = replace(chat, options=chat._setting(options or {}))
+        if CLOCK in words:
+            every = source or str(tokenizer.chat_template)
+            chat = replace(chat, dates=_dates(every, clock or datetime.now()))
+        hello = turns_of("Hello", "user") + turns_of(PROBE, "assistant")
+        prompt, full = chat._render(hello[:1], True), chat._render(hello, False)
+        if PROBE not in full:
             raise InputError("text.template: the template leaves out what the assistant says")
+        start = full.partition(PROBE)[0]
+        if not full.startswith(prompt) and prompt.startswith(start):
+            opening = OPENING.fullmatch(prompt[len(start) :])
+            chat = replace(chat, opening=opening.group() if opening else "")
+        tail = full.rpartition(PROBE)[2]
+        texts = Rendered(prompt, PROBE + tail) if chat.opening else chat.render(hello)
         special = set(tokenizer.all_special_ids)
         special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        tail = chat._tokens([texts[1].rpartition(PROBE)[2]])[0]
-        ends = [i for i in tail if i in stops][:1] or [i for i in tail if i in special][-1:]
+        ids = chat._tokens([texts.response.rpartition(PROBE)[2]])[0]
+        ends = [i for i in ids if i in stops][:1] or [i for i in ids if i in special][-1:]
         end = ends[0] if ends else eos
         if end is None:
             raise InputError("no end token: set the tokenizer's eos_token, or use a text.template")
         chat = replace(chat, end_token_id=end, stop_token_ids=stops | {end}, renders_end=bool(ends))
         chat = replace(chat, bos=(bos,) if adds_bos else ())
-        ((prompt, response),) = chat.tokenise([texts])
-        chat = replace(chat, context=tuple(prompt))
+        ((context, response),) = chat.tokenise([texts.texts])
+        chat = replace(chat, context=tuple(context))
         head, _, rest = chat.decode(chat.close(response)).partition(PROBE)
-        return replace(chat, wrapping=(head, rest))
+        return replace(chat, wrapping=(head.removeprefix(chat.opening), rest))
 
-    def render(self, messages: Messages) -> tuple[str, str]:
-        """Texts of the prompt and of the last assistant turn, with all that the template adds.
+    def render(self, messages: Messages, tools: list[Any] | None = None) -> Rendered:
+        """The prompt and the last turn, the assistant's, which holds all that the row says of it.
 
         Raises:
-            InputError: the template refuses the conversation, or renders its last turn as something
-                else than a continuation of the generation prompt.
+            InputError: the template refuses the conversation, leaves out part of it, or renders its
+                last turn as something else than a continuation of the generation prompt.
         """
-        prompt, full = self._render(messages[:-1], True), self._render(messages, False)
-        if full.startswith(prompt):
-            return prompt, full[len(prompt) :]
-        raise InputError(
-            "text.template: the template does not render a conversation as a continuation of its "
-            f"generation prompt, which ends with {prompt[-40:]!r}; the conversation ends with "
-            f"{full[-60:]!r}: set it to `plain` or to a Jinja file that does"
+        prompt, full = (
+            self._render(messages[:-1], True, tools),
+            self._render(messages, False, tools),
         )
+        if full.startswith(prompt):
+            response, opening = full[len(prompt) :], OPENING.search(prompt[-40:])
+            lost = _lost(messages[-1]["content"], (opening.group() if opening else "") + response)
+            if lost:
+                raise InputError(
+                    "text.template: the template leaves out part of the assistant's answer, "
+                    f"{lost!r}: set it to a Jinja file that renders all of it, or to `plain`"
+                )
+        elif self.opening and prompt.endswith(self.opening):
+            response = self._thought(messages, tools)
+        else:
+            raise InputError(
+                "text.template: the template does not render a conversation as a continuation of "
+                f"its generation prompt, which ends with {prompt[-40:]!r}; the conversation ends "
+                f"with {full[-60:]!r}: set it to `plain` or to a Jinja file that does"
+            )
+        note = self._check_prompt(messages[:-1], prompt, tools)
+        return Rendered(prompt, response, self._check_fields(messages, full, tools) or note)
+
+    @property
+    def source(self) -> str:
+        """The template in Jinja, with its options set: for those who render elsewhere."""
+        return self.options + self.tokenizer.get_chat_template(self.template)
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """What is read of a turn: what has a meaning for any template, and what this one names."""
+        return FIELDS | self.words
 
     def tokenise(self, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Ids of rendered (prompt, response) pairs; responses still have to be closed."""
@@ -128,12 +205,23 @@ class ChatFormat:
         Raises:
             InputError: as `render` and `close`.
         """
-        ((prompt, response),) = self.tokenise([self.render(messages)])
+        ((prompt, response),) = self.tokenise([self.render(messages).texts])
         return prompt, self.close(response)
+
+    def render_prompt(self, messages: Messages, tools: list[Any] | None = None) -> Rendered:
+        """The text of messages without the last assistant turn.
+
+        Raises:
+            InputError: the template refuses the conversation, or leaves out part of it.
+        """
+        prompt = self._render(messages, True, tools)
+        note = self._check_prompt(messages, prompt, tools)
+        fields = self._check_fields(messages, prompt, tools, generation=True)
+        return Rendered(prompt, "", fields or note)
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         """The same prompt ids, for messages without the last assistant turn."""
-        return self._with_bos(self._tokens([self._render(messages, True)])[0])
+        return self._with_bos(self._tokens([self.render_prompt(messages).prompt])[0])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a response up to its first stop token, as the assistant's turn would have it.
@@ -144,16 +232,106 @@ class ChatFormat:
         body = [int(i) for i in takewhile(lambda i: i not in self.stop_token_ids, ids)]
         before, whole = self._text(self.context), self._text([*self.context, *body])
         text = whole.removeprefix(before) if whole.startswith(before) else self._text(body)
-        return text.removeprefix(self.wrapping[0]).removesuffix(self.wrapping[1])
+        return self.opening + text.removeprefix(self.wrapping[0]).removesuffix(self.wrapping[1])
 
-    def _render(self, messages: Messages, generation: bool) -> str:
-        options: dict[str, Any] = {"chat_template": self.template, "tokenize": False}
+    def _render(self, messages: Messages, generation: bool, tools: Any = None) -> str:
+        template = self.template
+        if preamble := self.options + self.dates:
+            template = preamble + self.tokenizer.get_chat_template(template, tools)
+        options: dict[str, Any] = {"chat_template": template, "tools": tools, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generation, **options
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(f"text.template: the template refuses this: {error}") from error
+
+    def _setting(self, options: Mapping[str, Any]) -> str:
+        """Jinja that sets variables of the template.
+
+        Raises:
+            InputError: it has no such variable.
+        """
+        taken = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages"}
+        for name in options:
+            if name not in self.words or name in taken:
+                raise InputError(f"text.template_options.{name}: the template has no such variable")
+        # A template's environment takes one line break after a block away.
+        values = ((name, json.dumps(value)) for name, value in options.items())
+        return "".join(f"{{% set {name} = {value} %}}\n" for name, value in values)
+
+    def _thought(self, messages: Messages, tools: Any) -> str:
+        """The response where the prompt opens the thinking, of which the template would drop it."""
+        answer, tag = messages[-1], self.opening.strip()
+        closing = f"{tag[0]}/{tag[1:]}"
+        content = str(answer["content"])
+        thinking = [text for name in THINKING if (text := answer.get(name))]
+        if answer.get("tool_calls"):
+            raise InputError(f"tool_calls: not after thinking that the prompt opens ({tag})")
+        if thinking:
+            content = f"{thinking[0]}\n{closing}\n\n{content}"
+        elif closing not in content:
+            raise InputError(
+                f"text.template: the generation prompt opens {tag}, and this answer has no "
+                f"{closing}: give demonstrations with their thinking, or set text.template to a "
+                "Jinja file whose generation prompt does not open it"
+            )
+        else:
+            space = self.opening[len(self.opening.rstrip()) :]
+            content = content.lstrip().removeprefix(tag).removeprefix(space)
+        probe = [*messages[:-1], *turns_of(PROBE, "assistant")]
+        return content + self._render(probe, False, tools).rpartition(PROBE)[2]
+
+    def _check_prompt(self, messages: Messages, prompt: str, tools: Any) -> str | None:
+        """Whether a prompt has all turns, and what is to be said of it.
+
+        Thinking of earlier turns may be left out: so it is when the model answers.
+
+        Raises:
+            InputError: it lacks a turn, or part of one.
+        """
+        place, note = 0, None
+        for number, turn in enumerate(messages, 1):
+            content = str(turn["content"]).strip()
+            if (found := prompt.find(content, place)) >= 0:
+                place = found + len(content)
+            elif not _lost(content, prompt):
+                continue  # elsewhere, as a system turn in the last user turn
+            elif turn["role"] == "assistant" and CLOSING.split(content)[-1].strip() in prompt:
+                note = EARLIER
+            else:
+                other = [*messages[: number - 1], turn | {"content": PROBE}, *messages[number:]]
+                # A template may lay out a tool's JSON anew.
+                tool = turn["role"] in TOOL_ROLES
+                if not tool or self._render(other, True, tools) == prompt:
+                    what = f"turn {number}, of role {turn['role']}"
+                    raise InputError(f"text.template: the template leaves out (part of) {what}")
+        return note
+
+    def _check_fields(
+        self, messages: Messages, text: str, tools: Any, generation: bool = False
+    ) -> str | None:
+        """Whether a rendered text depends on what is said beside role and content.
+
+        Raises:
+            InputError: on something it does not.
+        """
+        note = None
+        if tools and self._render(messages, generation) == text:
+            raise InputError(f"tools: {LEFT_OUT}")
+        for number, turn in enumerate(messages, 1):
+            for name in ANSWERED:
+                if not turn.get(name) or (self.opening and name in THINKING):
+                    continue
+                without = {key: value for key, value in turn.items() if key != name}
+                others = [*messages[: number - 1], without, *messages[number:]]
+                if self._render(others, generation, tools) != text:
+                    continue
+                reads = not self.words.isdisjoint(THINKING)
+                if not (reads and name in THINKING and number < len(messages)):
+                    raise InputError(f"turn {number}: {name}: {LEFT_OUT}")
+                note = EARLIER
+        return note
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         # No attention masks or type ids; `verbose` would warn of texts beyond the model's length.
@@ -179,6 +357,25 @@ class ChatFormat:
     def _text(self, ids: Sequence[int], skip: bool = True) -> str:
         options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(list(ids), **options)
+
+
+def _lost(content: str, text: str) -> str | None:
+    """The first part of a turn that a text lacks; white space at its ends and at marks may go."""
+    place = 0
+    for part in filter(None, map(str.strip, TAGS.split(content))):
+        if (found := text.find(part, place)) < 0:
+            return part if len(part) <= 60 else f"{part[:57]}..."
+        place = found + len(part)
+    return None
+
+
+def _dates(template: str, clock: datetime) -> str:
+    """Jinja that answers a template's question for the date with one, in all its formats."""
+    texts = (value for _, kind, value in jinja2.Environment().lex(template) if kind == "string")
+    dates = {text[1:-1]: clock.strftime(text[1:-1]) for text in texts if "%" in text}
+    unknown = "raise_exception('a date in a format that is computed')"
+    said = f"{json.dumps(dates)}.get(format) or {unknown}"
+    return f"{{% macro {CLOCK}(format) %}}{{{{ {said} }}}}{{% endmacro %}}\n"
 
 
 def _template_source(tokenizer: Any, template: str) -> str | None:

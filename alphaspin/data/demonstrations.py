@@ -6,23 +6,24 @@ line.
 """
 
 import hashlib
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from alphaspin.data.chat import ChatFormat
+from alphaspin.data.chat import ChatFormat, Rendered
 from alphaspin.data.files import located, read_rows
-from alphaspin.data.rows import Messages, conversation
+from alphaspin.data.rows import ANSWERED, FIELDS, Conversation, Messages, conversation
 from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 
-log = logging.getLogger(__name__)
-
 Tokens = np.ndarray[tuple[int], np.dtype[np.int32]]
+LONG_PROMPT = "rows dropped: the prompt is longer than text.max_prompt_tokens"
+LONG_RESPONSE = "rows dropped: the response is longer than text.max_response_tokens"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,74 +32,149 @@ class Demonstration:
 
     index: int  # position in the loaded data set: the example's identity for all randomness
     prompt: Tokens  # [P], ends where generation starts
-    response: Tokens  # [R], ends with the end token unless truncated
+    response: Tokens  # [R], ends with the end token unless truncated; empty without an answer
     truncated: bool  # cut at text.max_response_tokens
-    answer: str  # the assistant turn's text as given
+    answer: str | None  # the assistant turn's text; None where the row has a prompt alone
     origin: str  # file:line of JSON lines; file[row] or hub-id:split[row], from 0, elsewhere
-    messages: Messages = field(default_factory=list[dict[str, str]])  # the turns before the answer
+    messages: Messages = field(default_factory=list[dict[str, Any]])  # the turns before the answer
+    whole: int = 0  # tokens of the response before it was cut
 
 
-def load_messages(source: str, split: str = "train") -> Iterator[tuple[Messages, str]]:
+def load_conversations(
+    source: str,
+    split: str = "train",
+    *,
+    answers: bool = True,
+    fields: Collection[str] = FIELDS,
+    notes: Counter[str] | None = None,
+) -> Iterator[tuple[Conversation, str]]:
     """Checked conversations and their origins, in order, from any source.
 
     Args:
-        source: a JSONL, JSON (list of rows, or JSON lines) or Parquet file; a folder of such files
-            at any depth, or from `datasets.save_to_disk`; a hub id `name` or `name:config`.
-        split: split of a `datasets` folder or a hub data set; other files have none.
+        source: as `read_rows` has it.
+        split: of a folder or a hub data set.
+        answers: whether each row must have one.
+        fields: what is kept of turns beside role and content.
+        notes: gets what is to be said, with counts.
 
     Raises:
-        InputError: while iterating: nothing to read, or a row that is no conversation.
+        InputError: while iterating: nothing to read, or a row that is no conversation or says what
+            cannot be honoured.
     """
-    for row, origin in read_rows(source, split):
+    notes = Counter() if notes is None else notes
+    for row, origin in read_rows(source, split, fields, notes):
         with located(origin):
-            messages = conversation(row)
-        yield messages, origin
+            found = conversation(row, answers, fields)
+        notes.update(filter(None, [found.note]))
+        if found.messages:
+            yield found, origin
 
 
 def load_demonstrations(
-    source: str, chat: ChatFormat, text: TextConfig, split: str = "train"
-) -> tuple[list[Demonstration], int]:
-    """Tokenised demonstrations of a source, the i-th with index i, and how many were dropped.
+    source: str, chat: ChatFormat, text: TextConfig, split: str = "train", *, answers: bool = True
+) -> tuple[list[Demonstration], Counter[str]]:
+    """Tokenised demonstrations of a source, the i-th with index i, and what is to be said of them.
 
     `text.turns = all` makes one of each assistant turn, whose prompt is all before it. A response
-    beyond `text.max_response_tokens`, end token included, is cut there.
+    beyond `text.max_response_tokens`, end token included, is cut there, or dropped. A text of more
+    characters than any that is short enough is not tokenised: a row costs its own length.
+
+    Returns:
+        The demonstrations; sentences, with the number of rows that each is about.
 
     Raises:
-        InputError: as `load_messages` and `ChatFormat`; a prompt beyond `text.max_prompt_tokens`
-            (with `text.too_long = drop` only if no shorter one is left).
+        InputError: as `load_conversations` and `ChatFormat`; a prompt beyond
+            `text.max_prompt_tokens` (with `text.too_long = drop` only if no shorter one is left).
     """
     found: list[Demonstration] = []
-    dropped = 0
-    turns = _demonstrated(load_messages(source, split), text.turns == "all")
+    notes: Counter[str] = Counter()
+    rows = load_conversations(source, split, answers=answers, fields=chat.fields, notes=notes)
+    widest = max(map(len, chat.tokenizer.get_vocab()))  # characters of a token, or more
+    turns = _demonstrated(rows, text, widest, notes)
     while batch := list(islice(turns, 1024)):  # fast tokenizers work on a batch in parallel
-        texts: list[tuple[str, str]] = []
-        for messages, origin in batch:
+        rendered: list[Rendered] = []
+        for row, end, origin in batch:
             with located(origin):
-                texts.append(chat.render(messages))
-        for (messages, origin), (prompt, raw) in zip(batch, chat.tokenise(texts), strict=True):
+                one = _rendered(chat, row, end)
+            notes.update(filter(None, [one.note]))
+            room = 2 * widest * (text.max_response_tokens + 1)
+            rendered.append(one._replace(response=one.response[:room]))
+        tokens = chat.tokenise([one.texts for one in rendered])
+        for (row, end, origin), (prompt, raw) in zip(batch, tokens, strict=True):
+            answer = row.messages[end] if end < len(row.messages) else None
             with located(origin):
-                response = chat.close(raw)
+                response = chat.close(raw) if answer else []
                 if not prompt:
                     raise InputError("the prompt has no tokens: nothing precedes the answer")
                 if len(prompt) > text.max_prompt_tokens and text.too_long == "error":
-                    raise InputError(
-                        f"the prompt has {len(prompt)} tokens, text.max_prompt_tokens is "
-                        f"{text.max_prompt_tokens}: raise it, or set text.too_long to drop"
-                    )
+                    raise InputError(_too_long(f"{len(prompt)} tokens", text))
+            cut = len(response) > text.max_response_tokens
             if len(prompt) > text.max_prompt_tokens:
-                dropped += 1
-                continue
-            ids = np.array(response[: text.max_response_tokens], np.int32)
-            cut = len(ids) < len(response)
-            tokens = np.array(prompt, np.int32), ids
-            answer = messages[-1]["content"]
-            found.append(Demonstration(len(found), *tokens, cut, answer, origin, messages[:-1]))
+                notes[LONG_PROMPT] += 1
+            elif cut and text.overlong == "drop":
+                notes[LONG_RESPONSE] += 1
+            else:
+                ids = np.array(response[: text.max_response_tokens], np.int32)
+                found.append(
+                    Demonstration(
+                        len(found),
+                        np.array(prompt, np.int32),
+                        ids,
+                        cut,
+                        _answer(chat, answer, response),
+                        origin,
+                        row.messages[:end],
+                        len(response),
+                    )
+                )
     if not found:
-        limit = f"text.max_prompt_tokens = {text.max_prompt_tokens}"
-        raise InputError(f"{source}: all {dropped} prompts are longer than {limit}")
-    cuts = sum(one.truncated for one in found)
-    log.info("%s: %d demonstrations (%d cut), %d dropped", source, len(found), cuts, dropped)
-    return found, dropped
+        said = "; ".join(f"{count} {note}" for note, count in notes.items())
+        raise InputError(f"{source}: no demonstration is left: {said}")
+    return found, notes
+
+
+def _demonstrated(
+    rows: Iterable[tuple[Conversation, str]], text: TextConfig, widest: int, notes: Counter[str]
+) -> Iterator[tuple[Conversation, int, str]]:
+    """Conversations, how many turns are the prompt, and their origins.
+
+    Prompts of more characters than `text.max_prompt_tokens` tokens can have are left out, and not
+    even rendered: the prompts of all turns of a long conversation would cost its square.
+    """
+    for row, origin in rows:
+        ends = [end - 1 for end in row.ends]
+        ends += [] if row.answered else [len(row.messages)]
+        size = place = 0
+        for end in ends if text.turns == "all" else ends[-1:]:
+            size += sum(len(turn["content"]) for turn in row.messages[place:end])
+            place = end
+            if size <= widest * text.max_prompt_tokens:
+                yield row, end, origin
+            elif text.too_long == "error":
+                raise InputError(f"{origin}: {_too_long(f'{size} characters', text)}")
+            else:
+                notes[LONG_PROMPT] += 1
+
+
+def _too_long(size: str, text: TextConfig) -> str:
+    return (
+        f"the prompt has {size}, text.max_prompt_tokens is {text.max_prompt_tokens}: raise it, or "
+        "set text.too_long to drop"
+    )
+
+
+def _rendered(chat: ChatFormat, row: Conversation, end: int) -> Rendered:
+    """The text of a conversation up to its answer behind the first `end` turns, if there is one."""
+    if end < len(row.messages):
+        return chat.render(row.messages[: end + 1], row.tools)
+    return chat.render_prompt(row.messages, row.tools)
+
+
+def _answer(chat: ChatFormat, turn: dict[str, Any] | None, response: Sequence[int]) -> str | None:
+    """An answer as given or, where it is more than its content, as the model would say it."""
+    if turn and (chat.opening or any(turn.get(name) for name in ANSWERED)):
+        return chat.decode(response)
+    return turn["content"] if turn else None
 
 
 def hold_out(
@@ -136,6 +212,29 @@ def hold_out(
     return sides
 
 
+def shared(
+    demonstrations: Iterable[Demonstration], heldout: Iterable[Demonstration]
+) -> list[tuple[Demonstration, Demonstration]]:
+    """Held-out demonstrations whose prompts are also trained on, each with one that has its own."""
+    trained = {one.prompt.tobytes(): one for one in demonstrations}
+    pairs = ((one, trained.get(one.prompt.tobytes())) for one in heldout)
+    return [(one, other) for one, other in pairs if other]
+
+
+def lengths(demonstrations: Sequence[Demonstration]) -> str:
+    """Percentiles of the tokens of prompts and whole responses, and how many of these were cut."""
+    parts: list[str] = []
+    sizes = {"prompts": [len(one.prompt) for one in demonstrations]}
+    sizes["responses"] = [one.whole for one in demonstrations if one.answer is not None]
+    for name, values in sizes.items():
+        if values:
+            middle, high, higher = np.percentile(values, (50, 95, 99), method="higher")
+            shown = f"50 % ≤ {middle}, 95 % ≤ {high}, 99 % ≤ {higher}, all ≤ {max(values)} tokens"
+            parts.append(f"{name} {shown}")
+    cuts = sum(one.truncated for one in demonstrations)
+    return "; ".join(parts) + f"; {cuts} of {len(demonstrations)} demonstrations cut" * (cuts > 0)
+
+
 def fingerprint(demonstrations: Iterable[Demonstration]) -> str:
     """SHA-256, in hex, of all prompt and response tokens in order."""
     digest = hashlib.sha256()
@@ -143,12 +242,3 @@ def fingerprint(demonstrations: Iterable[Demonstration]) -> str:
         for ids in (one.prompt, one.response):
             digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
     return digest.hexdigest()
-
-
-def _demonstrated(
-    conversations: Iterable[tuple[Messages, str]], every: bool
-) -> Iterator[tuple[Messages, str]]:
-    """Conversations up to their last assistant turn, or up to each of them."""
-    for messages, origin in conversations:
-        ends = [n for n, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
-        yield from ((messages[:end], origin) for end in (ends if every else ends[-1:]))

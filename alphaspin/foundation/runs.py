@@ -18,6 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -215,6 +216,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not whole:
         raise InputError(f"{path}: damaged; restore it, or choose another --output") from None
     return manifest
+
+
+def clock(path: Path) -> datetime | None:
+    """When the prompts of the run in a folder were rendered, for templates that print the date.
+
+    Now, where there is no run yet; None where an earlier version did not record it.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        return datetime.now().replace(microsecond=0)
+    found = read_manifest(file)["identity"].get("clock")
+    return datetime.fromisoformat(found) if found else None
 
 
 class Run:
