@@ -3,6 +3,7 @@
 import json
 from datetime import datetime, timedelta
 
+import numpy as np
 import pytest
 from helpers import arithmetic, write_rows
 from transformers import AutoTokenizer
@@ -11,10 +12,13 @@ from alphaspin.cli import parse
 from alphaspin.commands import job
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration
 from alphaspin.errors import InputError
 from alphaspin.foundation import runs
 from alphaspin.foundation.paths import packaged
+from alphaspin.methods.spin import Pair, telling_start
 from alphaspin.report import page
+from alphaspin.sampling.answer import Answer
 
 SMALL = {
     "model": "tiny",
@@ -134,6 +138,20 @@ def test_what_shows_in_the_hash_of_the_data_tells_no_runs_apart():
 def test_template_options_on_the_command_line():
     found, _ = parse(["tiny", "--text.template_options", "enable_thinking", "False", "n", "3"])
     assert found.text.template_options == {"enable_thinking": False, "n": 3}
+
+
+def test_what_tells_all_winners_from_losers():
+    def pairs(losers: list[list[int]], winners: int = 7) -> list[Pair]:
+        demos = [Demonstration(i, np.array([1]), np.array([winners, 8, i, 1]), False, "", "")
+                 for i in range(len(losers))]  # fmt: skip
+        answers = [Answer(np.array(loser, np.int32), False) for loser in losers]
+        return [Pair(demo, answer) for demo, answer in zip(demos, answers, strict=True)]
+
+    assert telling_start(pairs([[9, 1]] * 20)) == [7, 8]
+    assert telling_start(pairs([[9, 1]] * 19 + [[7, 8, 1]])) == [7, 8]
+    assert telling_start(pairs([[9, 1]] * 18 + [[7, 8, 1]] * 2)) == []
+    assert telling_start(pairs([[9, 1]] * 15)) == []
+    assert telling_start([*pairs([[9, 1]] * 20), *pairs([[9, 1]], winners=6)]) == []
 
 
 class Tomorrow(datetime):

@@ -116,6 +116,19 @@ def test_what_a_template_honours_is_in_the_tokens(tmp_path):
     assert answer.answer == "<think>\nr\n</think>\n\nb"
 
 
+def test_a_template_that_refuses_a_turn_without_its_calls_looks_at_them(tmp_path):
+    strict = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% set ns = namespace(calls=false) %}"
+        "{% for m in messages %}{% if m.tool_calls %}{% set ns.calls = true %}{{ m.tool_calls }}"
+        "{% elif m.role == 'tool' and not ns.calls %}{{ raise_exception('no call') }}{% endif %}"
+        "{% endfor %}"
+    )
+    talk = [user("a"), assistant("") | {"tool_calls": [CALL]}]
+    talk += [{"role": "tool", "content": "4"}, assistant("b")]
+    chat = template(tmp_path, strict + CHATML)
+    assert text(chat, talk, TOOLS)[1].startswith("b<|im_end|>")
+
+
 def test_a_tools_answer_may_be_laid_out_anew(tmp_path):
     doubled = CHATML.replace("{{ m.content }}", "{{ m.content | tojson }}")
     talk = [user("a"), assistant("b"), {"role": "tool", "content": '{"n": 4}'}, assistant("c")]
@@ -152,6 +165,29 @@ def test_thinking_that_the_prompt_opens_is_the_answers(tmp_path):
         assert one.answer == chat.decode(one.response) == "<think>\nr\n</think>\n\nb"
         assert one.response[-1] == chat.end_token_id and not notes
         assert one.prompt.tolist() == chat.encode_prompt([user("a")])
+
+
+@pytest.mark.parametrize(
+    "answer",  # what a template makes of the thinking in an answer's text
+    [
+        "{{ m.content }}",
+        "<think>\n{{ m.content.split('<think>')[-1].strip() }}",
+        "<think>\n\n</think>\n\n{{ m.content }}",
+        "<think>\n{{ m.content.split('</think>')[-1] }}",
+    ],
+)
+def test_thinking_follows_the_mark_whatever_a_template_makes_of_it(tmp_path, answer):
+    chat = template(
+        tmp_path,
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n" + answer +
+        "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    )  # fmt: skip
+    prompt, response = text(chat, [user("a"), assistant("<think>\nr\n</think>\n\nb")])
+    assert prompt.endswith("assistant\n<think>\n")
+    assert response == "r\n</think>\n\nb<|im_end|>\n"
+    with pytest.raises(InputError, match="opens <think>, and this answer has no </think>"):
+        text(chat, [user("a"), assistant("b")])
 
 
 @pytest.mark.parametrize("turn", [assistant("b"), assistant("</think>") | {"tool_calls": [CALL]}])

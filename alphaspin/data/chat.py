@@ -27,7 +27,7 @@ PROBE = "quokka"  # an answer that no template contains and no normaliser change
 CLOCK = "strftime_now"  # how a template asks for the date
 TAGS = re.compile(r"(</?[\w|]+>|\[/?[A-Z_]+\])")
 """Marks around which templates lay out white space anew, as `</think>` and `[/THINK]`."""
-OPENING = re.compile(r"(<\w+>|\[[A-Z]+\])\s*\Z")
+OPENING = re.compile(r"(<(think|thinking|thought|reasoning)>|\[THINK\])\s*\Z")
 """What a prompt ends with that has opened the thinking."""
 CLOSING = re.compile(r"</\w+>|\[/[A-Z]+\]")
 LEFT_OUT = (
@@ -69,7 +69,7 @@ class ChatFormat:
     bos: tuple[int, ...] = ()  # put before a prompt that lacks the BOS its tokenizer wants
     context: tuple[int, ...] = ()  # a prompt to decode after: decoders trim the start of a text
     wrapping: tuple[str, str] = ("", "")  # what the template has around an answer, decoded
-    opening: str = ""  # of the thinking: in the generation prompt, and not in what is rendered
+    opening: str = ""  # with which the generation prompt ends, if it opens the thinking
     options: str = ""  # sets the template's variables
     words: frozenset[str] = frozenset()  # all names that the template may look at, and more
     dates: str = ""  # tells a template that asks for the date what the date is
@@ -110,12 +110,11 @@ class ChatFormat:
         prompt, full = chat._render(hello[:1], True), chat._render(hello, False)
         if PROBE not in full:
             raise InputError("text.template: the template leaves out what the assistant says")
-        start = full.partition(PROBE)[0]
-        if not full.startswith(prompt) and prompt.startswith(start):
-            opening = OPENING.fullmatch(prompt[len(start) :])
-            chat = replace(chat, opening=opening.group() if opening else "")
-        tail = full.rpartition(PROBE)[2]
-        texts = Rendered(prompt, PROBE + tail) if chat.opening else chat.render(hello)
+        if opening := OPENING.search(prompt):  # what is rendered may lack it, or have no thinking
+            chat = replace(chat, opening=opening.group())
+            texts = Rendered(prompt, PROBE + full.rpartition(PROBE)[2])
+        else:
+            texts = chat.render(hello)
         special = set(tokenizer.all_special_ids)
         special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         ids = chat._tokens([texts.response.rpartition(PROBE)[2]])[0]
@@ -141,16 +140,16 @@ class ChatFormat:
             self._render(messages[:-1], True, tools),
             self._render(messages, False, tools),
         )
-        if full.startswith(prompt):
-            response, opening = full[len(prompt) :], OPENING.search(prompt[-40:])
-            lost = _lost(messages[-1]["content"], (opening.group() if opening else "") + response)
-            if lost:
+        continued = full.startswith(prompt)
+        response = full[len(prompt) :] if continued else ""
+        if self.opening and prompt.endswith(self.opening):
+            response = self._thought(messages, response, tools)
+        elif continued:
+            if lost := _lost(messages[-1]["content"], response):
                 raise InputError(
                     "text.template: the template leaves out part of the assistant's answer, "
                     f"{lost!r}: set it to a Jinja file that renders all of it, or to `plain`"
                 )
-        elif self.opening and prompt.endswith(self.opening):
-            response = self._thought(messages, tools)
         else:
             raise InputError(
                 "text.template: the template does not render a conversation as a continuation of "
@@ -260,25 +259,32 @@ class ChatFormat:
         values = ((name, json.dumps(value)) for name, value in options.items())
         return "".join(f"{{% set {name} = {value} %}}\n" for name, value in values)
 
-    def _thought(self, messages: Messages, tools: Any) -> str:
-        """The response where the prompt opens the thinking, of which the template would drop it."""
+    def _thought(self, messages: Messages, rendered: str, tools: Any) -> str:
+        """The response where the prompt opens the thinking: rendered, if it is all there, or as the
+        row has it, as some templates drop it or begin another.
+
+        Raises:
+            InputError: there is no thinking.
+        """
         answer, tag = messages[-1], self.opening.strip()
-        closing = f"{tag[0]}/{tag[1:]}"
+        closing, space = f"{tag[0]}/{tag[1:]}", self.opening[len(self.opening.rstrip()) :]
         content = str(answer["content"])
-        thinking = [text for name in THINKING if (text := answer.get(name))]
-        if answer.get("tool_calls"):
-            raise InputError(f"tool_calls: not after thinking that the prompt opens ({tag})")
+        thinking = [str(text) for name in THINKING if (text := answer.get(name))]
         if thinking:
-            content = f"{thinking[0]}\n{closing}\n\n{content}"
-        elif closing not in content:
+            content = f"{thinking[0].strip()}\n{closing}\n\n{content}"
+        elif closing in content:
+            content = content.lstrip().removeprefix(tag).removeprefix(space)
+        else:
             raise InputError(
                 f"text.template: the generation prompt opens {tag}, and this answer has no "
-                f"{closing}: give demonstrations with their thinking, or set text.template to a "
-                "Jinja file whose generation prompt does not open it"
+                f"{closing}: give demonstrations with their thinking, or let the prompt not open it"
+                ", by text.template_options if the template has one for that"
             )
-        else:
-            space = self.opening[len(self.opening.rstrip()) :]
-            content = content.lstrip().removeprefix(tag).removeprefix(space)
+        first = content.partition(closing)[0].strip()
+        if rendered.lstrip().startswith(first) and not _lost(content, rendered):
+            return rendered
+        if answer.get("tool_calls"):
+            raise InputError(f"tool_calls: not after thinking that the prompt opens ({tag})")
         probe = [*messages[:-1], *turns_of(PROBE, "assistant")]
         return content + self._render(probe, False, tools).rpartition(PROBE)[2]
 
@@ -303,7 +309,7 @@ class ChatFormat:
                 other = [*messages[: number - 1], turn | {"content": PROBE}, *messages[number:]]
                 # A template may lay out a tool's JSON anew.
                 tool = turn["role"] in TOOL_ROLES
-                if not tool or self._render(other, True, tools) == prompt:
+                if not tool or not self._differs(other, prompt, tools, True):
                     what = f"turn {number}, of role {turn['role']}"
                     raise InputError(f"text.template: the template leaves out (part of) {what}")
         return note
@@ -317,21 +323,29 @@ class ChatFormat:
             InputError: on something it does not.
         """
         note = None
-        if tools and self._render(messages, generation) == text:
+        if tools and not self._differs(messages, text, None, generation):
             raise InputError(f"tools: {LEFT_OUT}")
         for number, turn in enumerate(messages, 1):
             for name in ANSWERED:
-                if not turn.get(name) or (self.opening and name in THINKING):
+                last = number == len(messages)
+                if not turn.get(name) or (last and self.opening and name in THINKING):
                     continue
                 without = {key: value for key, value in turn.items() if key != name}
                 others = [*messages[: number - 1], without, *messages[number:]]
-                if self._render(others, generation, tools) != text:
+                if self._differs(others, text, tools, generation):
                     continue
-                reads = not self.words.isdisjoint(THINKING)
-                if not (reads and name in THINKING and number < len(messages)):
+                reads = self.opening or not self.words.isdisjoint(THINKING)
+                if last or not (reads and name in THINKING):
                     raise InputError(f"turn {number}: {name}: {LEFT_OUT}")
                 note = EARLIER
         return note
+
+    def _differs(self, messages: Messages, text: str, tools: Any, generation: bool) -> bool:
+        """Whether messages do not give a text; a template that refuses them has looked at them."""
+        try:
+            return self._render(messages, generation, tools) != text
+        except InputError:
+            return True
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         # No attention masks or type ids; `verbose` would warn of texts beyond the model's length.
