@@ -275,7 +275,7 @@ def _call(call: Any, number: int) -> Any:
         return fields | {"function": _call(inner, number)}
     if isinstance(arguments := fields.get("arguments"), str):
         try:
-            return fields | {"arguments": json.loads(arguments)}
+            return fields | {"arguments": json.loads(arguments or "{}")}
         except ValueError as error:
             raise InputError(f"turn {number}: tool_calls: arguments: {error}") from None
     return fields
