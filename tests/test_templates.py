@@ -1,7 +1,6 @@
 """Chat templates: what they leave out is found, thinking that the prompt opens, options, dates."""
 
 import json
-from datetime import datetime
 
 import pytest
 from test_data import CHATML, QA, assistant, chat_of, tokenizer_of, user, write
@@ -231,11 +230,11 @@ def test_unknown_options_are_refused(tmp_path, name):
 
 
 def test_a_template_is_told_one_date(tmp_path):
-    first = template(tmp_path, DATED, clock=datetime(2026, 1, 2, 3, 4, 5))
+    first = template(tmp_path, DATED, clock="2026-01-02T03:04:05")
     assert text(first, [user("a"), assistant("b")])[0].startswith("02 Jan 2026 03:04:05\n")
     assert first.dates and not template(tmp_path, CHATML).dates
     fallback = '{% if strftime_now is defined %}{% set d = strftime_now("%Y") %}{% endif %}{{ d }}'
-    told = template(tmp_path, fallback + CHATML, clock=datetime(1999, 1, 1))
+    told = template(tmp_path, fallback + CHATML, clock="1999-01-01T00:00:00")
     assert text(told, [user("a"), assistant("b")])[0].startswith("1999<|im_start|>")
     assert "1999" not in told.source  # elsewhere it is today
     with pytest.raises(InputError, match="a format that is computed"):

@@ -83,7 +83,7 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         "data": fingerprint(demonstrations),
     }
     if now and chat.dates:
-        identity["clock"] = now.isoformat()
+        identity["clock"] = now
     backbone.load_adapter(ADAPTER, adapter)
     kept = Verdict.read(Path(config.output))
     verdict = verify(backbone, ADAPTER, longest=config.text.longest, kept=kept)

@@ -175,7 +175,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         identity["plugins"] = plugins
     hint = ""
     if chat.dates and now:
-        identity["clock"] = now.isoformat()
+        identity["clock"] = now
     elif chat.dates:
         hint = OTHER_DAY
     with contextlib.closing(open_run(team, config.run_folder(), identity, hint)) as folder:

@@ -82,11 +82,11 @@ class ChatFormat:
         extra_stop_ids: Iterable[int] = (),
         *,
         options: Mapping[str, Any] | None = None,
-        clock: datetime | None = None,
+        clock: str | None = None,
     ) -> "ChatFormat":
         """The format of a tokenizer under `text.template` and `text.template_options`.
 
-        A template that prints the date is told the same `clock` whenever it is asked.
+        A template that prints the date is told `clock`, in ISO 8601, whenever it asks; or now.
 
         The end token is found behind the answer of a probe conversation: the first token there that
         is a stop token (the tokenizer's EOS or one of `extra_stop_ids`, the model's generation
@@ -105,7 +105,8 @@ class ChatFormat:
         chat = replace(chat, options=chat._setting(options or {}))
         if CLOCK in words:
             every = source or str(tokenizer.chat_template)
-            chat = replace(chat, dates=_dates(every, clock or datetime.now()))
+            moment = datetime.fromisoformat(clock) if clock else datetime.now()
+            chat = replace(chat, dates=_dates(every, moment))
         hello = turns_of("Hello", "user") + turns_of(PROBE, "assistant")
         prompt, full = chat._render(hello[:1], True), chat._render(hello, False)
         if PROBE not in full:

@@ -218,8 +218,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def clock(path: Path) -> datetime | None:
-    """When the prompts of the run in a folder were rendered, for templates that print the date.
+def clock(path: Path) -> str | None:
+    """When the prompts of the run in a folder were rendered, in ISO 8601, for templates that print
+    the date.
 
     Now, where there is no run yet; None where an earlier version did not record it.
 
@@ -228,9 +229,8 @@ def clock(path: Path) -> datetime | None:
     """
     file = path / "manifest.json"
     if not file.is_file():
-        return datetime.now().replace(microsecond=0)
-    found = read_manifest(file)["identity"].get("clock")
-    return datetime.fromisoformat(found) if found else None
+        return datetime.now().isoformat(timespec="seconds")
+    return read_manifest(file)["identity"].get("clock")
 
 
 class Run:
