@@ -86,6 +86,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
     fields = command.model_dump(exclude={"plan"})
     if (command.model, command.data) != (recipe.model, recipe.data):
         fields["hints"] = None  # they are facts about the recipe's own model and data
+    if command.data != recipe.data and "split" not in given:  # so is its split
+        fields["split"] = Config.model_fields["split"].default
     try:
         return Config.model_validate(fields), command.plan
     except ValidationError as error:

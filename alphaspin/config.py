@@ -104,12 +104,14 @@ class Config(Sections):
     model: Source = "tiny"
     """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
     data: Source = "tiny"
-    """Demonstrations: a JSONL, JSON or Parquet file, a folder, a hub id, or `tiny`."""
+    """Demonstrations: a JSONL, JSON, CSV or Parquet file, a folder, a hub id, or `tiny`."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a folder, by the names of its files, or of a hub data set."""
     heldout: Source | None = None
     """Demonstrations held out for evaluation, read as `data` is; without it some of `data` is set
     aside."""
+    heldout_split: str | None = None
+    """Split of `heldout`, by default that of `data`."""
     output: Place | None = None
     """Run folder; by default `runs/NAME-DIGEST`, where the digest is that of the configuration, so
     that the same command goes on with the same run."""
@@ -293,12 +295,15 @@ class Config(Sections):
                 "sharding",
             },
             "sampling": {"batch_size", "url", "key_variable", "workers"},
-            "evaluate": {"show"},
+            "text": self.text.free(),
+            "evaluate": {"show"} if self.evaluate.overlap == "drop" else {"show", "overlap"},
             "judge": {*self.judge.free, "folder"},
             **{section: {"folder"} for section in ("loss", "preference", "selfplay")},
         }
         if not self.preference.judged:
             free["judge"] = True
+        if self.heldout_split is None:
+            free["heldout_split"] = True
         if "gflownet" not in self.selfplay.uses:
             free["gflownet"] = True
         return self.model_dump(mode="json", exclude=free)
@@ -321,6 +326,11 @@ class Config(Sections):
                 named[key] = from_here(named[key])
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    @property
+    def uses_answers(self) -> bool:
+        """Whether each row must have an answer: one is trained on, or a judge compares with it."""
+        return not self.preference.judged or self.judge.needs_answers or self.control == "sft"
 
     def run_folder(self) -> Path:
         """The run's folder: `output`, or one named after the configuration.

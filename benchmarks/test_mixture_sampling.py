@@ -25,7 +25,8 @@ import worlds
 from test_self_play import RUNS, settings
 
 from alphaspin.commands.job import run
-from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import load_demonstrations
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import Metrics
 from alphaspin.model.distributed import Team

@@ -48,7 +48,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "data": str(folder / "data.jsonl"),
         "output": str(folder / "run"),
         "selfplay": {"iterations": 2, "prompts": 8},
-        "text": {"max_response_tokens": 6},
+        "text": {"max_response_tokens": 6, "overlong": "cut"},
         "lora": {"r": 2},
         "train": {"batch_size": 4, "lr": 1e-2},
         "evaluate": {"prompts": 3},

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from alphaspin import cli
 from alphaspin.config import Config, load_config, recipe_names
-from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_STOPPED, InputError
 from alphaspin.foundation.runs import Metrics
 from alphaspin.training.loop import learning_rate

@@ -23,11 +23,12 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from alphaspin.data import demonstrations as data
+from alphaspin.data.chat import PLAIN_TEMPLATE, ChatFormat
 from alphaspin.data.demonstrations import (
-    ChatFormat,
+    LONG_PROMPT,
     Demonstration,
+    load_conversations,
     load_demonstrations,
-    load_messages,
 )
 from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
@@ -192,10 +193,14 @@ def write(path: Path, *rows: object) -> str:
     return str(path)
 
 
+def load_messages(source: str, split: str = "train") -> list[tuple[list[dict[str, str]], str]]:
+    return [(row.messages, origin) for row, origin in load_conversations(source, split)]
+
+
 def fails(source: str | Path, *parts: str, **options) -> str:
     """The message of the InputError of loading a source, which must have all the parts."""
     with pytest.raises(InputError) as caught:
-        list(load_messages(str(source), **options))
+        load_messages(str(source), **options)
     for part in parts:
         assert part in str(caught.value)
     return str(caught.value)
@@ -248,7 +253,7 @@ def test_round_trip(style, question, answer):
     assert chat.stop_token_ids.isdisjoint(response[:-1])
     # Together the tokens are the rendered text up to the end token.
     whole = tokenizer.decode(prompt + response)
-    template = data.PLAIN_TEMPLATE if style.startswith("plain") else None
+    template = PLAIN_TEMPLATE if style.startswith("plain") else None
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
     rendered = rendered.rpartition(END_OF[style])[0] + END_OF[style]
     assert whole == rendered or style in MARKS
@@ -327,7 +332,7 @@ def test_template_without_special_tokens_gets_the_eos(tmp_path):
 
 
 def test_plain_template(caplog):
-    with caplog.at_level(logging.INFO, "alphaspin.data.demonstrations"):
+    with caplog.at_level(logging.INFO, "alphaspin.data.chat"):
         chat = ChatFormat.create(tokenizer_of("plain"))
         ChatFormat.create(tokenizer_of("chatml"))
     assert [record.getMessage() for record in caplog.records] == [
@@ -346,7 +351,7 @@ def test_plain_template(caplog):
     ("template", "part"),
     [
         ("{% for m in messages %}{{ m.content }}{% endfor %}"
-         "{{ '<think>' if add_generation_prompt }}",
+         "{{ 'thinking' if add_generation_prompt }}",
          "continuation of its generation prompt"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
          "leaves out"),
@@ -405,7 +410,7 @@ def test_template_that_refuses_a_row_names_it(tmp_path):
 )  # fmt: skip
 def test_row_formats(tmp_path, row, messages):
     source = write(tmp_path / "rows.jsonl", row)
-    assert list(load_messages(source)) == [(messages, f"{source}:1")]
+    assert load_messages(source) == [(messages, f"{source}:1")]
 
 
 @pytest.mark.parametrize(
@@ -428,7 +433,7 @@ def test_row_formats(tmp_path, row, messages):
         ({"messages": [{"role": ["user"], "content": "s"}]}, ("turn 1", "['user']")),
         ({"messages": [user("a"), assistant(None)]}, ("turn 2: expected text", "null")),
         ({"messages": [user("a"), assistant([{"type": "text"}])]},
-         ("turn 2: expected text", "list")),
+         ("turn 2: a part of its content: expected text", "null")),
         ({"question": None, "answer": "4"}, ("turn 1: expected text", "null")),
         ({"instruction": "a", "input": 3, "output": "b"}, ("input: expected text", "int")),
         ({"question": "a", "answer": ""}, ("turn 2", "answer is empty")),
@@ -526,11 +531,12 @@ def test_folder_in_sorted_order_without_hidden_files(tmp_path):
 def test_missing_empty_and_unsupported_sources(tmp_path):
     fails(tmp_path / "no.jsonl", "no.jsonl: no such file or folder")
     fails(tmp_path / "no", "no: no such file or folder")
-    fails(tmp_path, str(tmp_path), ".jsonl, .json, .parquet file in this folder")
+    fails(tmp_path, str(tmp_path), ".jsonl, .json, .csv, .parquet file in this folder")
     (tmp_path / "a.jsonl").touch()
     fails(tmp_path / "a.jsonl", "a.jsonl: no rows")
-    (tmp_path / "a.csv").write_text("question,answer\n")
-    fails(tmp_path / "a.csv", "a.csv", "ends with one of .jsonl, .json, .parquet")
+    for name in ("a.txt", "a.jsonl.xz", "a.parquet.gz"):
+        (tmp_path / name).write_text("question,answer\n")
+        fails(tmp_path / name, name, "ends with one of .jsonl, .json, .csv, .parquet")
 
 
 def test_saved_datasets(tmp_path):
@@ -540,9 +546,9 @@ def test_saved_datasets(tmp_path):
     rows.save_to_disk(str(tmp_path / "one"))
     DatasetDict({"dev": rows}).save_to_disk(str(tmp_path / "two"))
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert list(load_messages(one))[1] == ([user("a"), assistant("b")], f"{one}:train[1]")
-    assert list(load_messages(two, "dev"))[1][1] == f"{two}:dev[1]"
-    fails(two, f"{two} (split train)")
+    assert load_messages(one)[1] == ([user("a"), assistant("b")], f"{one}:train[1]")
+    assert load_messages(two, "dev")[1][1] == f"{two}:dev[1]"
+    fails(two, f"{two}: no split 'train'; it has: dev")
 
 
 def test_hub(monkeypatch):
@@ -562,7 +568,7 @@ def test_hub(monkeypatch):
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert next(iter(load_messages("gsm8k:main", "test")))[1] == "gsm8k:main:test[0]"
+    assert load_messages("gsm8k:main", "test")[0][1] == "gsm8k:main:test[0]"
     assert calls == [("gsm8k", "main", "test")]
     fails("some/set", "some/set:train[1]: turn 2: expected text, found null")
     fails("some/empty", "some/empty (split train): no rows")
@@ -587,7 +593,7 @@ def test_demonstrations_agree_with_encode_across_batches(tmp_path):
     rows = [{"question": f"sort {i}", "answer": f"{i} apple"} for i in range(1030)]
     source = write(tmp_path / "rows.jsonl", *rows)
     found, dropped = load_demonstrations(source, chat_of("chatml"), TextConfig())
-    assert (len(found), dropped) == (1030, 0)
+    assert (len(found), dropped) == (1030, {})
     for i, one in enumerate(found):
         prompt, response = chat_of("chatml").encode([user(f"sort {i}"), assistant(f"{i} apple")])
         assert (one.index, one.answer, one.origin) == (i, f"{i} apple", f"{source}:{i + 1}")
@@ -641,9 +647,9 @@ def test_long_prompts(tmp_path):
         assert part in str(caught.value)
     limits = TextConfig(max_prompt_tokens=short, too_long="drop")
     kept, dropped = load_demonstrations(source, chat, limits)
-    assert dropped == 1
+    assert dropped == {LONG_PROMPT: 1}
     assert [(one.index, one.origin) for one in kept] == [(0, f"{source}:1"), (1, f"{source}:3")]
-    with pytest.raises(InputError, match="all 3 prompts are longer") as caught:
+    with pytest.raises(InputError, match="3 rows dropped: the prompt is longer") as caught:
         load_demonstrations(source, chat, TextConfig(max_prompt_tokens=1, too_long="drop"))
     assert str(caught.value).startswith(source)
 

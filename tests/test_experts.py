@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from alphaspin.commands import exporting
 from alphaspin.config import Config
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.model.batching import collate
 from alphaspin.model.load import load_base

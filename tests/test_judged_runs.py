@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from alphaspin.commands import job
 from alphaspin.config import Config
-from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import hold_out, load_demonstrations
 from alphaspin.errors import JudgeError
 from alphaspin.foundation.runs import file_hash
 from alphaspin.judges.base import Prompt

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from alphaspin.commands import job
 from alphaspin.config import Config
-from alphaspin.data.demonstrations import ChatFormat, load_demonstrations
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import load_demonstrations
 from alphaspin.foundation.runs import file_hash
 from alphaspin.methods.spin import contraction_note
 from alphaspin.model.backbone import Backbone, average_adapters

@@ -24,7 +24,7 @@ from alphaspin import cli
 from alphaspin.commands import exporting, job
 from alphaspin.commands.played import Played
 from alphaspin.config import Config, load_config
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.diversity import distinct, self_bleu

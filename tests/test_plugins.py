@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "model": str(folder / "model"),
         "data": str(folder / "data.jsonl"),
         "selfplay": {"iterations": 2, "prompts": 8},
-        "text": {"max_response_tokens": 6},
+        "text": {"max_response_tokens": 6, "overlong": "cut"},
         "lora": {"r": 2},
         "train": {"batch_size": 4, "lr": 1e-2},
         "evaluate": {"prompts": 0},

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.commands import job
 from alphaspin.config import Config, explain, load_config
-from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import hold_out, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, InputError
 from alphaspin.foundation.runs import HASHES, TEMPORARY, Run, file_hash
 from alphaspin.model.load import load_base

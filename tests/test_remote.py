@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from alphaspin.commands.job import run
 from alphaspin.config import Config
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.runs import file_hash
@@ -293,7 +293,7 @@ def small_run(base: str, data: Path, output: Path, iterations: int = 2, **sampli
             "data": str(data),
             "output": str(output),
             "selfplay": {"iterations": iterations, "prompts": 8},
-            "text": {"max_response_tokens": 6},
+            "text": {"max_response_tokens": 6, "overlong": "cut"},
             "lora": {"r": 2},
             "train": {"batch_size": 4, "lr": 1e-2},
             "evaluate": {"prompts": 2},

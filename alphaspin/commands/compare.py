@@ -14,10 +14,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from alphaspin.commands.job import check_lengths, load_source
+from alphaspin.commands.job import check_lengths, load_heldout
 from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.data.demonstrations import ChatFormat, Demonstration
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.measures import Bench
@@ -117,7 +118,7 @@ def _compare(
 def _prompts(played: Played, chat: ChatFormat, options: EvaluateOptions) -> list[Demonstration]:
     """The run's own held-out prompts, or those of another file; the first `--prompts` of them."""
     if options.heldout:
-        found = load_source(played.config, chat, options.heldout, "tiny/heldout.jsonl")
+        found = load_heldout(played.config, chat, options.heldout)
     else:
         found = played.heldout(chat)
     if not found:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from alphaspin.commands.options import ExportOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
@@ -61,8 +61,8 @@ def run(played: Played, options: ExportOptions) -> None:
         if played.config.train.quantization != "none":
             form += "; it was trained beside that base rounded to 4 bits, so scores will differ"
         tokenizer = chat.tokenizer
-        if chat.template is not None:  # what was trained with; not always the tokenizer's own
-            tokenizer.chat_template = chat.template
+        if chat.template is not None or chat.options:  # not always the tokenizer's own
+            tokenizer.chat_template = chat.source  # what was trained with
         tokenizer.save_pretrained(folder)
         card = _card(played, policy, options, form)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -8,11 +8,12 @@ from typing import Any
 from accelerate import Accelerator
 
 from alphaspin.commands.options import GFlowNetRun
-from alphaspin.data.demonstrations import ChatFormat, fingerprint, load_demonstrations
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import fingerprint, load_demonstrations
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import check_there, packaged
-from alphaspin.foundation.runs import Metrics, Run, SignalGuard, file_hash, write_atomically
+from alphaspin.foundation.runs import Metrics, Run, SignalGuard, clock, file_hash, write_atomically
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.distributed import Team, repeatable
 from alphaspin.model.load import load_base
@@ -49,9 +50,20 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
     backbone, tokenizer = load_base(
         config.model, dtype=config.dtype, device=accelerator.device, longest=config.text.longest
     )
-    chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
+    now = clock(Path(config.output))
+    chat = ChatFormat.create(
+        tokenizer,
+        config.text.template,
+        backbone.stop_ids,
+        options=config.text.template_options,
+        clock=now,
+    )
     path = str(packaged("tiny/train.jsonl")) if config.data == "tiny" else config.data
-    demonstrations, _ = load_demonstrations(path, chat, config.text, config.split)
+    demonstrations, notes = load_demonstrations(
+        path, chat, config.text, config.split, answers=False
+    )
+    for note, count in notes.items():
+        console.note(f"{config.data}: {count} {note}")
     # Conversations that share their first turns have the same prompt.
     prompts = list({demo.prompt.tobytes(): demo.prompt for demo in demonstrations}.values())
     used = prompts[: config.gflownet.prompts]
@@ -70,6 +82,8 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         "end_tokens": sorted(chat.stop_token_ids),
         "data": fingerprint(demonstrations),
     }
+    if now and chat.dates:
+        identity["clock"] = now
     backbone.load_adapter(ADAPTER, adapter)
     kept = Verdict.read(Path(config.output))
     verdict = verify(backbone, ADAPTER, longest=config.text.longest, kept=kept)

@@ -19,7 +19,7 @@ from torch import nn
 
 from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.runs import SignalGuard, commit, folder_hash, stands
@@ -75,8 +75,8 @@ def run(
         if not manager.match_tasks([task]):
             raise InputError(f"tasks = {task}: lm-evaluation-harness {version} knows no such task")
     tokenizer = copy.copy(chat.tokenizer)
-    if chat.template is not None:
-        tokenizer.chat_template = chat.template
+    if chat.template is not None or chat.options:
+        tokenizer.chat_template = chat.source
     settings = [
         (version, sorted(options.tasks), options.chat, tokenizer.chat_template),
         folder_hash(further, DEFINITIONS) if further else None,

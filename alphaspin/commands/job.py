@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -20,13 +21,16 @@ from pydantic import ValidationError
 
 from alphaspin import __version__
 from alphaspin.config import Config
+from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import (
-    ChatFormat,
     Demonstration,
     fingerprint,
     hold_out,
+    lengths,
     load_demonstrations,
+    shared,
 )
+from alphaspin.data.files import is_file
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
@@ -37,6 +41,7 @@ from alphaspin.foundation.runs import (
     Mirror,
     Run,
     SignalGuard,
+    clock,
     differences,
     relocated,
     run_id,
@@ -53,6 +58,11 @@ from alphaspin.model.load import base_hash, choose_bf16, load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import ReferenceCache
 from alphaspin.model.verify import Verdict, verify
+
+OTHER_DAY = (
+    ". The chat template prints the date, and versions before this one did not keep that of the run"
+)
+"""Added to an error about other tokens than a run's, where that may be the reason."""
 
 
 def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
@@ -108,6 +118,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
     console.console.quiet = not team.main
     sharded = config.train.sharding == "fsdp" and team.world_size > 1
     identity = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
+    now = team.from_main(lambda: clock(config.run_folder()))
     with team.together():
         backbone, tokenizer = load_base(
             config.model,
@@ -120,8 +131,15 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             longest=config.text.longest,
         )
         backbone.use_layout(config.train.layout)
-        chat = ChatFormat.create(tokenizer, config.text.template, backbone.stop_ids)
+        chat = ChatFormat.create(
+            tokenizer,
+            config.text.template,
+            backbone.stop_ids,
+            options=config.text.template_options,
+            clock=now,
+        )
         demonstrations, heldout = load_data(config, chat)
+        check_data(config, demonstrations, heldout)
         check_lengths(config, backbone, demonstrations + heldout)
     if sharded:
         team.shard(backbone)
@@ -157,7 +175,12 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         identity["judge"] = judge.identity
     if plugins := config.plugins():
         identity["plugins"] = plugins
-    with contextlib.closing(open_run(team, config.run_folder(), identity)) as folder:
+    hint = ""
+    if chat.dates and now:
+        identity["clock"] = now
+    elif chat.dates:
+        hint = OTHER_DAY
+    with contextlib.closing(open_run(team, config.run_folder(), identity, hint)) as folder:
         mirror: Mirror | None = None
         if config.log.trackers:
             settings = {key: str(value) for key, value in flat(config.identity()).items()}
@@ -224,16 +247,19 @@ def renewed(identity: dict[str, Any]) -> dict[str, Any]:
         return identity
 
 
-def open_run(team: Team, path: Path, identity: dict[str, Any]) -> Run:
+def open_run(team: Team, path: Path, identity: dict[str, Any], hint: str = "") -> Run:
     """The run folder, opened by process 0 and joined by the others.
 
     Raises:
-        InputError: as `Run`, or a process does not see process 0's folder.
+        InputError: as `Run`, with `hint` at its end; or a process does not see process 0's folder.
     """
     folder: Run | None = None
     with team.together():
         if team.main:
-            folder = Run(path, identity, renewed)
+            try:
+                folder = Run(path, identity, renewed)
+            except InputError as error:
+                raise InputError(f"{error}{hint}") from error.__cause__
             if team.world_size > 1:
                 folder.share()
     owner = team.gather(folder and folder.owner)[0]
@@ -243,28 +269,78 @@ def open_run(team: Team, path: Path, identity: dict[str, Any]) -> Run:
 
 
 def load_source(
-    config: Config, chat: ChatFormat, source: str, embedded: str
+    config: Config, chat: ChatFormat, source: str, split: str, embedded: str
 ) -> list[Demonstration]:
     """Demonstrations of a file, folder or hub id; `embedded` is the packaged file behind `tiny`."""
     path = str(packaged(embedded)) if source == "tiny" else source
-    found, dropped = load_demonstrations(path, chat, config.text, config.split)
-    if dropped:
-        console.note(f"{source}: {dropped} rows dropped (prompt too long), {len(found)} kept")
+    found, notes = load_demonstrations(path, chat, config.text, split, answers=config.uses_answers)
+    for note, count in notes.items():
+        console.note(f"{source}: {count} {note}")
     return found
+
+
+def load_heldout(config: Config, chat: ChatFormat, source: str) -> list[Demonstration]:
+    """All demonstrations of a source that is held out."""
+    split = config.heldout_split or config.split
+    return load_source(config, chat, source, split, "tiny/heldout.jsonl")
 
 
 def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
     """Demonstrations to train on and held-out ones."""
-    demonstrations = load_source(config, chat, config.data, "tiny/train.jsonl")
+    demonstrations = load_source(config, chat, config.data, config.split, "tiny/train.jsonl")
     if config.heldout:
-        every = load_source(config, chat, config.heldout, "tiny/heldout.jsonl")
-        heldout = every[: config.evaluate.prompts]
+        heldout = load_heldout(config, chat, config.heldout)[: config.evaluate.prompts]
+        if config.evaluate.overlap == "drop":
+            prompts = {one.prompt.tobytes() for one in heldout}
+            kept = [one for one in demonstrations if one.prompt.tobytes() not in prompts]
+            if dropped := len(demonstrations) - len(kept):
+                console.note(f"{config.data}: {dropped} rows dropped: their prompts are held out")
+            demonstrations = kept
     else:
         count = min(config.evaluate.prompts, len(demonstrations) // 5)
         if count < config.evaluate.prompts:
             console.note(f"only {count} of {len(demonstrations)} demonstrations are held out")
         demonstrations, heldout = hold_out(demonstrations, count, config.seed)
+    if not demonstrations:
+        raise InputError(f"data = {config.data}: no demonstration is left to train on")
     return demonstrations, heldout
+
+
+def check_data(
+    config: Config, demonstrations: Sequence[Demonstration], heldout: Sequence[Demonstration]
+) -> None:
+    """Say how long the demonstrations are, and refuse what would be trained wrongly.
+
+    Raises:
+        InputError: held-out prompts that are trained on, too many demonstrations cut, a split that
+            a file does not have.
+    """
+    data_split = config.split if config.split != "train" else ""
+    for key, source, setting, split in (
+        ("data", config.data, "split", data_split),
+        ("heldout", config.heldout or "tiny", "heldout_split", config.heldout_split or ""),
+    ):
+        if source != "tiny" and is_file(source) and split not in Path(source).name:
+            raise InputError(f"{setting} = {split}: {key} = {source} is one file: leave it out")
+    console.note(lengths(demonstrations))
+    if both := shared(demonstrations, heldout):
+        shown = ", ".join(f"{one.origin} (as {other.origin})" for one, other in both[:3])
+        said = f"{len(both)} of {len(heldout)} held-out prompts are also trained on: {shown}"
+        said += ", …" * (len(both) > 3)
+        if config.evaluate.overlap == "error":
+            raise InputError(f"{said}: evaluate.overlap = drop trains without them, keep with them")
+        console.alarm(said)
+    cut, text = sum(one.truncated for one in demonstrations), config.text
+    trained = not config.preference.judged or config.control == "sft"
+    share = cut / len(demonstrations)
+    if trained and text.overlong == "error" and share > text.overlong_share:
+        raise InputError(
+            f"{cut} of {len(demonstrations)} demonstrations are longer than "
+            f"text.max_response_tokens = {text.max_response_tokens} and would be trained without "
+            f"an end: raise it (the longest has {max(one.whole for one in demonstrations)}), or "
+            "set text.overlong to drop or cut, or text.overlong_share = "
+            f"{text.overlong_share:g} to {math.ceil(100 * share) / 100:g}"
+        )
 
 
 def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> None:
@@ -276,7 +352,7 @@ def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]
             f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest "
             f"prompt ({longest} tokens) that exceeds the model's {backbone.max_positions} positions"
         )
-    highest = max(int(max(demo.prompt.max(), demo.response.max())) for demo in demos)
+    highest = max(int(max(demo.prompt.max(), demo.response.max(initial=0))) for demo in demos)
     rows = backbone.head.weight.shape[0]
     if highest >= rows:
         raise InputError(

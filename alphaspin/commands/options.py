@@ -27,7 +27,7 @@ class GFlowNetRun(Section):
     data: Source = "tiny"
     """Demonstrations whose prompts are used: as for `alphaspin-train`."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a folder, by the names of its files, or of a hub data set."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of all randomness."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -45,6 +45,7 @@ class GFlowNetRun(Section):
             "output": True,
             "adapter": True,  # its hash counts, not its place
             "gflownet": {"accumulation", "checkpoint_every"},
+            "text": self.text.free(),
         }
         return self.model_dump(mode="json", exclude=free)
 

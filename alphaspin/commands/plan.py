@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alphaspin.commands.job import load_data
+from alphaspin.commands.job import check_data, load_data
 from alphaspin.config import Config, PlanHints
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import packaged
@@ -67,12 +67,15 @@ def gather(config: Config) -> PlanHints:
         if local_data:
             with loading(config.model):
                 tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-            chat = ChatFormat.create(tokenizer, config.text.template)
-            demonstrations, _ = load_data(config, chat)
+            text = config.text
+            chat = ChatFormat.create(tokenizer, text.template, options=text.template_options)
+            demonstrations, heldout = load_data(config, chat)
+            check_data(config, demonstrations, heldout)
+            responses = [len(d.response) for d in demonstrations if d.answer is not None]
             facts |= {
                 "demonstrations": len(demonstrations),
                 "prompt_tokens": float(np.mean([len(d.prompt) for d in demonstrations])),
-                "response_tokens": float(np.mean([len(d.response) for d in demonstrations])),
+                "response_tokens": float(np.mean(responses or [text.max_response_tokens])),
             }
     return PlanHints.model_validate(facts)
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from alphaspin.commands.job import load_data, load_source
+from alphaspin.commands.job import OTHER_DAY, load_data, load_heldout
 from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.config import Config, explain
-from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
 from alphaspin.foundation.paths import check_there
-from alphaspin.foundation.runs import fault, file_hash, read_manifest
+from alphaspin.foundation.runs import clock, fault, file_hash, read_manifest
 from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.load import load_base
@@ -159,7 +160,14 @@ class Played:
                 f"{identity['base'][:12]} in the manifest); restore it, or say where it is now: "
                 "--model FOLDER"
             )
-        chat = ChatFormat.create(tokenizer, self.config.text.template, backbone.stop_ids)
+        text = self.config.text
+        chat = ChatFormat.create(
+            tokenizer,
+            text.template,
+            backbone.stop_ids,
+            options=text.template_options,
+            clock=clock(self.path),
+        )
         if sorted(chat.stop_token_ids) != identity["end_tokens"]:
             raise InputError(
                 f"model = {name}: end tokens {sorted(chat.stop_token_ids)}, in the run "
@@ -180,13 +188,14 @@ class Played:
         )
         self._check_there(key, f"; where they are now: {there}")
         if config.heldout:
-            every = load_source(config, chat, config.heldout, "tiny/heldout.jsonl")
-            found = every[: config.evaluate.prompts]
+            found = load_heldout(config, chat, config.heldout)[: config.evaluate.prompts]
         else:
             found = load_data(config, chat)[1]
         if fingerprint(found) != self.manifest["identity"]["heldout"]:
             source = f"{key} = {getattr(config, key)}"
+            hint = OTHER_DAY if chat.dates and "clock" not in self.manifest["identity"] else ""
             raise InputError(
                 f"{source}: not the prompts that this run held out; restore the file, or: {there}"
+                + hint
             )
         return found

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from alphaspin.foundation.paths import place
-from alphaspin.foundation.section import PositiveInt, Section
+from alphaspin.foundation.section import Fraction, PositiveInt, Section
 
 
 def _template(name: str) -> str:
@@ -18,6 +18,8 @@ class TextConfig(Section):
     template: Annotated[str, AfterValidator(_template)] = "auto"
     """Chat template: `auto` (the tokenizer's own, the plain one where it has none), `plain`, or the
     path of a Jinja file."""
+    template_options: dict[str, bool | int | float | str] = Field(default={})
+    """Variables of the chat template, as `enable_thinking: false`."""
     turns: Literal["last", "all"] = "last"
     """Assistant turns of a conversation that are demonstrations: the last one, or each of them."""
     max_prompt_tokens: PositiveInt = 1024
@@ -25,8 +27,23 @@ class TextConfig(Section):
     max_response_tokens: PositiveInt = 1024
     """Longest response, in tokens, demonstrated or sampled. A longer one is cut there, has no end
     token, and is scored without it."""
+    overlong: Literal["error", "cut", "drop"] = "error"
+    """A demonstration beyond `max_response_tokens` is cut there (`cut`), its row is dropped and
+    counted (`drop`), or it is cut unless more than `overlong_share` are, which is an error."""
+    overlong_share: Fraction = 0.05
+    """Share of demonstrations that `overlong: error` lets be cut."""
     too_long: Literal["error", "drop"] = "error"
     """A prompt beyond `max_prompt_tokens` is an error, or its row is dropped (and counted)."""
+
+    def free(self) -> set[str]:
+        """Settings that tell no two runs apart.
+
+        What is cut shows in the hash of the data, and defaults that earlier versions had no name
+        for leave a run the digest that it had.
+        """
+        free = {"overlong_share"}
+        free |= set() if self.overlong == "drop" else {"overlong"}
+        return free | (set() if self.template_options else {"template_options"})
 
     @property
     def longest(self) -> int:

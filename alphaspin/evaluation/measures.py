@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alphaspin.data.answers import checked_part, preference, word_f1
-from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
 from alphaspin.evaluation.diversity import distinct, self_bleu
 from alphaspin.evaluation.record import Evaluation
@@ -34,7 +35,7 @@ from alphaspin.sampling.settings import SamplingConfig
 
 
 def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> list[str]:
-    """The part of each demonstration that an answer must match.
+    """The part of each demonstration that an answer must match; prompts alone have none.
 
     Raises:
         InputError: a demonstration without the pattern of `evaluate.answer`.
@@ -42,6 +43,8 @@ def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> li
     part = checked_part(pattern)
     answers: list[str] = []
     for demo in heldout:
+        if demo.answer is None:
+            continue
         answer = part(demo.answer)
         if answer is None:
             raise InputError(
@@ -49,6 +52,14 @@ def checked_answers(heldout: Sequence[Demonstration], pattern: str | None) -> li
             )
         answers.append(answer)
     return answers
+
+
+OF_DEMONSTRATIONS = (
+    *(f"{name}{end}" for name in ("nll", "sampled", "greedy", "preferred") for end in ("", "_se")),
+    "nll_per_token",
+    "margin",
+)
+"""Measures that need the demonstrations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,6 @@ def evaluate(
         JudgeError: the judge's.
     """
     backbone, chat, heldout, team = bench.backbone, bench.chat, bench.heldout, bench.team
-    part = checked_part(bench.pattern)
     gold = checked_answers(heldout, bench.pattern)
     prompts = [demo.prompt for demo in heldout]
     draws = [Draw(bench.seed, 0, "evaluate", demo.index) for demo in heldout]
@@ -166,42 +176,28 @@ def evaluate(
     texts = [chat.decode(answer.tokens) for answer in sampled]
     greedy_texts = [chat.decode(answer.tokens) for answer in greedy]
 
-    def quality(text: str, i: int) -> tuple[bool, float]:
-        return part(text) == gold[i], word_f1(text, heldout[i].answer)
-
-    def matches(texts: list[str]) -> list[float]:
-        return [float(quality(text, i)[0]) for i, text in enumerate(texts)]
-
-    base_texts = base.answers if base else texts
-    base_tokens = (
-        [np.array(tokens, np.int32) for tokens in base.answer_tokens]
-        if base
-        else [answer.tokens for answer in sampled]
-    )
-    wins = [
-        preference(quality(texts[i], i), quality(base_texts[i], i)) for i in range(len(heldout))
-    ]
-    trees = [
-        Tree(demo.prompt, (demo.response, tokens))
-        for demo, tokens in zip(heldout, base_tokens, strict=True)
-    ]
-    scored = scores(adapter, trees)
-    anchor = np.stack([base.demonstration_logps, base.base_answer_logps], 1) if base else scored
-    gains = scored - anchor
-    differ = np.array([not np.array_equal(tree.responses[0], tree.responses[1]) for tree in trees])
-    margins = (gains[:, 0] - gains[:, 1])[differ]
     divergence = np.zeros(len(heldout))  # of the base from itself
     if adapter is not None:
         own = [Tree(prompt, (y.tokens,)) for prompt, y in zip(prompts, sampled, strict=True)]
         divergence = (scores(adapter, own) - scores(None, own))[:, 0]
+    measured: dict[str, Any] = dict.fromkeys(OF_DEMONSTRATIONS)
+    scored = np.zeros((0, 2))
+    if len(gold) == len(heldout):
+        others = [np.array(ids, np.int32) for ids in base.answer_tokens] if base else []
+        pairs = [
+            Tree(demo.prompt, (demo.response, tokens))
+            for demo, tokens in zip(heldout, others or [y.tokens for y in sampled], strict=True)
+        ]
+        scored = scores(adapter, pairs)
+        anchor = np.stack([base.demonstration_logps, base.base_answer_logps], 1) if base else scored
+        theirs = base.answers if base else texts
+        measured = {
+            **_likelihoods(pairs, scored, anchor, scale),
+            **_matches(bench, gold, texts, greedy_texts, theirs),
+        }
     evaluation = Evaluation(
         name=name,
-        **_mean("nll", (-scored[:, 0]).tolist()),
-        nll_per_token=float(-scored[:, 0].sum() / sum(len(demo.response) for demo in heldout)),
-        **_mean("sampled", matches(texts)),
-        **_mean("greedy", matches(greedy_texts)),
-        **_mean("preferred", wins),
-        **_mean("margin", (scale * margins).tolist() or [0.0]),
+        **measured,
         **(_mean("kl", divergence.tolist()) if bench.sampling.untouched else {}),
         **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
         distinct_1=distinct(texts, 1),
@@ -219,6 +215,45 @@ def evaluate(
         verdicts=None,
     )
     return compared(evaluation, base or evaluation, heldout, judge) if judge else evaluation
+
+
+def _likelihoods(
+    pairs: Sequence[Tree], scored: NDArray[np.float64], anchor: NDArray[np.float64], scale: float
+) -> dict[str, float]:
+    """NLL and margin, from lp and the base's lp of demonstrations and its answers, [pairs, 2]."""
+    gains = scored - anchor
+    differ = [not np.array_equal(pair.responses[0], pair.responses[1]) for pair in pairs]
+    margins = (gains[:, 0] - gains[:, 1])[np.array(differ)]
+    tokens = sum(len(pair.responses[0]) for pair in pairs)
+    return {
+        **_mean("nll", (-scored[:, 0]).tolist()),
+        "nll_per_token": float(-scored[:, 0].sum() / tokens),
+        **_mean("margin", (scale * margins).tolist() or [0.0]),
+    }
+
+
+def _matches(
+    bench: Bench,
+    gold: Sequence[str],
+    sampled: Sequence[str],
+    greedy: Sequence[str],
+    others: Sequence[str],
+) -> dict[str, float]:
+    """Exact matches of answers with demonstrations, and how often they are preferred to others."""
+    part = checked_part(bench.pattern)
+
+    def qualities(texts: Sequence[str]) -> list[tuple[bool, float]]:
+        return [
+            (part(text) == want, word_f1(text, demo.answer or ""))
+            for text, want, demo in zip(texts, gold, bench.heldout, strict=True)
+        ]
+
+    ours = qualities(sampled)
+    return {
+        **_mean("sampled", [float(same) for same, _ in ours]),
+        **_mean("greedy", [float(same) for same, _ in qualities(greedy)]),
+        **_mean("preferred", list(map(preference, ours, qualities(others)))),
+    }
 
 
 def compared(
@@ -270,19 +305,20 @@ def row(evaluation: Evaluation) -> list[str]:
     """An evaluation as a row of that table; ± is one standard error."""
     e = evaluation
 
-    def percent(value: float, error: float | None) -> str:
-        return "-" if e.name == "base" else f"{100 * value:.1f} ± {100 * (error or 0):.1f}"
+    def percent(value: float | None, error: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} ± {100 * (error or 0):.1f}"
 
+    is_base = e.name == "base"
     cells = [
         e.name,
-        f"{e.nll:.3f} ± {e.nll_se:.3f}",
-        f"{100 * e.sampled:.1f} ± {100 * e.sampled_se:.1f}",
-        f"{100 * e.greedy:.1f} ± {100 * e.greedy_se:.1f}",
-        f"{e.margin:+.3f}",
-        percent(e.preferred, e.preferred_se),
+        "-" if e.nll is None else f"{e.nll:.3f} ± {e.nll_se:.3f}",
+        percent(e.sampled, e.sampled_se),
+        percent(e.greedy, e.greedy_se),
+        "-" if e.margin is None else f"{e.margin:+.3f}",
+        percent(None if is_base else e.preferred, e.preferred_se),
     ]
     if e.judged is not None:
-        cells.append(percent(e.judged, e.judged_se))
+        cells.append(percent(None if is_base else e.judged, e.judged_se))
         divergence = "-" if e.kl is None else f"{e.kl:.3f} ± {e.kl_se:.3f}"
         cells += [divergence, f"{e.length:.1f} ± {e.length_se:.1f}"]
     return cells

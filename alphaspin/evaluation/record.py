@@ -20,7 +20,8 @@ class Measures(BaseModel):
     half. kl: mean of lp_t - lp_base of the sampled answers, an unbiased estimate of KL(π_t‖π_base),
     nats per answer; None where answers are not drawn from π_t itself (temperature, top_p, top_k).
     length: mean tokens of the sampled answers. distinct_1 to 3, self_bleu: diversity of the sampled
-    answers, see `diversity`.
+    answers, see `diversity`. Of prompts without demonstrations nll, sampled, greedy, margin and
+    preferred are None.
 
     With a judge: judged: mean of P(sampled answer ≻ the base's). controlled: the win rate at equal
     length in characters. low and high are the ends of a 95 % confidence interval, see `winrate`.
@@ -29,17 +30,17 @@ class Measures(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     name: Annotated[str, Field(pattern=r"^(base|(sft )?[0-9]+)$")]
-    nll: float
+    nll: float | None = None
     nll_se: float | None = None
     nll_per_token: float | None = None
-    sampled: float
-    sampled_se: float
-    greedy: float
-    greedy_se: float
-    margin: float
+    sampled: float | None = None
+    sampled_se: float | None = None
+    greedy: float | None = None
+    greedy_se: float | None = None
+    margin: float | None = None
     margin_se: float | None = None
-    preferred: float
-    preferred_se: float
+    preferred: float | None = None
+    preferred_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
     length: float | None = None

@@ -1,6 +1,6 @@
 """Settings of the held-out measures."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -15,5 +15,8 @@ class EvaluateConfig(Section):
     answer: str | None = None
     """Regular expression whose first group is the answer to compare (gsm8k: `#### (.+)`); without
     it the whole text counts."""
+    overlap: Literal["error", "drop", "keep"] = "error"
+    """Held-out prompts that are also trained on are an error, are not trained on (`drop`), or are
+    measured all the same (`keep`)."""
     show: PositiveInt = 8
     """Held-out prompts whose sampled answers are shown in the report."""

@@ -20,6 +20,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -331,6 +332,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not (manifest := _manifest(path)):
         raise InputError(f"{path}: damaged; restore it, or choose another --output")
     return manifest
+
+
+def clock(path: Path) -> str | None:
+    """When the prompts of the run in a folder were rendered, in ISO 8601, for templates that print
+    the date.
+
+    Now, where there is no run yet; None where an earlier version did not record it.
+
+    Raises:
+        InputError: the manifest is damaged.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        return datetime.now().isoformat(timespec="seconds")
+    return read_manifest(file)["identity"].get("clock")
 
 
 class Run:

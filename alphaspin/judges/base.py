@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from pydantic import create_model
 
-from alphaspin.data.demonstrations import Messages
+from alphaspin.data.rows import Messages
 from alphaspin.errors import JudgeError
 from alphaspin.foundation.kinds import Kind, settings_of
 

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from alphaspin.data.demonstrations import Messages
+from alphaspin.data.rows import Messages
 from alphaspin.errors import InputError
 from alphaspin.foundation.runs import folder_hash
 from alphaspin.judges.base import Comparison, plain_text

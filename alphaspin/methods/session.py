@@ -16,7 +16,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from alphaspin.data.demonstrations import ChatFormat, Demonstration
+from alphaspin.data.chat import ChatFormat
+from alphaspin.data.demonstrations import Demonstration
 from alphaspin.evaluation.measures import Bench
 from alphaspin.foundation import console
 from alphaspin.foundation.batched import batched

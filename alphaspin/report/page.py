@@ -82,7 +82,7 @@ class Sample(BaseModel):
 
     origin: str
     prompt: str | None = None
-    demonstration: str
+    demonstration: str | None = None
     answers: dict[str, str]
 
 
@@ -307,10 +307,11 @@ def describe(config: Config) -> str:
     return "; ".join(part for part in parts if part) + "."
 
 
-def matches(pattern: str | None, answer: str, demonstration: str) -> bool:
+def matches(pattern: str | None, answer: str, demonstration: str | None) -> bool:
     """Exact match, as the evaluation counts it."""
     part = checked_part(pattern)
-    return part(answer) is not None and part(answer) == part(demonstration)
+    same = demonstration is not None and part(answer) == part(demonstration)
+    return same and part(answer) is not None
 
 
 def duration(seconds: float) -> str:

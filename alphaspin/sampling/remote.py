@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from alphaspin.data.demonstrations import ChatFormat
+from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation import rng
 from alphaspin.foundation.openai_api import Client, key_of, parsed

@@ -1,0 +1,268 @@
+"""What rows say beside prompt and answer; files that are packed, and folders with splits."""
+
+import bz2
+import gzip
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_data import QA, assistant, fails, load_messages, user, write
+
+from alphaspin.data.demonstrations import load_conversations
+from alphaspin.data.files import read_rows
+from alphaspin.data.rows import PREFERRED, UNWANTED, conversation
+from alphaspin.errors import InputError
+
+SYSTEM = {"role": "system", "content": "s"}
+CALL = {"type": "function", "function": {"name": "count", "arguments": {"word": "kite"}}}
+TOOLS = [{"type": "function", "function": {"name": "count"}}]
+
+
+def packed(path, data: bytes):
+    if path.suffix == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as out:
+            out.write(data)
+    else:
+        path.write_bytes({".gz": gzip, ".bz2": bz2}[path.suffix].compress(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"system": "s", "instruction": "a", "output": "b"}, [SYSTEM, user("a"), assistant("b")]),
+        ({"system_prompt": "s", "question": "a", "response": "b"},
+         [SYSTEM, user("a"), assistant("b")]),
+        ({"system": "s", "conversations": [{"from": "human", "value": "a"},
+                                           {"from": "gpt", "value": "b"}]},
+         [SYSTEM, user("a"), assistant("b")]),
+        ({"system": "s", "messages": [SYSTEM, user("a"), assistant("b")]},
+         [SYSTEM, user("a"), assistant("b")]),
+        ({"system": "", "history": [], "prompt": "a", "completion": "b"},
+         [user("a"), assistant("b")]),
+        ({"history": [["x", "y"]], "instruction": "a", "input": "", "output": "b"},
+         [user("x"), assistant("y"), user("a"), assistant("b")]),
+        ({"history": [user("x"), assistant("y")], "system": "s", "prompt": "a", "response": "b"},
+         [SYSTEM, user("x"), assistant("y"), user("a"), assistant("b")]),
+        ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "!"}]),
+                       assistant([{"type": "text", "text": "b"}])]},
+         [user("a!"), assistant("b")]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, [user("a"), assistant("b")]),
+        ({"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+         [user("a"), assistant("b")]),
+        ({"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": []},
+         [user("a"), assistant("b")]),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+         [user("a"), assistant("b")]),
+        ({"messages": json.dumps([user("a"), assistant("b")])}, [user("a"), assistant("b")]),
+        ({"prompt": "a", "completion": "b", "label": True}, [user("a"), assistant("b")]),
+        ({"prompt": "a", "reasoning_content": "r", "completion": "b"},
+         [user("a"), assistant("b") | {"reasoning_content": "r"}]),
+        ({"messages": [user("a"), assistant("b") | {"id": 3, "tool_calls": None}],
+          "source": "x", "score": 0.5, "metadata": {"a": [1]}, "label": 3},
+         [user("a"), assistant("b")]),
+    ],
+)  # fmt: skip
+def test_what_stands_in_other_columns_is_in_the_conversation(row, messages):
+    found = conversation(row)
+    assert (found.messages, found.ends[-1]) == (messages, len(messages))
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        (QA | {"images": ["a.png"]}, ["column images", "only text"]),
+        (QA | {"context": "a page"}, ["column context", "prompt"]),
+        (QA | {"documents": [{"text": "a page"}]}, ["column documents"]),
+        (QA | {"chat_template_kwargs": {"a": 1}}, ["column chat_template_kwargs", "template_opt"]),
+        (QA | {"weight": 0}, ["column weight = 0"]),
+        (QA | {"tools": "count"}, ["tools: expected a list of descriptions, found str"]),
+        (QA | {"system": "s", "system_prompt": "t"}, ["two system turns"]),
+        ({"messages": [SYSTEM, user("a"), assistant("b")], "system": "t"}, ["two system turns"]),
+        (QA | {"history": ["x"]}, ["history: expected pairs"]),
+        ({"messages": [user("a"), assistant("b")], "reasoning": "r"}, ["column reasoning"]),
+        ({"messages": [user("a"), assistant("b") | {"weight": 0.5}]}, ["turn 2: weight = 0.5"]),
+        ({"messages": [user("a"), assistant("b") | {"train": False}]}, ["all", "weight 0"]),
+        ({"messages": [user("a"), assistant("b") | {"function_call": {"name": "f"}}]},
+         ["turn 2: function_call", "tool_calls"]),
+        ({"messages": [user("a"), assistant("b") | {"tool_calls": ["f"]}]},
+         ["turn 2: tool_calls: expected objects, found str"]),
+        ({"messages": [user([{"type": "image", "image": "x"}]), assistant("b")]},
+         ["turn 1: a part of type 'image'"]),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": ""}, ["chosen: a text", "prompt"]),
+        ({"text": "a b"}, ["found columns text", "where its answer begins"]),
+        ({"prompt": "a"}, ["found columns prompt", "prompts alone", "judge"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, row, parts):
+    source = write(tmp_path / "rows.jsonl", QA, row)
+    assert fails(source, *parts).startswith(f"{source}:2: ")
+
+
+def test_turns_of_weight_zero_are_context():
+    talk = [user("a"), assistant("b"), user("c"), assistant("d") | {"weight": 0}]
+    found = conversation({"messages": talk})
+    assert found.ends == (2,) and found.messages[3] == assistant("d")
+    talk[1]["weight"], talk[3]["weight"] = 0, 1
+    assert conversation({"messages": talk}).ends == (4,)
+
+
+def test_tool_turns():
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    tool = {"role": "tool", "content": "4", "name": "count", "tool_call_id": "1"}
+    text = CALL | {"function": CALL["function"] | {"arguments": '{"word": "kite"}'}}
+    for given in ([CALL], [text], json.dumps([text])):  # arguments as OpenAI has them: JSON text
+        talk = [user("a"), calls | {"tool_calls": given}, tool, tool, assistant("b")]
+        found = conversation({"messages": talk, "tools": json.dumps(TOOLS)})
+        assert found.tools == TOOLS and found.ends == (2, 5)
+        assert found.messages[1] == calls | {"content": ""}
+        assert found.messages[2:4] == [tool, tool]
+    with pytest.raises(InputError, match="turn 2: tool_calls: arguments"):
+        broken = CALL | {"function": {"name": "f", "arguments": "{"}}
+        conversation({"messages": [user("a"), calls | {"tool_calls": [broken]}]})
+
+
+def test_prompts_alone_where_no_answer_is_needed():
+    for row in (
+        {"prompt": "a"},
+        {"prompt": [user("a")]},
+        {"messages": [user("a")]},
+        {"question": "a", "answer": None},
+        {"instruction": "a", "input": "", "output": None},
+    ):
+        found = conversation(row, answers=False)
+        assert (found.messages, found.ends, found.answered) == ([user("a")], (), False)
+    assert conversation(QA, answers=False).answered
+    with pytest.raises(InputError, match="last turn"):
+        conversation({"messages": [SYSTEM]}, answers=False)
+
+
+def test_notes_count_rows(tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    unwanted = {"prompt": "a", "completion": "b", "label": False}
+    source = write(tmp_path / "rows.jsonl", pair, unwanted, pair)
+    notes: Counter[str] = Counter()
+    assert len(list(load_conversations(source, notes=notes))) == 2
+    assert notes == {PREFERRED: 2, UNWANTED: 1}
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2"])
+def test_packed_files(tmp_path, suffix):
+    lines = b"\xef\xbb\xbf" + "".join(json.dumps(QA) + "\n" for _ in range(300)).encode()
+    file = packed(tmp_path / f"rows.jsonl{suffix}", lines)
+    assert [origin for _, origin in load_messages(file)][-1] == f"{file}:300"
+    listed = packed(tmp_path / f"rows.json{suffix}", json.dumps([QA]).encode())
+    assert load_messages(listed)[0][1] == f"{listed}[0]"
+    file.write_bytes(file.read_bytes()[:-9])  # cut short
+    fails(file, str(file))
+    file.write_bytes(lines)
+    fails(file, str(file))
+
+
+def test_csv(tmp_path):
+    file = tmp_path / "rows.csv"
+    text = '\ufeffprompt,completion,id\na,"b\n""c""",1\n\n' + f"x,{'y' * 200_000},2\n"
+    file.write_text(text, encoding="utf-8")
+    first, second = load_messages(file)
+    assert first == ([user("a"), assistant('b\n"c"')], f"{file}:2")
+    assert second[1] == f"{file}:5" and len(second[0][1]["content"]) == 200_000
+    assert load_messages(packed(tmp_path / "rows.csv.gz", text.encode()))[1][0] == second[0]
+    for broken, parts in {
+        "a,b\n": ("2: 2 cells, but 3 columns",),
+        "a,b,1\na,,2\n": ("3: turn 2: expected text, found null",),
+        'a,"b,1\n': ("2: broken CSV",),
+        "a,\udcff,1\n": ("not UTF-8",),
+        "": (": no rows",),
+    }.items():
+        text = "prompt,completion,id\n" + broken
+        file.write_bytes(text.encode(errors="surrogateescape"))
+        fails(file, str(file), *parts)
+
+
+def test_parquet_columns_and_fields_that_nobody_uses_are_not_decoded(tmp_path):
+    file = tmp_path / "rows.parquet"
+    far = pa.array([10_000_000], pa.date32())  # Python has no such date
+    turns = pa.StructArray.from_arrays(
+        [pa.array(["user", "assistant"]), pa.array(["a", "b"]), pa.array([10_000_000] * 2).cast(
+            pa.int32()).cast(pa.date32())],
+        ["role", "content", "at"],
+    )  # fmt: skip
+    messages = pa.ListArray.from_arrays(pa.array([0, 2], pa.int32()), turns)
+    history = pa.array([[["x", "y"]]])
+    names = ["messages", "history", "expires"]
+    pq.write_table(pa.Table.from_arrays([messages, history, far], names), file)
+    assert load_messages(file) == [
+        ([user("x"), assistant("y"), user("a"), assistant("b")], f"{file}[0]")
+    ]
+    with pytest.raises(OverflowError):  # where a template reads it
+        list(read_rows(str(file), "train", {"role", "content", "at"}))
+    pq.write_table(pa.Table.from_arrays([far], ["expires"]), file)
+    fails(file, f"{file}[0]: found columns expires; expected one of messages")
+
+
+def test_arrow_fills_fields_with_nulls_that_are_no_values(tmp_path):
+    file = tmp_path / "rows.parquet"
+    other = {"function": {"name": "g", "arguments": {"n": 1}}}
+    talk = [user("a"), assistant("") | {"tool_calls": [CALL, other]}]
+    rows = [{"messages": talk}, {"messages": [user("a"), assistant("b")]}]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    first, second = load_messages(file)
+    assert first[0] == talk and second[0] == [user("a"), assistant("b")]
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, {"question": name, "answer": "b"})
+    return folder
+
+
+def read(folder, split="train"):
+    return [messages[0]["content"] for messages, _ in load_messages(str(folder), split)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "test.json"),
+        ("train_1.jsonl", "test-2.json"),
+        ("train/a.jsonl", "test/b.jsonl"),
+        ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+    ],
+)
+def test_splits_of_a_folder_are_those_of_datasets(tmp_path, names):
+    make(tmp_path, *names)
+    assert (read(tmp_path), read(tmp_path, "test")) == ([names[0]], [names[1]])
+    fails(tmp_path, "no split 'dev'", f"train ({names[0]})", f"test ({names[1]})", split="dev")
+
+
+def test_files_in_no_split_are_told(tmp_path):
+    make(tmp_path, "train.jsonl", "more.jsonl", "extra.jsonl")
+    notes: Counter[str] = Counter()
+    assert len(list(load_conversations(str(tmp_path), notes=notes))) == 1
+    assert notes == {"files in no split, not read: extra.jsonl, more.jsonl": 2}
+
+
+def test_splits_that_a_readme_declares(tmp_path):
+    make(tmp_path, "a.jsonl", "b.jsonl")
+    config = "{{config_name: {}, data_files: [{{split: first, path: a.jsonl}}]}}"
+    readme = tmp_path / "README.md"
+    readme.write_text("# no metadata\n")
+    assert read(tmp_path) == ["a.jsonl", "b.jsonl"]
+    readme.write_text(f"---\nconfigs: [{config.format('x')}]\n---\n")
+    assert read(tmp_path, "first") == ["a.jsonl"]
+    fails(tmp_path, "no split 'train'")
+    readme.write_text(f"---\nconfigs: [{config.format('x')}, {config.format('y')}]\n---\n")
+    fails(tmp_path, "several configurations (x, y)")
+
+
+def test_a_file_behind_a_symlink_is_in_its_split(tmp_path):
+    make(tmp_path / "blobs", "0a1b.jsonl")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").symlink_to(tmp_path / "blobs/0a1b.jsonl")
+    assert read(tmp_path / "set") == ["0a1b.jsonl"]
