@@ -22,6 +22,7 @@ from alphaspin.errors import (
     EXIT_CODES,
     EXIT_OK,
     EXIT_RESUMABLE,
+    EXIT_UNREAD,
     Elsewhere,
     InputError,
     exit_code,
@@ -303,11 +304,17 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     # Deprecations between transformers and PEFT are for them to settle.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    for stream in (sys.stdout, sys.stderr):
+        console.forgive(stream)
     try:
         body(sys.argv[1:])
+        sys.stdout.flush()
         return EXIT_OK
     except KeyboardInterrupt:
         return _fail("stopped before the run began", EXIT_RESUMABLE)
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+        console.silence(sys.stdout)
+        return EXIT_UNREAD
     except Elsewhere as error:  # the process that failed says why
         return error.code
     except tuple(EXIT_CODES) as error:
@@ -317,7 +324,7 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    console.errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    console.error(message)
     return code
 
 
