@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alphaspin.cli import parse
 from alphaspin.config import Config, load_config
 from alphaspin.errors import InputError
 from alphaspin.foundation.section import RECORDED, Section
@@ -151,3 +153,50 @@ def test_sections_of_ones_own_are_as_strict() -> None:
     for bad in ({"size": True}, {"size": 1e31}, {"text": "\0"}):
         with pytest.raises(ValueError, match=r"needs a number|NUL"):
             Own.model_validate(bad)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "1", "--seed", "1"], "--seed is given twice, as '1'"),
+        (["--seed=1", "--train.lr=1", "--seed=2"], "--seed is given twice"),
+        (["--train.batch-size=4", "--train.batch_size=4"], "--train.batch_size is given twice"),
+        (["--selfplay.mixing", "--selfplay.no_mixing"], "--selfplay.mixing is given twice"),
+        (["--loss.kind=dpo", "--loss.kind=ipo"], "--loss.kind is given twice"),
+        (["--plan", "--plan"], "--plan is given twice"),
+        (["--seed"], "--seed: needs a value"),
+        (["--seed", "1", "2"], "--seed: '2' belongs to no option"),
+        (["--plan", "words"], "--plan: 'words' is neither true nor false"),
+        (["--no_seed"], "--seed is no flag"),
+        (["--train", "3"], "--train is a section: set one of its keys"),
+        (["-x"], "'-x': belongs to no option"),
+        (["--"], "'--': belongs to no option"),
+        (["--seed=True"], "seed = 'True': needs a whole number"),
+        (["--train.lr=abc"], "train.lr = 'abc': needs a number"),
+        (["--train.lr=1e300"], "train.lr = ['1e300']: needs a number between"),
+        (["--heldout="], "heldout = '': is empty"),
+        (["--selfplay.history=0"], "selfplay.history = '0': needs a number >= 1 or 'inf'"),
+        (["--log.trackers", "foo"], "log.trackers = 'foo': needs 'tensorboard' or 'wandb'"),
+    ],
+)
+def test_command_lines(words: list[str], said: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(["tiny", *words])
+    assert said in str(error.value) and not LIBRARY.search(str(error.value))
+
+
+def test_what_a_command_line_says() -> None:
+    words = "--train.lr 1e-3 2e-3 --train.clip None --selfplay.no_warm_start --selfplay.mixing true"
+    config, plan_only = parse(["tiny", *words.split(), "--lora.targets=q_proj", "--plan"])
+    assert plan_only and config.train.lr == (1e-3, 2e-3) and config.train.clip is None
+    assert not config.selfplay.warm_start and config.selfplay.mixing
+    assert config.lora.targets == ("q_proj",)
+
+
+def test_hints_of_a_command_line() -> None:
+    facts: dict[str, Any] = dict.fromkeys(
+        ("parameters", "hidden", "layers", "vocabulary", "adapter_parameters_per_rank"), 9
+    ) | dict.fromkeys(("demonstrations", "prompt_tokens", "response_tokens"), 7)
+    words = [f"--hints.{key}={value}" for key, value in facts.items()]
+    config, _ = parse(["--model=a/b", "--data=c/d", *words])
+    assert config.hints and config.hints.layers == 9
