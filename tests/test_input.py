@@ -176,6 +176,10 @@ def test_sections_of_ones_own_are_as_strict() -> None:
         (["--train.lr=1e300"], "train.lr = ['1e300']: needs a number between"),
         (["--heldout="], "heldout = '': is empty"),
         (["--selfplay.history=0"], "selfplay.history = '0': needs a number >= 1 or 'inf'"),
+        (
+            ["--judge.kind=server", "--judge.model=m", "--judge.url=x"],
+            "judge.url = 'x': needs an address",
+        ),
         (["--log.trackers", "foo"], "log.trackers = 'foo': needs 'tensorboard' or 'wandb'"),
     ],
 )

@@ -31,6 +31,7 @@ from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
+from alphaspin.foundation.openai_api import key_of
 from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import (
     Metrics,
@@ -69,6 +70,7 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     if config.train.optimizer == "adamw_8bit":
         check_installed("bitsandbytes", "train.optimizer = adamw_8bit", "quantization")
     check_there("model", config.model)
+    key_of(config.sampling.key_variable, "sampling.key_variable")  # now, and not in a day
     guard, quiet = SignalGuard(), console.console.quiet
     try:
         with repeatable():
