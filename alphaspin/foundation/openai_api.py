@@ -21,10 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator
-
 from alphaspin.errors import InputError, ServerError
-from alphaspin.foundation.section import RECORDED, short
+from alphaspin.foundation.section import short, unless_recorded
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -68,17 +66,10 @@ def _variable(name: str) -> str:
     return name
 
 
-def _unless_recorded(check: Callable[[str], str]) -> Any:
-    """A validator of settings, but of those of a finished run."""
-    return AfterValidator(
-        lambda value, info: value if info.context is RECORDED else check(value)  # pyright: ignore
-    )
+Address = Annotated[str, unless_recorded(checked_address)]
 
 
-Address = Annotated[str, _unless_recorded(checked_address)]
-
-
-Variable = Annotated[str, _unless_recorded(_variable)]
+Variable = Annotated[str, unless_recorded(_variable)]
 
 
 class _Timed(io.RawIOBase):

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from alphaspin.errors import InputError
+from alphaspin.foundation.section import unless_recorded
 
 
 def home(path: str) -> str:
@@ -43,12 +44,13 @@ def place(path: str) -> str:
 def source(name: str) -> str:
     """A `place` where `name` is a path; `tiny` and a hub id, which looks like a path, stay.
 
-    It is a path where something is there, or where it begins as no id does.
+    It is a path where something is there, or where it is written as no id is.
 
     Raises:
         InputError: as `place`.
     """
-    local = name.startswith(("~", ".", "/")) or os.path.lexists(name)
+    written = name.startswith(("~", ".", "/")) or name.endswith("/")
+    local = written or (name.partition(":")[0].count("/") > 1) or os.path.lexists(name)
     return place(name) if local and name != "tiny" else name
 
 
@@ -88,4 +90,10 @@ Expanded = Annotated[str, AfterValidator(home)]
 Place = Annotated[str, AfterValidator(place)]
 
 
-Source = Annotated[str, AfterValidator(source)]
+def _no_address(name: str) -> str:
+    if "://" in name:
+        raise InputError("is an address: give a hub id, or a file or folder that is here")
+    return name
+
+
+Source = Annotated[str, unless_recorded(_no_address), AfterValidator(source)]

@@ -8,7 +8,6 @@ at any instant leaves either the whole artefact or none. Nothing is pickled.
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from alphaspin.errors import InputError, Interrupted
+from alphaspin.foundation import locks
 
 HASHES = "hashes.json"
 TEMPORARY = ".tmp-"
@@ -249,7 +249,7 @@ class Run:
             raise InputError(f"output = {path}: is not empty and holds no run; choose another")
         self.path = path
         self._lock = (path / "lock").open("a+")
-        self._flock(fcntl.LOCK_EX)
+        self._flock(shared=False)
         self.owner = f"{os.getpid()}\n{socket.gethostname()} {time.time_ns()}\n"
         """What the lock holds: this process and, for `join`, which of its runs."""
         self._lock.truncate(0)
@@ -263,16 +263,14 @@ class Run:
             self.close()
             raise
 
-    def _flock(self, kind: int) -> None:
-        try:
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+    def _flock(self, *, shared: bool) -> None:
+        if not locks.take(self._lock, shared=shared):
             owner = (self.path / "lock").read_text().partition("\n")[0]
             self.close()
             raise InputError(
                 f"{self.path}: process {owner} is working in this run folder; wait for it, or "
                 "choose another --output"
-            ) from None
+            )
 
     def share(self) -> None:
         """Let other processes `join`.
@@ -280,7 +278,7 @@ class Run:
         Raises:
             InputError: another job was quicker, in the instant in which the lock is no one's.
         """
-        self._flock(fcntl.LOCK_SH)
+        self._flock(shared=True)
 
     @classmethod
     def join(cls, path: Path, owner: str) -> "Run":
@@ -308,7 +306,7 @@ class Run:
                 f"output = {path}: on {socket.gethostname()} this is not the folder that process 0 "
                 "opened; all nodes must see it, on a file system that they share"
             )
-        run._flock(fcntl.LOCK_SH)
+        run._flock(shared=True)
         run.manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         return run
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -118,6 +119,15 @@ class Section(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split()) or None
+
+
+def unless_recorded(check: Callable[[str], str]) -> AfterValidator:
+    """A validator of settings, but not of those of a finished run."""
+
+    def checked(value: str, info: ValidationInfo) -> str:
+        return value if info.context is RECORDED else check(value)
+
+    return AfterValidator(checked)
 
 
 def leaves(annotation: Any) -> frozenset[Any]:
@@ -252,8 +262,6 @@ def wanted(item: Mapping[str, Any]) -> str:
     """What a value should have been, by one of pydantic's errors."""
     kind: str = item["type"]
     text = WANTED.get(kind) or WANTED.get(kind.partition("_")[0], "another value")
-    if kind == "missing":
-        return "a value"
     known = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected", "")))
     near = nearest(str(item["input"]), known)
     return text.format(**item.get("ctx", {})) + (f" (did you mean {near!r}?)" if near else "")
@@ -279,6 +287,8 @@ def refusals(
                 if re.match(r"[\w.]+ = ", said) or not key
                 else (f"{key} = {short(item['input'])}: {said}"),
             )
+        elif item["type"] == "missing":
+            yield key, f"{key}: is needed"
         else:
             _, wants = found.setdefault(key, (item["input"], []))
             wants += [want for want in [wanted(item)] if want not in wants]

@@ -30,6 +30,7 @@ from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Measures
 from alphaspin.foundation.runs import Metrics, verifies, write_atomically
+from alphaspin.foundation.section import RECORDED, refusals
 
 COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {
     name: f"#{number:02x}0101" for number, name in enumerate("abcdefgh", start=16)
@@ -165,7 +166,8 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
                 f"{path}: missing; a run writes it when it ends: the command that started the run "
                 "goes on with it"
             )
-        summary = Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        known = json.loads(path.read_text(encoding="utf-8"))
+        summary = Summary.model_validate(known, context=RECORDED)
         path = folder / "metrics.jsonl"
         if not path.exists():
             raise InputError(f"{path}: missing")
@@ -173,9 +175,8 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "content"
-        raise InputError(f"{path}: {key}: {first['msg']}") from None
+        told = refusals(error.errors(), lambda item: ".".join(map(str, item["loc"])) or "content")
+        raise InputError(f"{path}: {next(told)[1]}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
 
