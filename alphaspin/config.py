@@ -27,7 +27,14 @@ from pydantic import (
 
 from alphaspin.errors import InputError
 from alphaspin.foundation.kinds import Kind, Need, Table
-from alphaspin.foundation.paths import Place, Source, from_here, packaged
+from alphaspin.foundation.paths import (
+    PRIVATE,
+    Place,
+    Source,
+    for_others,
+    from_here,
+    packaged,
+)
 from alphaspin.foundation.section import (
     RECORDED,
     PositiveFloat,
@@ -302,6 +309,13 @@ class Config(Sections):
         if "gflownet" not in self.selfplay.uses:
             free["gflownet"] = True
         return self.model_dump(mode="json", exclude=free)
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings as others may have them: for the report, and for what is exported."""
+        here: dict[str, Any] = {"output": True, "log": True, "hints": True}
+        for section in ("judge", "loss", "preference", "selfplay", "sampling"):
+            here[section] = {*PRIVATE}
+        return for_others(self).model_dump(mode="json", exclude=here)
 
     @classmethod
     def renewed(cls, identity: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.openai_api import key_of
-from alphaspin.foundation.paths import check_there, packaged
+from alphaspin.foundation.paths import check_there, for_others, packaged
 from alphaspin.foundation.runs import (
     Metrics,
     Mirror,
@@ -161,7 +161,9 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
     with contextlib.closing(open_run(team, config.run_folder(), identity)) as folder:
         mirror: Mirror | None = None
         if config.log.trackers:
-            settings = {key: str(value) for key, value in flat(config.identity()).items()}
+            settings = {
+                key: str(value) for key, value in flat(for_others(config).identity()).items()
+            }
             accelerator.init_trackers(config.name, config=settings)
             mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
         tell = teller(callbacks)

@@ -1,14 +1,17 @@
 """Paths that people write: home folders, relative ones, names that look like paths."""
 
 import os
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator
 
 from alphaspin.errors import InputError
-from alphaspin.foundation.section import unless_recorded
+from alphaspin.foundation.section import Section, unless_recorded
+
+S = TypeVar("S", bound=Section)
 
 
 def home(path: str) -> str:
@@ -77,6 +80,50 @@ def from_here(name: str) -> str:
         return str(real)
     inside = str(real.relative_to(here))
     return f"./{inside}" if inside in ("tiny", "auto", "plain") else inside
+
+
+def published(name: str) -> str:
+    """What others may see of a path: the hub's id where it is in its cache, else the last part.
+
+    Also of one behind "set aside from ", as comparisons say where their prompts are from.
+    """
+    if hub := re.search(r"(?:models|datasets)--([^/]+)/snapshots/", name):
+        return hub[1].replace("--", "/", 1)
+    return re.sub(r"(^|(?<=^set aside from ))/(.*/)?(?=.)", "", name)
+
+
+PRIVATE = ("output", "folder", "url", "key_variable")
+"""Settings that are nobody else's concern: where results and modules are, who is asked."""
+
+
+def for_others(section: S) -> S:
+    """Settings without what is private, and with names in the place of this machine's paths."""
+    changes: dict[str, Any] = {}
+    for key, value in section:
+        if key in PRIVATE:
+            changes[key] = None
+        elif isinstance(value, Section):
+            changes[key] = for_others(value)
+        elif isinstance(value, str) and key != "answer":  # a pattern may look like a path
+            changes[key] = published(value)
+    return section.model_copy(update=changes)
+
+
+def refuse_links(folder: Path) -> None:
+    """Whether a run folder, which may be anybody's, leads nowhere else.
+
+    A link in it would have us write over, delete or give away what is behind it.
+
+    Raises:
+        InputError: it has a link; the folder itself may be one.
+    """
+    for path in folder.rglob("*"):
+        # wandb links its latest run, and nobody here reads or writes there.
+        if path.is_symlink() and path.relative_to(folder).parts[0] != "wandb":
+            raise InputError(
+                f"{path}: is a link, which a run folder must not hold: put the thing itself there "
+                "(the run folder as a whole may be a link)"
+            )
 
 
 def packaged(name: str) -> Path:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 from alphaspin.errors import InputError, Interrupted
 from alphaspin.foundation import locks
+from alphaspin.foundation.paths import refuse_links
 
 HASHES = "hashes.json"
 TEMPORARY = ".tmp-"
@@ -244,6 +245,7 @@ class Run:
         if path.exists() and not path.is_dir():
             raise InputError(f"output = {path}: is a file")
         make_folder(path)
+        refuse_links(path)
         names = {entry.name for entry in path.iterdir()}
         if names and not names & {"manifest.json", f"{TEMPORARY}manifest.json", "lock"}:
             raise InputError(f"output = {path}: is not empty and holds no run; choose another")

@@ -29,6 +29,7 @@ from alphaspin.config import Config
 from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Measures
+from alphaspin.foundation.paths import for_others, published, refuse_links
 from alphaspin.foundation.runs import Metrics, verifies, write_atomically
 from alphaspin.foundation.section import RECORDED, refusals
 
@@ -133,9 +134,8 @@ def write(folder: Path) -> Path:
         "by_step": partial(plot_steps, steps, marks),
         "matches": partial(matches, summary.config.evaluate.answer),
         "duration": duration,
-        "recipe": yaml.safe_dump(
-            summary.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
-        ),
+        "published": published,
+        "recipe": yaml.safe_dump(summary.config.recipe(), sort_keys=False, allow_unicode=True),
     }
     path = folder / "report.html"
     write_atomically(path, render("report.html.jinja", parts))
@@ -159,6 +159,7 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
     """The summary and the records of a run folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
+    refuse_links(folder)
     path = folder / "summary.json"
     try:
         if not path.exists():
@@ -278,6 +279,7 @@ def find_alarms(
 
 def describe(config: Config) -> str:
     """What was done, in one sentence."""
+    config = for_others(config)
     lora = config.lora
     parts = [
         *config.preference.deed(config, config.model),
