@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -33,6 +32,7 @@ from alphaspin.foundation.paths import (
     Source,
     for_others,
     from_here,
+    home,
     packaged,
 )
 from alphaspin.foundation.section import (
@@ -106,7 +106,7 @@ PATHS = (
 class Config(Sections):
     """A self-play run."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$", max_length=200)] = "run"
     """Name of the run; part of its default folder."""
     model: Source = "tiny"
     """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
@@ -382,7 +382,7 @@ def load_config(source: str) -> Config:
         InputError: no such recipe or file, broken YAML, an unknown key or a bad value; the message
             names the file, the key, the value, and the nearest right name.
     """
-    path = Path(os.path.expanduser(source))
+    path = Path(home(source))
     if source in recipe_names():
         path = packaged(f"{source}.yaml")
     elif not (path.suffix in {".yaml", ".yml"} or path.exists()):
@@ -426,7 +426,8 @@ def explain(
         elif item["type"] == "missing" and isinstance(given := item["input"], Mapping):
             section = key.rpartition(".")[0]
             who = [f"{t.key} = {given.get(t.field)}" for t in TABLES if t.section == section]
-            lines.append((key, f"{who[0]} needs {key}" if who else f"{key}: is needed"))
+            said = f"{who[0]} needs {key}" if who else f"{key}: is needed"
+            lines.append((key, said if at else f"{said}, as --{key} VALUE"))
         else:
             rest.append(item)
     lines += refusals(rest, name)

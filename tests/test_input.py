@@ -1,11 +1,13 @@
 """Input is strict: what is not plain is refused before anything is loaded, in our own words."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alphaspin import cli
 from alphaspin.cli import parse
 from alphaspin.config import Config, load_config
 from alphaspin.errors import InputError
@@ -87,6 +89,7 @@ def test_yaml_that_is_not_plain(tmp_path: Path, text: str, said: str) -> None:
         ("train: {lr: []}", "train.lr = []: needs at least 1 of them"),
         ("train:", "train = None: needs keys and values"),
         ("name: 2024", "name = 2024: needs text (in quotes"),
+        (f"name: {'x' * 300}", "needs at most 200 characters"),
         ("name: a/b", "name = 'a/b': needs letters, digits"),
         ("model: ''", "model = '': is empty"),
         ("output: ' '", "output = ' ': is empty"),
@@ -187,6 +190,17 @@ def test_command_lines(words: list[str], said: str) -> None:
     with pytest.raises(InputError) as error:
         parse(["tiny", *words])
     assert said in str(error.value) and not LIBRARY.search(str(error.value))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[""], ["plan", ""], ["evaluate", " "], ["report", ""], ["recipes", "copy", "tiny", ""]],
+)
+def test_empty_words(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["alphaspin", *words])
+    with pytest.raises(SystemExit) as stop:
+        (cli.train if len(words) == 1 else cli.main)()
+    assert stop.value.code == 2 and "is no path" in capsys.readouterr().err
 
 
 def test_what_a_command_line_says() -> None:

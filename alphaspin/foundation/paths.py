@@ -18,8 +18,10 @@ def home(path: str) -> str:
     """The path with `~` expanded, which no shell does in YAML or after `=`.
 
     Raises:
-        InputError: no such user.
+        InputError: no such user, or nothing.
     """
+    if not path.strip():
+        raise InputError(f"{path!r} is no path")
     found = os.path.expanduser(path)
     if found.startswith("~") and not os.path.lexists(found):
         raise InputError(f"there is no home folder {path.split('/')[0]}; ./{path} is a path")

@@ -251,6 +251,7 @@ WANTED = {
     "multiple_of": "a multiple of {multiple_of}",
     "none_required": "null",
     "string": "text (in quotes, where it looks like a number)",
+    "string_too_long": "at most {max_length} characters",
     "string_pattern_mismatch": "letters, digits, `_`, `-` and `.` only",
     "too_short": "at least {min_length} of them",
     "tuple": "a list",
