@@ -1,7 +1,7 @@
 """Entry points: `alphaspin-train`, and `alphaspin` with its commands.
 
-Exit codes: 0 done; 2 bad input, nothing changed; 3 training stopped itself; 75 stopped by SIGTERM
-or Ctrl-C after saving, and the same command goes on.
+Exit codes: 0 done; 2 bad input or unreadable files; 3 training stopped itself, or a judge or server
+failed; 75 stopped by SIGTERM or Ctrl-C after saving, and the same command goes on.
 """
 
 import os

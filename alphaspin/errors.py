@@ -2,10 +2,10 @@
 
 EXIT_OK = 0
 EXIT_INPUT = 2
-"""Bad input: nothing was changed."""
+"""Bad input, found before anything is changed; or a file that cannot be read or written."""
 EXIT_STOPPED = 3
-"""Training stopped itself, e.g. at a loss that is not finite, or the judge failed; the last
-checkpoint and all verdicts stand."""
+"""Training stopped itself, e.g. at a loss that is not finite, or a judge or server failed; the last
+checkpoint, all answers and verdicts stand."""
 EXIT_RESUMABLE = 75
 """Stopped by SIGTERM or Ctrl-C after saving (sysexits' EX_TEMPFAIL): the same command goes on."""
 

@@ -10,6 +10,8 @@
 // so that the matrix units of 16-bit types read it where it lies: only the small hidden block is
 // packed for that product, once.
 //
+// One file, though long: forward and backward share the tile's layout, and nothing else does.
+//
 // Shape suffixes: N rows, H hidden size, V vocabulary, K targets per row, R rows of a block (padded
 // to LANES), T vocabulary entries of a tile.
 

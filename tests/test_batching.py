@@ -67,7 +67,7 @@ def test_every_token_sees_its_own_history(trees: list[Tree], layout: str, window
     ]
     assert batch.lengths.tolist() == [len(answer) for _, answer, _ in wanted]
     assert batch.targets.tolist() == [int(t) for _, answer, _ in wanted for t in answer]
-    ids, depth = batch.input_ids.flatten(), batch.depth.flatten()
+    ids, position_ids = batch.input_ids.flatten(), batch.position_ids.flatten()
     full, windowed = histories(batch, None), histories(batch, window)
     cursor = 0
     for prompt, answer, name in wanted:
@@ -77,7 +77,7 @@ def test_every_token_sees_its_own_history(trees: list[Tree], layout: str, window
             # The state that predicts a target has seen the prompt and the answer so far, no more.
             assert full[source] == set(history)
             assert windowed[source] == set(history[-window:])
-            assert int(depth[source]) == len(history) - 1
+            assert int(position_ids[source]) == len(history) - 1
             assert int(ids[source]) == history[-1]
             assert any(s.adapter == name and s.start <= source < s.stop for s in batch.segments)
             history.append(target)

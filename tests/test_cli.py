@@ -166,7 +166,7 @@ def test_the_control_has_the_same_steps_and_tokens(
     for t in (0, 1):
         play, control = records(run, f"train/{t}"), records(run, f"control/{t}")
         assert len(play) == len(control) == 4
-        # as many trained sequences; their lengths differ as losers and winners do
+        # as many trained sequences; their lengths differ as rejected and chosen do
         assert sum(r["tokens"] for r in control) > 0.3 * sum(r["tokens"] for r in play)
         losses = [r["loss"] for r in control]
         assert losses[-1] < losses[0], "further SFT lowers the likelihood loss"

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.forks import fork
 from helpers import arithmetic, make_model, save_model, tokens, write_rows
 from safetensors.torch import load_file, save_file
-from test_resume import CONTEXT, child, result, settings
+from test_resume import child, result, settings
 from torch.distributed.tensor import DTensor
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
@@ -60,10 +61,7 @@ def both(body: Any, *arguments: tuple[Any, ...]) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        CONTEXT.Process(target=join, args=(rank, port, body, *own))
-        for rank, own in enumerate(arguments)
-    ]
+    processes = [fork(join, rank, port, body, *own) for rank, own in enumerate(arguments)]
     for process in processes:
         process.start()
     for process in processes:
@@ -109,9 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     rows = arithmetic(28)
     # What repeats stands in one shard only, of whichever process.
     write_rows(folder / "data.jsonl", rows + rows[:12])
-    alone = CONTEXT.Process(
-        target=child, args=(options(folder, folder / "alone"), None, "", str(folder / "log"))
-    )
+    alone = fork(child, options(folder, folder / "alone"), None, "", str(folder / "log"))
     alone.start()
     alone.join()
     assert alone.exitcode == 0, (folder / "log").read_text()
@@ -179,7 +175,7 @@ def test_a_sharded_base_is_gathered_once_for_all_policies(
     """What `reference.mode: auto` does with a sharded base and one epoch; bits of one process."""
     folder, _ = world
     alone = options(folder, tmp_path / "alone", **{"reference.mode": "joint"})
-    process = CONTEXT.Process(target=child, args=(alone, None, "", str(tmp_path / "log")))
+    process = fork(child, alone, None, "", str(tmp_path / "log"))
     process.start()
     sharded = options(folder, tmp_path / "sharded", **{"train.sharding": "fsdp"})
     assert play(sharded, tmp_path / "log") == [0, 0], (tmp_path / "log0").read_text()
@@ -208,7 +204,7 @@ def test_a_signal_to_one_stops_all_and_one_can_go_on_alone(
     assert len(list((tmp_path / "run").rglob("step-*"))) == 1
     told = [Path(f"{log}{i}").read_text().count("goes on from here") for i in range(2)]
     assert sum(told) == 1
-    alone = CONTEXT.Process(target=child, args=(arguments, None, "", str(log)))
+    alone = fork(child, arguments, None, "", str(log))
     alone.start()
     alone.join()
     assert alone.exitcode == 0, log.read_text()
@@ -260,7 +256,7 @@ def test_a_judge_is_asked_by_one_process(
     arguments = options(folder, tmp_path / "two", **changes)
     assert play(arguments, log) == [0, 0], Path(f"{log}0").read_text()
     arguments = options(folder, tmp_path / "one", **changes)
-    alone = CONTEXT.Process(target=child, args=(arguments, None, "", str(log)))
+    alone = fork(child, arguments, None, "", str(log))
     alone.start()
     alone.join()
     assert alone.exitcode == 0, log.read_text()
@@ -324,7 +320,7 @@ def ten_steps(team: Team, folder: Path, case: str) -> None:
     model = make_model(options.get("family", "llama"))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     backbone = Backbone(model, "model", "hash")
-    if options.get("fsdp") and team.count > 1:
+    if options.get("fsdp") and team.world_size > 1:
         team.shard(backbone)
     if options.get("activation_checkpointing"):
         backbone.enable_activation_checkpointing()
@@ -372,7 +368,7 @@ def ten_steps(team: Team, folder: Path, case: str) -> None:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 share = 1 if parameter is backbone.head.weight else 2
                 assert local.numel() == sizes[name] / share, name
-    own = folder / case / str(team.index)
+    own = folder / case / str(team.rank)
     own.mkdir()
     save_file(gradients, own / "gradients")
     save_file(backbone.adapter_state(POLICY), own / "adapter")
@@ -384,7 +380,7 @@ def all_cases(folder: Path) -> None:
 
     torch.set_num_threads(1)
     team = Team.of(Accelerator(cpu=True), None)
-    assert team.count == 2
+    assert team.world_size == 2
     for case in CASES:
         ten_steps(team, folder, case)
 
@@ -420,8 +416,11 @@ def test_gradients_and_adapters_do_not_depend_on_the_number_of_processes(
 
 
 @pytest.mark.skipif(not SWEEP, reason="imports everything thrice; needs ALPHASPIN_SWEEP=1")
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_launchers(world: tuple[Path, dict[str, str]], tmp_path: Path, launcher: str) -> None:
+@pytest.mark.parametrize(("launcher", "processes"), [("torchrun", 2), ("accelerate", 1)])
+def test_launchers(
+    world: tuple[Path, dict[str, str]], tmp_path: Path, launcher: str, processes: int
+) -> None:
+    """accelerate starts one process on a CPU, whatever it is told (several need MPI)."""
     folder, expected = world
     module = {
         "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
@@ -437,4 +436,6 @@ def test_launchers(world: tuple[Path, dict[str, str]], tmp_path: Path, launcher:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert outcome(tmp_path / "run") == expected
+    environment = json.loads((tmp_path / "run/summary.json").read_text())["environment"]
+    assert environment["processes"] == str(processes)
     assert (tmp_path / "run/report.html").is_file()

@@ -20,7 +20,7 @@ from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetR
 from alphaspin.commands.played import Played
 from alphaspin.config import Config, load_config, recipe_names
 from alphaspin.errors import EXIT_INPUT, InputError
-from alphaspin.foundation.runs import Run, relocated
+from alphaspin.foundation.runs import Run, relocated, sealed
 from alphaspin.judges.function import Function
 from alphaspin.judges.server import Server
 
@@ -219,7 +219,7 @@ def test_base_and_data_that_moved(
 
     def were(model: str, data: str) -> None:
         settings = {**manifest["config"], "model": model, "data": data}
-        path.write_text(json.dumps({**manifest, "config": settings}))
+        path.write_text(json.dumps(sealed({**manifest, "config": settings})))
 
     were("/gone/base", "/gone/rows.jsonl")
     code, printed = alphaspin("evaluate", "run")

@@ -30,7 +30,7 @@ from alphaspin.evaluation import measures
 from alphaspin.evaluation.diversity import distinct, self_bleu
 from alphaspin.evaluation.winrate import at_equal_length, win_rate
 from alphaspin.foundation.paths import for_others, packaged
-from alphaspin.foundation.runs import Run, verifies
+from alphaspin.foundation.runs import Run, sealed, verifies
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig
@@ -220,7 +220,7 @@ def test_fewer_prompts_and_other_ones(world: Path, run: Path, alphaspin: Command
 def test_a_run_that_has_not_ended(run: Path, alphaspin: Command) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["adapters"] = {"train/0": manifest["adapters"]["train/0"]}
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "manifest.json").write_text(json.dumps(sealed(manifest)))
     shutil.rmtree(run / "iterations/1")
     shutil.rmtree(run / "control")
     (run / "summary.json").unlink()
@@ -268,10 +268,10 @@ def test_what_is_not_the_runs_is_refused(world: Path, run: Path, alphaspin: Comm
     weights = run / "iterations/1/adapter" / WEIGHTS
     kept = weights.read_bytes()
     weights.write_bytes(kept[:-1])
-    assert "iterations/1/adapter: damaged" in told(run)
+    assert f"iterations/1/adapter/{WEIGHTS} is damaged; restore it" in told(run)
     shutil.rmtree(weights.parent)
     shutil.copytree(run / "iterations/0/adapter", weights.parent)
-    assert "is not the adapter that this run made" in told(run)
+    assert "iterations/1/adapter: it is iterations/0/adapter; restore it" in told(run)
     shutil.rmtree(weights.parent)
     shutil.copytree(world / "run/iterations/1/adapter", weights.parent)
 
@@ -279,7 +279,7 @@ def test_what_is_not_the_runs_is_refused(world: Path, run: Path, alphaspin: Comm
 
     def edited(**config: Any) -> str:
         changed = {**manifest, "config": {**manifest["config"], **config}}
-        (run / "manifest.json").write_text(json.dumps(changed))
+        (run / "manifest.json").write_text(json.dumps(sealed(changed)))
         return told(run)
 
     shutil.copytree(world / "model", run.parent / "model")
@@ -290,7 +290,7 @@ def test_what_is_not_the_runs_is_refused(world: Path, run: Path, alphaspin: Comm
     rows = write_rows(run.parent / "data.jsonl", arithmetic(60, seed=1))
     assert "not the prompts that this run held out" in edited(data=str(rows))
     del manifest["config"]
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "manifest.json").write_text(json.dumps(sealed(manifest)))
     assert "the command that made the run adds it" in told(run)
     (run / "manifest.json").write_text("{")
     assert "damaged" in told(run)

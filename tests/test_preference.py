@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import test_resume
 import torch
+from faults.forks import fork
 from helpers import arithmetic, make_model, make_tokenizer, save_model, tokens, write_rows
 from peft import PeftModel
 from safetensors.numpy import load_file
-from test_resume import CONTEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.commands import job
@@ -114,7 +114,7 @@ def play(
     if plan:
         (folder / "plan").write_text(json.dumps(plan))
     log = folder / "log"
-    process = CONTEXT.Process(target=child, args=(folder, command, event, "SIGKILL", str(log)))
+    process = fork(child, folder, command, event, "SIGKILL", str(log))
     process.start()
     process.join(180)
     assert process.exitcode is not None, "the run hangs"

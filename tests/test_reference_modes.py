@@ -159,8 +159,8 @@ def test_tokens_that_each_mode_computes(mode: str, tmp_path: Path) -> None:
 
 def test_auto_chooses_the_cheapest() -> None:
     def choose(sharded: bool = False, joint: bool = True, **train: Any) -> str:
-        config = Config(train=TrainConfig(batch_size=10, **train))
-        return choose_mode(config, 100, sharded=sharded, joint=joint)[0]
+        config = TrainConfig(batch_size=10, **train)
+        return choose_mode("auto", config, 100, sharded=sharded, joint=joint)[0]
 
     assert choose() == choose(epochs=3) == choose(epochs=3, sharded=True) == "cached"
     assert choose(max_steps=10) == "cached"

@@ -2,16 +2,11 @@
 
 Each case forks a fresh process from a server that has imported everything but computed nothing, and
 sends itself a signal at the k-th event of a kind: a decoding step (sampling), a pass over a batch
-without gradient (scoring), an optimiser step (training), a flush or rename (saving). What SIGKILL
-leaves behind is what the folder holds at that instant: one run copies it at every point of
-`test_sigkill`, where otherwise each point would need a run of its own up to there.
+without gradient (scoring), an optimiser step (training). Kills at each file-system call: `faults`.
 """
 
-import errno
 import json
-import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -23,16 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import disk
+from faults.forks import fork
 from helpers import arithmetic, save_model, write_rows
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
-from alphaspin.foundation.runs import HASHES, TEMPORARY, file_hash
-
-KINDS = ("sampling", "scoring", "training", "saving")
-POINTS_PER_KIND = 30 if os.environ.get("ALPHASPIN_SWEEP") else 9
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["alphaspin.commands.job", "alphaspin.cli", "alphaspin.report.page"])
+from alphaspin.foundation.runs import HASHES, file_hash, sealed
 
 
 def settings(folder: Path, run: Path, **changes: str) -> list[str]:
@@ -69,11 +60,11 @@ def child(
     event: tuple[str, int] | None,
     action: str,
     log: str,
-    copies: Mapping[tuple[str, int], Path] | None = None,
+    faults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run `alphaspin` in this process; at event (kind, k) do `action`; count events into `log`.
+    """Run `alphaspin` in this process; at event (kind, k) send a signal; count events into `log`.
 
-    At the events of `copies` the run folder is copied.
+    faults: what `disk.arm` is given.
     """
     import torch
 
@@ -91,11 +82,7 @@ def child(
 
     def count(kind: str) -> None:
         seen[kind] += 1
-        if copies and (kind, seen[kind]) in copies:
-            shutil.copytree(run, copies[kind, seen[kind]])
         if event == (kind, seen[kind]):
-            if action == "full disk":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
             os.kill(os.getpid(), getattr(signal, action))
 
     def counting(owner: Any, name: str, kind: str) -> None:
@@ -107,9 +94,6 @@ def child(
 
         setattr(owner, name, wrapped)
 
-    counting(os, "fsync", "saving")
-    counting(Path, "rename", "saving")
-    counting(Path, "replace", "saving")
     counting(torch.optim.AdamW, "step", "training")
     counting(sampling, "invert", "sampling")
     original = scoring.sequence_logps
@@ -121,6 +105,8 @@ def child(
 
     scoring.sequence_logps = scored
     sys.stdout = sys.stderr = Path(log).open("a")  # noqa: SIM115 - lives as long as the process
+    if faults:
+        disk.arm(**faults)
     try:
         cli.main()
     finally:
@@ -133,9 +119,9 @@ def start(
     log: Path,
     event: tuple[str, int] | None = None,
     action: str = "SIGKILL",
-    copies: Mapping[tuple[str, int], Path] | None = None,
+    faults: Mapping[str, Any] | None = None,
 ) -> Any:
-    process = CONTEXT.Process(target=child, args=(arguments, event, action, str(log), copies))
+    process = fork(child, arguments, event, action, str(log), faults)
     process.start()
     return process
 
@@ -186,72 +172,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
     return folder, result(folder / "run"), events
 
 
-@pytest.fixture(scope="module")
-def copies(world: tuple[Path, dict[str, str], Counter[str]]) -> dict[tuple[str, int], Path]:
-    """The run folder as it is at each (kind, point), of one more run."""
-    folder, expected, events = world
-    found: dict[tuple[str, int], Path] = {}
-    at: dict[tuple[str, int], Path] = {}
-    for kind in KINDS:
-        for point in range(POINTS_PER_KIND):
-            k = event_of(events, kind, point)
-            found[kind, point] = at[kind, k] = folder / "copies" / f"{kind}-{k}"
-    log = folder / "copied-log"
-    assert finish(settings(folder, folder / "copied"), log, copies=at) == 0, log.read_text()
-    assert result(folder / "copied") == expected
-    return found
-
-
-def event_of(events: Counter[str], kind: str, point: int) -> int:
-    """Evenly over the run, the first and the last event among them."""
-    return 1 + round(point * (events[kind] - 1) / (POINTS_PER_KIND - 1))
-
-
-@pytest.mark.parametrize("point", range(POINTS_PER_KIND))
-@pytest.mark.parametrize("kind", KINDS)
-def test_sigkill(
-    world: tuple[Path, dict[str, str], Counter[str]],
-    copies: dict[tuple[str, int], Path],
-    tmp_path: Path,
-    kind: str,
-    point: int,
-) -> None:
-    folder, expected, _ = world
-    shutil.copytree(copies[kind, point], tmp_path / "run")
-    log = tmp_path / "log"
-    assert finish(settings(folder, tmp_path / "run"), log) == 0, log.read_text()
-    assert result(tmp_path / "run") == expected
-    assert not list((tmp_path / "run").rglob(f"{TEMPORARY}*"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_copy_is_what_sigkill_leaves(
-    world: tuple[Path, dict[str, str], Counter[str]],
-    copies: dict[tuple[str, int], Path],
-    tmp_path: Path,
-    kind: str,
-) -> None:
-    folder, expected, events = world
-    point = POINTS_PER_KIND - 3
-    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
-    killed = finish(arguments, log, (kind, event_of(events, kind, point)))
-    assert killed == -signal.SIGKILL
-
-    def left(run: Path) -> dict[str, Any]:
-        """Lengths of the lines of what tells of times and processes, else the content."""
-        files = {str(p.relative_to(run)): p for p in run.rglob("*") if p.is_file()}
-        return {
-            re.sub(rf"{TEMPORARY}[^/]*", TEMPORARY, name): file.read_bytes()
-            if file.suffix == ".safetensors"
-            else file.read_bytes().count(b"\n")
-            for name, file in files.items()
-        }
-
-    assert left(tmp_path / "run") == left(copies[kind, point])
-    assert finish(arguments, log) == 0, log.read_text()
-    assert result(tmp_path / "run") == expected
-
-
 def test_killed_again_and_again(
     world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
 ) -> None:
@@ -285,18 +205,6 @@ def test_a_signal_saves_and_exits_with_the_documented_code(
     assert result(tmp_path / "run") == expected
 
 
-@pytest.mark.parametrize("k", [3, 20, 45])
-def test_a_full_disk_is_one_message_and_loses_nothing(
-    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path, k: int
-) -> None:
-    folder, expected, _ = world
-    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
-    assert finish(arguments, log, ("saving", k), "full disk") == EXIT_INPUT
-    assert "No space left" in log.read_text() and "Traceback" not in log.read_text()
-    assert finish(arguments, log) == 0, log.read_text()
-    assert result(tmp_path / "run") == expected
-
-
 def test_a_damaged_artefact_is_made_again(
     world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
 ) -> None:
@@ -309,6 +217,115 @@ def test_a_damaged_artefact_is_made_again(
     damaged.write_bytes(content)
     assert finish(arguments, log) == 0, log.read_text()
     assert result(tmp_path / "run") == expected
+
+
+def over(run: Path, source: Path | str, target: str) -> None:
+    """What a hand that copies folders does."""
+    shutil.rmtree(run / target, ignore_errors=True)
+    shutil.copytree(run / source, run / target)
+
+
+def by_stage(found: dict[str, str]) -> dict[str, Any]:
+    """A result in an order that does not tell which stage was last."""
+    records = sorted(json.loads(found["metrics"]), key=lambda r: (r["stage"], r["step"]))
+    return {**found, "metrics": records, "lineage": json.loads(found["lineage"])}
+
+
+@pytest.fixture(scope="module")
+def another(world: tuple[Path, dict[str, str], Counter[str]]) -> Path:
+    """A run of the same form with another seed, killed in its second iteration."""
+    folder, log = world[0], world[0] / "another-log"
+    assert finish(settings(folder, folder / "another", seed="1"), log, ("training", 4)) < 0
+    return folder / "another"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "gone", "says"),
+    [
+        ("iterations/0/evaluation", "iterations/1/evaluation", (), "it is iterations/0/evaluation"),
+        ("base/evaluation", "iterations/0/evaluation", (), "it is base/evaluation"),
+        ("control/sft/0/evaluation", "iterations/0/evaluation", (), "it is control/sft/0/eval"),
+        ("iterations/0/opponents/*", "iterations/1/opponents/*", ("1",), "it is iterations/0/"),
+        ("iterations/0/reference/00000", "iterations/1/reference/00000", ("1",), "it is iterat"),
+        ("iterations/0/adapter", "iterations/1/adapter", ("1", "manifest"), "it is iterations/0/a"),
+        ("ANOTHER/iterations/0/opponents/*", "iterations/0/opponents/*", ("0", "1"), "another"),
+        ("ANOTHER/iterations/0/evaluation", "iterations/0/evaluation", (), "of another run"),
+        ("ANOTHER/iterations/0/adapter", "iterations/0/adapter", ("0", "manifest"), "another run"),
+    ],
+)
+def test_what_belongs_elsewhere_is_made_again(
+    world: tuple[Path, dict[str, str], Counter[str]],
+    another: Path,
+    tmp_path: Path,
+    source: str,
+    target: str,
+    gone: tuple[str, ...],
+    says: str,
+) -> None:
+    folder, expected, _ = world
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    if "manifest" in gone:  # as if killed before it took note of the adapter
+        manifest = json.loads((run / "manifest.json").read_text())
+        known = {k: v for k, v in manifest["adapters"].items() if not k.endswith(gone)}
+        (run / "manifest.json").write_text(json.dumps(sealed({**manifest, "adapters": known})))
+    (run / "summary.json").unlink()
+    root = another if source.startswith("ANOTHER") else run
+    origin = min(root.glob(source.removeprefix("ANOTHER/")))
+    place = min(run.glob(target))
+    for t in {"0", "1"} & {*gone}:
+        shutil.rmtree(run / "iterations" / t / "adapter")
+    over(run, origin, str(place.relative_to(run)))
+    log = tmp_path / "log"
+    assert finish(settings(folder, run), log) == 0, log.read_text()
+    printed = " ".join(log.read_text().split())
+    assert "is made again: " in printed and says in printed
+    assert by_stage(result(run)) == by_stage(expected)
+
+
+def test_a_checkpoint_of_another_iteration_is_passed_over(
+    world: tuple[Path, dict[str, str], Counter[str]], another: Path, tmp_path: Path
+) -> None:
+    folder, expected, _ = world
+    arguments, log = settings(folder, tmp_path / "run"), tmp_path / "log"
+    assert finish(arguments, log, ("training", 2)) < 0
+    checkpoints = "iterations/0/checkpoints"
+    stray = Path(shutil.copytree(tmp_path / "run" / checkpoints, tmp_path / "kept"))
+    assert finish(arguments, log, ("training", 3)) < 0  # in the second iteration by now
+    place = tmp_path / "run/iterations/1/checkpoints"
+    for found in (stray, another / "iterations/1/checkpoints"):
+        shutil.copytree(min(found.iterdir()), place / f"step-{5 + len(found.parts):06d}")
+    assert finish(arguments, log) == 0, log.read_text()
+    printed = " ".join(log.read_text().split())
+    assert printed.count("is made again: it is iterations/") == 2 and "of another run" in printed
+    assert result(tmp_path / "run") == expected
+
+
+def test_a_file_that_does_not_belong_to_an_artefact_is_named(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    folder, _, _ = world
+    run, log = Path(shutil.copytree(folder / "run", tmp_path / "run")), tmp_path / "log"
+    (run / "iterations/1/adapter/notes.txt").write_text("mine")
+    for command in (settings(folder, run), ["evaluate", str(run), "--heldout=tiny"]):
+        log.unlink(missing_ok=True)
+        assert finish(command, log) == EXIT_INPUT
+        printed = " ".join(log.read_text().split())
+        assert "1/adapter/notes.txt: does not belong to this artefact; move it" in printed
+
+
+def test_an_edited_manifest_is_refused(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    folder, _, _ = world
+    run, log = Path(shutil.copytree(folder / "run", tmp_path / "run")), tmp_path / "log"
+    text = (run / "manifest.json").read_text()
+    (run / "manifest.json").write_text(text.replace('"alpha": 0.8', '"alpha": 0.9'))
+    assert (run / "manifest.json").read_text() != text
+    export = ["export", str(run), f"--to={tmp_path / 'out'}", "--vllm"]
+    for command in (settings(folder, run), ["evaluate", str(run)], export, ["report", str(run)]):
+        log.unlink(missing_ok=True)
+        assert finish(command, log) == EXIT_INPUT
+        assert "manifest.json: was edited" in " ".join(log.read_text().split()), command
 
 
 def test_a_second_process_is_refused(

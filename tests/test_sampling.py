@@ -216,7 +216,7 @@ def test_the_head_in_parts_is_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     head = backbone.head
     head.bias = torch.nn.Parameter(torch.randn(300))
     hidden = torch.randn(7, head.in_features)
-    monkeypatch.setattr("alphaspin.model.backbone.HEAD_ROWS", 64)
+    monkeypatch.setattr("alphaspin.model.head.HEAD_ROWS", 64)
     torch.testing.assert_close(backbone.logits(hidden), head(hidden))
 
 

@@ -21,7 +21,7 @@ from alphaspin.config import Config, load_config
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError, JudgeError
 from alphaspin.foundation.paths import for_others, published
-from alphaspin.foundation.runs import Run
+from alphaspin.foundation.runs import Run, sealed
 from alphaspin.foundation.section import flat
 from alphaspin.model.load import load_base
 from alphaspin.report import page as report
@@ -176,7 +176,7 @@ def test_a_manifest_names_no_other_folders(run: Path, stage: str) -> None:
     file = run / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["adapters"][stage] = "0" * 64
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(InputError, match="damaged at adapter"):
         Played.open(run).policies()
 

@@ -28,6 +28,7 @@ from alphaspin.foundation.runs import (
     SignalGuard,
     commit,
     make_folder,
+    stands,
     verifies,
     write_atomically,
 )
@@ -148,8 +149,9 @@ class _Comparison:
         found = self._known(policy, loaded, folder) or self._measured(policy, loaded, base)
         if found.judge != self.judge.identity:
             found = measures.compared(found, base or found, self.bench.heldout, self.judge)
-        if not verifies(folder):
-            with commit(folder) as temporary:
+        made_of = {"policy": policy.digest or "base", "inputs": found.inputs}
+        if not stands(folder, made_of):
+            with commit(folder, made_of) as temporary:
                 found.save(temporary / "evaluation.json")
         return found
 

@@ -28,7 +28,7 @@ from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import for_others, published
-from alphaspin.foundation.runs import commit, verifies
+from alphaspin.foundation.runs import commit, stands
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.report.page import describe
 
@@ -279,7 +279,7 @@ def _evaluations(played: Played) -> list[str]:
         rows = [
             Evaluation.load(folder / "evaluation.json")
             for folder in folders.values()
-            if verifies(folder)
+            if stands(folder, otherwise="left out")
         ]
         if rows:
             judged = any(row.judge for row in rows)

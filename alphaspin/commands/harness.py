@@ -22,7 +22,7 @@ from alphaspin.commands.played import Played, Policy
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
-from alphaspin.foundation.runs import SignalGuard, commit, folder_hash, verifies
+from alphaspin.foundation.runs import SignalGuard, commit, folder_hash, stands
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Segment
 from alphaspin.report import page as report
@@ -94,7 +94,8 @@ def run(
     for policy in policies:
         folder = played.path / "evaluation" / f"tasks-{key}" / policy.name
         adapter = policy.adapter()
-        if not verifies(folder):
+        made_of = {"policy": policy.digest or "base"}
+        if not stands(folder, made_of):
             if adapter:
                 backbone.load_adapter(LOADED, adapter)
             console.note(f"{policy.name}: {', '.join(options.tasks)}")
@@ -106,7 +107,7 @@ def run(
                     apply_chat_template=options.chat,
                 )
             kept = {k: found[k] for k in ("results", "versions", "n-samples", "configs", "samples")}
-            with commit(folder) as temporary:
+            with commit(folder, made_of) as temporary:
                 text = json.dumps({"harness": version, "chat": options.chat} | kept, default=str)
                 (temporary / "results.json").write_text(text, encoding="utf-8")
             guard.check()

@@ -40,6 +40,7 @@ from alphaspin.foundation.runs import (
     SignalGuard,
     differences,
     relocated,
+    run_id,
     write_atomically,
 )
 from alphaspin.foundation.section import check_installed, flat
@@ -107,7 +108,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         )
     team = Team.of(accelerator, guard)
     console.console.quiet = not team.main
-    sharded = config.train.sharding == "fsdp" and team.count > 1
+    sharded = config.train.sharding == "fsdp" and team.world_size > 1
     identity = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
     with team.together():
         backbone, tokenizer = load_base(
@@ -216,7 +217,7 @@ def check_settings(team: Team, settings: dict[str, Any]) -> None:
     first = team.gather(settings)[0]
     with team.together():
         for line in differences(relocated(json.loads(json.dumps(settings)), first), first):
-            raise InputError(f"process {team.index} was started with other settings: {line}")
+            raise InputError(f"process {team.rank} was started with other settings: {line}")
 
 
 def renewed(identity: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def open_run(team: Team, path: Path, identity: dict[str, Any]) -> Run:
     with team.together():
         if team.main:
             folder = Run(path, identity, renewed)
-            if team.count > 1:
+            if team.world_size > 1:
                 folder.share()
     owner = team.gather(folder and folder.owner)[0]
     with team.together():
@@ -299,7 +300,7 @@ def introduce(
 ) -> None:
     """What is about to happen, and the first demonstration in two colours."""
     console.note(
-        f"run folder {folder.path} · {team.count} x {team.device.type} · "
+        f"run folder {folder.path} · {team.world_size} x {team.device.type} · "
         f"{len(demonstrations)} demonstrations, {len(heldout)} held out"
     )
     for note in backbone.notes():
@@ -325,7 +326,7 @@ def environment(team: Team) -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "device": f"{device.type} {name}".strip(),
         "threads": str(torch.get_num_threads()),
-        "processes": str(team.count),
+        "processes": str(team.world_size),
     }
 
 
@@ -351,6 +352,7 @@ def summarise(
     return {
         "name": config.name,
         "config": config.model_dump(mode="json"),
+        "run": run_id(folder.manifest),
         "environment": folder.manifest["environment"],
         "adapters": folder.manifest["adapters"],
         "rows": [row.numbers() for row in rows],

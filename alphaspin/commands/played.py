@@ -18,7 +18,7 @@ from alphaspin.config import Config, explain
 from alphaspin.data.demonstrations import ChatFormat, Demonstration, fingerprint
 from alphaspin.errors import InputError
 from alphaspin.foundation.paths import check_there, refuse_links
-from alphaspin.foundation.runs import file_hash, read_manifest, verifies
+from alphaspin.foundation.runs import fault, file_hash, read_manifest
 from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.load import load_base
@@ -43,8 +43,8 @@ class Policy:
         if self.digest is None:
             return None
         folder = self.folder / "adapter"
-        if not verifies(folder):
-            raise InputError(f"{folder}: damaged or missing; restore it")
+        if wrong := fault(folder):
+            raise InputError(f"{folder}: {wrong}; restore it")
         if (found := file_hash(folder / WEIGHTS)) != self.digest:
             raise InputError(
                 f"{folder / WEIGHTS}: is not the adapter that this run made ({found[:12]} on disk, "

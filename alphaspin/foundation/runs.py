@@ -3,7 +3,9 @@
 An artefact is a folder. It is written under a temporary name, its files are hashed into
 `hashes.json`, everything is flushed to disk, and the folder is renamed; only then does it exist.
 A reader accepts a folder whose files have the recorded hashes and nothing else, so a process killed
-at any instant leaves either the whole artefact or none. Nothing is pickled.
+at any instant leaves either the whole artefact or none. `hashes.json` also says where the artefact
+belongs: the run, its place there (with the kind and the iteration), and what it was made from; so
+one that was copied from elsewhere does not count. Nothing is pickled.
 """
 
 import contextlib
@@ -24,10 +26,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from alphaspin.errors import InputError, Interrupted
-from alphaspin.foundation import locks
+from alphaspin.foundation import console, locks
 from alphaspin.foundation.paths import refuse_links
 
 HASHES = "hashes.json"
+MANIFEST = "manifest.json"
+SEAL = "sha256"
 TEMPORARY = ".tmp-"
 
 HASHED = (
@@ -85,11 +89,12 @@ def _safetensors_as_os_errors() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def commit(folder: Path) -> Generator[Path]:
+def commit(folder: Path, inputs: Mapping[str, str] | None = None) -> Generator[Path]:
     """Write an artefact: the body fills the yielded temporary folder, which then becomes `folder`.
 
     An exception in the body, a full disk for instance, leaves nothing behind. A folder already
-    there is replaced; callers get here only when it does not verify.
+    there is replaced; callers get here only when it does not verify. `inputs`: hashes of what it is
+    made from, by name, where run and place do not say it all.
     """
     make_folder(folder.parent)
     temporary = folder.with_name(TEMPORARY + folder.name)
@@ -99,8 +104,9 @@ def commit(folder: Path) -> Generator[Path]:
         with _safetensors_as_os_errors():
             yield temporary
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        hashes = {str(path.relative_to(temporary)): file_hash(path) for path in files}
-        (temporary / HASHES).write_text(json.dumps(hashes, indent=1))
+        hashes = {path.relative_to(temporary).as_posix(): file_hash(path) for path in files}
+        record = {"of": _whose(folder)[0], "inputs": inputs or {}, "files": hashes}
+        (temporary / HASHES).write_text(json.dumps(record, indent=1))
         for path in [*files, temporary / HASHES, temporary]:
             _flush(path)
     except BaseException:
@@ -120,14 +126,97 @@ def remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def verifies(folder: Path) -> bool:
-    """Whether `folder` is a whole artefact: each file has its recorded hash and none is missing."""
+def _whose(folder: Path) -> tuple[dict[str, str], bool]:
+    """The run that a folder is in and its place there, and whether all artefacts there say so."""
+    for root in folder.absolute().parents:
+        if (root / MANIFEST).is_file() and (manifest := _manifest(root / MANIFEST)):
+            place = folder.absolute().relative_to(root).as_posix()
+            return {"run": run_id(manifest), "place": place}, SEAL in manifest
+    return {}, False
+
+
+def run_id(manifest: dict[str, Any]) -> str:
+    """What a run's artefacts call it: the hash of all that decides its result."""
+    return _hash_of(manifest["identity"])
+
+
+def _hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """Hashes of an artefact's files by name, as they were when it was made."""
+    record: dict[str, Any] = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+    return record.get("files", record)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str]:
+    """What `hashes.json` records, and what is wrong with the files, or nothing."""
     try:
-        hashes: dict[str, str] = json.loads((folder / HASHES).read_text())
-        matches = [file_hash(folder / name) == digest for name, digest in hashes.items()]
-        return bool(matches) and all(matches)
-    except (OSError, ValueError, AttributeError):
-        return False
+        record: dict[str, Any] = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        files: dict[str, str] = record.get("files", record)
+        wrong = [name for name, digest in files.items() if file_hash(folder / name) != digest]
+        extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+        extra -= {*files, HASHES}
+    except FileNotFoundError as error:
+        return {}, f"{error.filename} is missing"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return {}, f"{folder / HASHES} cannot be read ({error})"
+    if extra:
+        raise InputError(
+            f"{folder / min(extra)}: does not belong to this artefact; move it elsewhere, or "
+            "delete the whole folder, which is then made again"
+        )
+    if wrong or not files:
+        return {}, f"{folder / min(wrong, default=HASHES)} is damaged"
+    return record, ""
+
+
+def intact(folder: Path) -> bool:
+    """Whether an artefact is as it was written, wherever it belongs; raises what `fault` does."""
+    return not _read(folder)[1]
+
+
+def fault(folder: Path, inputs: Mapping[str, str] | None = None) -> str:
+    """What is wrong with an artefact, or nothing.
+
+    Artefacts of versions that did not write down where they belong count in the runs that these
+    began, and wherever no run is around.
+
+    Args:
+        folder: the artefact.
+        inputs: see `commit`; None where the caller does not know them.
+
+    Raises:
+        InputError: it holds a file that does not belong to it.
+    """
+    record, wrong = _read(folder)
+    if wrong:
+        return wrong
+    (here, sealed), known = _whose(folder), record.get("of")
+    if not isinstance(known, dict):
+        return "it does not say what it is of" if sealed else ""
+    if here and known != here:
+        other = "" if known.get("run") == here["run"] else " of another run"
+        return f"it is {known.get('place', 'an artefact')}{other}"
+    if inputs is not None and record.get("inputs") != inputs:
+        return "it was made from other " + ", ".join(sorted(inputs))
+    return ""
+
+
+def verifies(folder: Path, inputs: Mapping[str, str] | None = None) -> bool:
+    """Whether `folder` is a whole artefact, and the one that belongs there; see `fault`."""
+    return not fault(folder, inputs)
+
+
+def stands(
+    folder: Path, inputs: Mapping[str, str] | None = None, *, otherwise: str = "made again"
+) -> bool:
+    """The same; says why one that is there does not stand, and what is done about it."""
+    found = fault(folder, inputs)
+    if found and folder.exists():
+        console.note(f"{folder} is {otherwise}: {found}")
+    return not found
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -187,8 +276,13 @@ class Metrics:
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._step = len(kept)
 
+    def keep(self) -> None:
+        """Flush the records to disk: before work that they belong to is made durable."""
+        if self._writes and self._path.exists():
+            _flush(self._path)
+
     def write(self, stage: str, step: int, values: Mapping[str, float | str]) -> None:
-        """Append one record; not flushed to disk by itself, since `rewind` repairs a torn end."""
+        """Append one record; unflushed (see `keep`): `rewind` repairs a torn end."""
         if not self._writes:
             return
         with self._path.open("a", encoding="utf-8") as file:
@@ -201,20 +295,41 @@ class Metrics:
             self._mirror(numbers, self._step)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A run's `manifest.json`.
+def _manifest(path: Path) -> dict[str, Any]:
+    """A run's manifest; nothing where the file is something else.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is not as it was written.
     """
     manifest: dict[str, Any] = {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        whole = "identity" in manifest and isinstance(manifest["adapters"], dict)
+        if not ("identity" in manifest and isinstance(manifest["adapters"], dict)):
+            return {}
     except (ValueError, TypeError, LookupError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path}: damaged; restore it, or choose another --output") from None
+        return {}
+    if SEAL in manifest and manifest != sealed(manifest):
+        raise InputError(
+            f"{path}: was edited, but is a record and no place for settings; restore it, or choose "
+            "another --output"
+        )
+    return manifest
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the hash of all else that it says."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return {**rest, SEAL: _hash_of(rest)}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A run's `manifest.json`.
+
+    Raises:
+        InputError: it is damaged or edited.
+    """
+    if not (manifest := _manifest(path)):
+        raise InputError(f"{path}: damaged; restore it, or choose another --output")
     return manifest
 
 
@@ -247,7 +362,7 @@ class Run:
         make_folder(path)
         refuse_links(path)
         names = {entry.name for entry in path.iterdir()}
-        if names and not names & {"manifest.json", f"{TEMPORARY}manifest.json", "lock"}:
+        if names and not names & {MANIFEST, f"{TEMPORARY}{MANIFEST}", "lock"}:
             raise InputError(f"output = {path}: is not empty and holds no run; choose another")
         self.path = path
         self._lock = (path / "lock").open("a+")
@@ -309,13 +424,13 @@ class Run:
                 "opened; all nodes must see it, on a file system that they share"
             )
         run._flock(shared=True)
-        run.manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        run.manifest = read_manifest(path / MANIFEST)
         return run
 
     def _open_manifest(
         self, identity: dict[str, Any], renewed: Callable[[dict[str, Any]], dict[str, Any]]
     ) -> dict[str, Any]:
-        path = self.path / "manifest.json"
+        path = self.path / MANIFEST
         identity = json.loads(json.dumps(identity))
         if path.exists():
             manifest = read_manifest(path)
@@ -326,7 +441,7 @@ class Run:
                     "this run's settings to go on with it"
                 )
             return manifest
-        manifest = {"identity": identity, "adapters": {}}
+        manifest = sealed({"identity": identity, "adapters": {}})
         write_atomically(path, json.dumps(manifest, indent=1))
         return manifest
 
@@ -350,8 +465,9 @@ class Run:
         for name, value in entries.items():
             old = self.manifest.get(name)
             self.manifest[name] = {**old, **value} if isinstance(old, dict) else value
-        text = json.dumps(self.manifest, indent=1)
-        write_atomically(self.path / "manifest.json", text)
+        if SEAL in self.manifest:  # earlier versions' runs stay as they were begun
+            self.manifest = sealed(json.loads(json.dumps(self.manifest)))
+        write_atomically(self.path / MANIFEST, json.dumps(self.manifest, indent=1))
 
     def close(self) -> None:
         """Release the lock."""

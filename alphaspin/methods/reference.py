@@ -45,6 +45,6 @@ def reference_mode(session: Session, pairs: int) -> tuple[str, str]:
 
 
 def score_reference(session: Session, iteration: int, trees: list[Tree]) -> list[tuple[float, ...]]:
-    """lp_ref of (winner, loser) for each pair."""
+    """lp_ref of (chosen, rejected) for each pair."""
     logps = session.frozen_logps(iteration, trees, session.reference_policies(iteration))
     return [tuple(row) for row in session.mix(*logps).tolist()]

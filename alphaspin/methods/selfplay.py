@@ -21,10 +21,11 @@ from torch import Tensor
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.runs import commit, verifies
+from alphaspin.foundation.runs import commit, recorded, stands
 from alphaspin.methods.base import Sections
 from alphaspin.methods.reference import reference_mode
 from alphaspin.methods.session import Session
+from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import OnlineReference
 from alphaspin.model.tree import Tree
@@ -104,7 +105,8 @@ def train_iterate(session: Session, iteration: int) -> None:
     folder = session.folder(iteration)
     if session.finished(f"train/{iteration}", folder):
         for shard in sorted((folder / "reference").glob("*")):
-            session.cache.load(shard)  # the base's log-probs serve later iterations too
+            # The base's log-probs serve later iterations too.
+            session.cache.load(shard, otherwise="left out")
         return
     examples, objective = config.preference.examples(session, iteration)
     session.unload_iterates()
@@ -212,8 +214,9 @@ def evaluate(
     iteration: int,
 ) -> Evaluation:
     """Measures of the base or of an adapter on disk."""
-    if not session.team.from_main(lambda: verifies(folder / "evaluation")):
-        mine = session.heldout[session.team.index :: session.team.count]
+    made_of = {"adapter": recorded(adapter)[WEIGHTS]} if adapter else {}
+    if not session.team.from_main(lambda: stands(folder / "evaluation", made_of)):
+        mine = session.heldout[session.team.rank :: session.team.world_size]
         answers = 2 * len(mine)  # sampled and greedy
         with (
             session.timed("evaluate", iteration),
@@ -232,7 +235,7 @@ def evaluate(
             )
             with session.team.together():
                 if session.team.main:
-                    with commit(folder / "evaluation") as temporary:
+                    with commit(folder / "evaluation", made_of) as temporary:
                         evaluation.save(temporary / "evaluation.json")
         if adapter is not None:
             session.backbone.remove_adapter("evaluated")

@@ -4,6 +4,7 @@ The iterates on disk, the answers of players, the log-probs of frozen policies. 
 looking for what it left; all of it is a function of (seed, t, example).
 """
 
+import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from alphaspin.data.demonstrations import ChatFormat, Demonstration
 from alphaspin.evaluation.measures import Bench
 from alphaspin.foundation import console
 from alphaspin.foundation.batched import batched
-from alphaspin.foundation.runs import Metrics, Run, commit, remove, verifies
+from alphaspin.foundation.runs import Metrics, Run, commit, intact, recorded, remove, stands
 from alphaspin.judges.shared import TeamJudge
 from alphaspin.losses.reference import mixture_reference
 from alphaspin.methods.base import Sections
@@ -54,6 +55,11 @@ class Session:
     def folder(self, iteration: int) -> Path:
         """Artefacts of iteration t."""
         return self.run.path / "iterations" / str(iteration)
+
+    def lineage(self, iteration: int) -> dict[str, str]:
+        """Hash of the iterates before t, which all that is made in iteration t is made from."""
+        before = [recorded(self.folder(k) / "adapter")[WEIGHTS] for k in range(iteration)]
+        return {"iterates": hashlib.sha256("".join(before).encode()).hexdigest()}
 
     def bench(self) -> Bench:
         """What its evaluations share."""
@@ -96,7 +102,8 @@ class Session:
     def make_average(self, iteration: int) -> None:
         """Make the moving average of the adapters 0 … t-1 and keep it, where it is not on disk."""
         folder = self.folder(iteration) / "ema"
-        if not verifies(folder):
+        made_of = self.lineage(iteration)
+        if not stands(folder, made_of):
             # ema_1 = adapter_0; ema_t = decay · ema_{t-1} + (1 - decay) · adapter_{t-1}
             self.backbone.load_adapter("ema", self.folder(0) / "adapter")
             average = self.backbone.adapter_state("ema")
@@ -106,7 +113,7 @@ class Session:
                     average, self.backbone.adapter_state("ema"), self.config.reference.ema_decay
                 )
             self.backbone.set_adapter_state("ema", average)
-            with commit(folder) as temporary:
+            with commit(folder, made_of) as temporary:
                 self.backbone.save_adapter("ema", temporary)
 
     def answers(
@@ -121,6 +128,7 @@ class Session:
             self.team.from_main(lambda: self.make_average(iteration))
         for player in {shard.player for shard in shards if shard.player.sampler == "gflownet"}:
             self.load_sampler(iteration, player)
+        made_of = self.lineage(iteration)
         count = sum(len(shard.draws) for shard in shards)
         with console.bar(f"t={iteration} {kind}", count, "answers") as advance:
 
@@ -129,11 +137,11 @@ class Session:
                 advance(len(shard.draws), 0)
 
             def make(number: int, shard: Shard) -> None:
-                if verifies(shard.folder):
+                if stands(shard.folder, made_of):
                     present(number, shard)
                 else:
                     answers = self.drawn(iteration, shard.player, shard.draws, advance)
-                    with commit(shard.folder) as temporary:
+                    with commit(shard.folder, made_of) as temporary:
                         _save_answers(temporary, [e for e, _ in shard.draws], answers)
 
             self.team.each(shards, make, present)
@@ -261,9 +269,12 @@ class Session:
         """Whether a stage's adapter is on disk; its hash is then recorded or compared."""
 
         def look() -> bool:
-            if not verifies(folder / "adapter"):
+            adapter = folder / "adapter"
+            if stage in self.run.manifest["adapters"] and intact(adapter):
+                self.run.record_adapter(stage, adapter / WEIGHTS)  # an exchanged one is refused
+            if not stands(adapter):
                 return False
-            self.run.record_adapter(stage, folder / "adapter" / WEIGHTS)
+            self.run.record_adapter(stage, adapter / WEIGHTS)
             remove(folder / "checkpoints")
             return True
 

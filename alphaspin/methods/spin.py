@@ -108,8 +108,8 @@ def demonstrated_pairs(session: Session, iteration: int) -> tuple[list[Example],
     equal = sum(pair.equal() for pair in pairs)
     cut = sum(pair.rejected.truncated for pair in pairs)
     console.note(
-        f"t={iteration}: {len(pairs)} pairs, {equal} of them with loser = winner (no gradient "
-        f"from the pair), {cut} losers cut at the length cap"
+        f"t={iteration}: {len(pairs)} pairs, {equal} of them with rejected = chosen (no gradient "
+        f"from the pair), {cut} rejected cut at the length cap"
     )
 
     def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
@@ -120,17 +120,17 @@ def demonstrated_pairs(session: Session, iteration: int) -> tuple[list[Example],
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A demonstration (the winner), and what an opponent answered (the loser)."""
+    """A demonstration (chosen), and what an opponent answered (rejected)."""
 
     demonstration: Demonstration
     rejected: Answer
 
     def tree(self) -> Tree:
-        """Prompt, winner, loser."""
+        """Prompt, chosen, rejected."""
         return Tree(self.demonstration.prompt, (self.demonstration.response, self.rejected.tokens))
 
     def equal(self) -> bool:
-        """Whether the loser is the winner, token for token."""
+        """Whether rejected is chosen, token for token."""
         return np.array_equal(self.demonstration.response, self.rejected.tokens)
 
 

@@ -4,17 +4,18 @@ The policy, its predecessors and the base differ by a low-rank update of the sam
 pass reads the frozen weights once for all of them: y = W x, and then, for the rows of each adapter
 only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; only the layer's
 forward pass is ours.
+
+One class, and so one long file, since all of it shares one state: transformers' model with PEFT's
+layers in it. What can be said without it is in `routing`, `head` and `layout`.
 """
 
 import copy
 import inspect
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,7 +35,9 @@ from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.runs import file_hash
 from alphaspin.model.attention import TREES, Places
-from alphaspin.model.batching import Batch, Segment, collate
+from alphaspin.model.batching import Batch, Segment
+from alphaspin.model.head import head_product, numbers, scale_and_cap
+from alphaspin.model.layout import pin_positions, why_not_joint, why_not_packed
 from alphaspin.model.routing import (
     NOT_JOINT,
     POLICY,
@@ -48,13 +51,9 @@ from alphaspin.model.routing import (
     target_parameters,
 )
 from alphaspin.model.settings import LoraConfig
-from alphaspin.model.tree import Tree
 
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 WEIGHTS = "adapter_model.safetensors"
-# Of the head at once, on a CPU: what its BLAS repacks in each call then stays in the cache. 32 rows
-# times 512 × 128,000 took 92 ms in one product and 80 ms in parts (fp32, one thread).
-HEAD_ROWS = 2048
 
 
 class Backbone(nn.Module):
@@ -99,8 +98,9 @@ class Backbone(nn.Module):
         self.layer_types: set[str] = set(getattr(config, "layer_types", None) or ())
         self.window: int | None = getattr(config, "sliding_window", None)
         self.eager: bool = config._attn_implementation == "eager"
-        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self.pinned = self._pin_positions(model, longest)
+        self.pinned, self.max_positions = pin_positions(
+            model, longest, getattr(config, "max_position_embeddings", None), path
+        )
         stops = getattr(model.generation_config, "eos_token_id", None)
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
         self.stop_ids = tuple(cast(list[int], stops))
@@ -122,8 +122,9 @@ class Backbone(nn.Module):
         for layer in self._layers:
             layer.forward = partial(self._both, layer)
         self._takes = set(inspect.signature(self.decoder.forward).parameters)
-        self.scale, self.softcap = self._find_head()
-        self.layout_reason = self._why_not_packed()
+        few = torch.from_numpy(np.resize(self.ordinary_tokens, 8)).long().to(self.device)[None]
+        self.scale, self.softcap = scale_and_cap(model, few, self.plain_hidden, path)
+        self.layout_reason = why_not_packed(self)
         self.layout = "padded" if self.layout_reason else "packed"
         self.cache = "slots" if self.layout == "packed" else "own"
 
@@ -149,7 +150,7 @@ class Backbone(nn.Module):
         """Ids that the configuration does not name: others may stand for an image or a sound."""
         named = {
             int(value)
-            for key, value in _numbers(self._causal_lm.config)
+            for key, value in numbers(self._causal_lm.config)
             if key.endswith(("token_id", "token_index"))
         }
         every = np.arange(self.head.weight.shape[0], dtype=np.int32)
@@ -161,169 +162,13 @@ class Backbone(nn.Module):
         """What transformers calls this kind of model."""
         return self._causal_lm.config.model_type
 
-    def _pin_positions(self, model: nn.Module, longest: int | None) -> int | None:
-        """Let no position embedding depend on what else is in the batch.
-
-        transformers takes the frequencies of `longrope` and `dynamic` ones from the largest
-        position of a call, so that a sequence would have those of its longest neighbour. Here each
-        call is told of the longest sequence as well, and one policy has one set of frequencies: as
-        vLLM has it, where the limit is `--max-model-len`.
-
-        Returns:
-            The number of tokens, where there is such an embedding.
-        """
-        for module in model.modules():
-            kinds = getattr(module, "rope_type", None)
-            kinds = [kinds] if isinstance(kinds, str) else list(kinds or {})
-            if isinstance(getattr(module, "rope_type", None), dict):
-                kinds = list(cast(dict[str, str], module.rope_type).values())
-            if not any("dynamic" in kind or kind == "longrope" for kind in kinds):
-                continue
-            if any("dynamic" in kind for kind in kinds) and self.max_positions is not None:
-                config: Any = getattr(module, "config", None)
-                ropes = getattr(config, "rope_parameters", None) or {}
-                factor = ropes.get("factor") or 1.0
-                self.max_positions = max(self.max_positions, _extended(ropes, factor))
-            longest = longest or self.max_positions
-            if longest is None:
-                raise InputError(
-                    f"{self.path}: its position embeddings depend on the longest sequence, and its "
-                    "configuration has no max_position_embeddings"
-                )
-            module.forward = partial(_pinned, module.forward, longest)
-            self.pinned = longest
-        return getattr(self, "pinned", None)
-
-    @torch.no_grad()
-    def _find_head(self) -> tuple[float, float | None]:
-        """c and the cap in softcap(c (W h + b)), compared with the model's own logits.
-
-        Granite divides its logits by `logits_scaling`, Cohere multiplies them by `logit_scale`;
-        Gemma caps them at `final_logit_softcapping`, xLSTM at `output_logit_soft_cap`: the
-        configuration's values that fit are taken, whatever their names are.
-
-        Raises:
-            InputError: the logits are not of that form.
-        """
-        ids = torch.from_numpy(np.resize(self.ordinary_tokens, 8)).long().to(self.device)[None]
-        run = cast(Any, self._causal_lm)
-        # A cap hardly shows in small logits: they are made large, by a factor that rounds nothing.
-        size = float(run(input_ids=ids, use_cache=False).logits.abs().max())
-        factor = 2.0 ** max(0, math.ceil(math.log2(64 / max(size, 1e-6))))
-        self.head.weight *= factor
-        try:
-            expected = run(input_ids=ids, use_cache=False).logits.float()
-            hidden = self.plain_hidden(ids)
-            self.scale = 1.0
-            found = self.logits(hidden).float()
-        finally:
-            self.head.weight /= factor
-        caps = [v for key, v in _numbers(self._causal_lm.config) if "cap" in key]
-        rounding = torch.finfo(self.head.weight.dtype).eps
-        best = (math.inf, 1.0, None)
-        for cap in (None, *sorted(set(caps))):
-            inner, linear = expected, found
-            if cap:
-                bent = (expected / cap).abs() < 0.9  # where tanh can be undone
-                inner, linear = cap * torch.atanh(expected[bent] / cap), found[bent]
-            ratio = _ratio(linear, inner)
-            if abs(ratio - 1) <= 8 * rounding:
-                ratio = 1.0
-            else:
-                ratio = _configured(self._causal_lm.config, ratio, 32 * rounding)
-            mine = cap * torch.tanh(ratio * found / cap) if cap else ratio * found
-            error = float((mine - expected).abs().max() / expected.abs().max())
-            best = min(best, (error, ratio, cap), key=lambda item: item[0])
-        # bf16 rounds logits to 1/256 of their size.
-        if not best[0] < (0.02 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
-            raise InputError(
-                f"{self.path}: its logits are not softcap(c (W h + b)) (relative difference "
-                f"{best[0]:.2g}): log-probs are taken from the head's weight here, and this model "
-                "family does more than that"
-            )
-        return best[1:]
-
     def plain_hidden(self, ids: Tensor) -> Tensor:
         """Hidden states [R, S, H] by the family's own code."""
         return cast(Any, self.decoder)(input_ids=ids, use_cache=False).last_hidden_state
 
-    @torch.no_grad()
-    def _why_not_packed(self) -> str:
-        """Why trees cannot be packed into one row, or nothing; found by trying it.
-
-        A family that derives positions or masks in a way of its own, or whose layers mix tokens
-        otherwise than by attention, would be computed wrongly and silently. (What depends on
-        adapters, or shows in longer sequences only, is `verify`'s to find.)
-
-        Raises:
-            InputError: it is no better in padded rows, or a token sees what comes after it.
-        """
-        ids_1S = torch.from_numpy(np.resize(self.ordinary_tokens, 12)).long().to(self.device)[None]
-        whole_H, part_H = self.plain_hidden(ids_1S)[0, 7], self.plain_hidden(ids_1S[:, :8])[0, 7]
-        if self.unlike(whole_H.float(), part_H.float(), ""):
-            raise InputError(
-                f"{self.path}: models of type {self.family} cannot be served here: a token sees "
-                "what comes after it, so that log-probs of tokens do not add up"
-            )
-        unknown = self.layer_types - {"full_attention", "sliding_attention"}
-        reason = f"it has layers of type {', '.join(sorted(unknown))}" if unknown else ""
-        reason = reason or self._differs("packed")
-        if reason and (worse := self._differs("padded")):
-            raise InputError(
-                f"{self.path}: models of type {self.family} cannot be served here: {reason}, and "
-                f"{worse}"
-            )
-        return reason
-
-    def _differs(self, layout: Literal["packed", "padded"]) -> str:
-        """What is wrong with a layout, or nothing."""
-        # In 16 bits rounding alone can send a token to another expert; not with all tokens.
-        tries = 1 if self.head.weight.dtype == torch.float32 else 3
-        reason = ""
-        for seed in range(tries):
-            reason = self._differs_once(layout, seed)
-            if not reason:
-                break
-        return reason
-
-    def _differs_once(self, layout: Literal["packed", "padded"], seed: int) -> str:
-        """The same for one draw of tokens."""
-        random, tokens = np.random.default_rng(seed), self.ordinary_tokens[:64]
-        draw = lambda n: random.choice(tokens, n)  # noqa: E731
-        trees = [Tree(draw(p), (draw(a), draw(b))) for p, a, b in ((3, 4, 2), (7, 12, 5))]
-        batch = collate([(None, trees)], layout=layout).to(self.device)
-        try:
-            found = cast(Tensor, self(batch)).float()
-        except InputError as error:
-            return str(error)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            return f"it cannot attend to {layout} trees ({reason[:100]})"
-        expected: list[Tensor] = []
-        for tree in trees:
-            for answer in tree.responses:
-                ids = torch.from_numpy(np.concatenate([tree.prompt, answer])).long()[None]
-                start = len(tree.prompt) - 1
-                plain = self.plain_hidden(ids.to(self.device))
-                expected.append(plain[0, start : start + len(answer)].float())
-        return self.unlike(found, torch.cat(expected), f"{layout} and single sequences")
-
-    def unlike(self, found: Tensor, expected: Tensor, what: str) -> str:
-        """How far hidden states are from others, or nothing where rounding explains it."""
-        error = float((found - expected).abs().max() / expected.abs().max())
-        if error < (0.1 if self.head.weight.dtype == torch.bfloat16 else 1e-3):
-            return ""
-        return f"{what} differ by {error:.2g} of its hidden states"
-
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Full logits [..., V] in fp32 (float64 of a float64 model): for sampling one position."""
-        weight_VH: Tensor = self.head.weight
-        rows = HEAD_ROWS if weight_VH.device.type == "cpu" else len(weight_VH)
-        parts = [_product(hidden_NH, part) for part in weight_VH.split(rows)]
-        logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        bias = cast(Tensor | None, self.head.bias)
-        if bias is not None:
-            logits += bias
+        logits = head_product(self.head, hidden_NH)
         if self.scale != 1:
             logits *= self.scale
         if self.softcap:
@@ -542,7 +387,7 @@ class Backbone(nn.Module):
         route.segments, route.batch, route.beside = batch.segments, batch, beside
         if any(segment.adapter == POLICY for segment in batch.segments):
             route.seed = int(torch.randint(2**62, ()))  # no draw for policies without noise
-        ids, depth = batch.input_ids, batch.depth
+        ids, position_ids = batch.input_ids, batch.position_ids
         if batch.places is None:
             return self._padded(batch)
         if getattr(self, "layout_reason", ""):
@@ -552,11 +397,12 @@ class Backbone(nn.Module):
             )
         if beside is not None:
             assert beside.places is not None, "packed"
-            ids, depth = torch.cat([ids, beside.input_ids], 1), torch.cat([depth, beside.depth], 1)
+            ids = torch.cat([ids, beside.input_ids], 1)
+            position_ids = torch.cat([position_ids, beside.position_ids], 1)
         try:
             with self._attending_trees():
                 output = cast(Any, self.decoder)(
-                    input_ids=ids, position_ids=depth, use_cache=False, places=batch.places
+                    input_ids=ids, position_ids=position_ids, use_cache=False, places=batch.places
                 )
         finally:
             route.segments, route.batch, route.beside = batch.segments, None, None
@@ -707,37 +553,16 @@ class Backbone(nn.Module):
         """From here on `joint_problem` is this."""
         self._joint = f"{NOT_JOINT}: {reason}"
 
-    @torch.no_grad()
     def joint_problem(self) -> str | None:
         """None, or why the policy and its references cannot go through each layer together."""
-        if self._joint is not None:
-            return self._joint or None
-        if self.layout != "packed":
-            self._joint = f"{NOT_JOINT}: {self.layout_reason or 'train.layout is not packed'}"
-            return self._joint
-        random, tokens = np.random.default_rng(1), self.ordinary_tokens[:64]
-        draw = lambda n: random.choice(tokens, n)  # noqa: E731
-        mine, theirs = ([Tree(draw(5), (draw(9), draw(3)))] for _ in range(2))
-        policy = POLICY if self.has_adapter(POLICY) else None
-        batch = collate([(policy, mine)], layout="packed").to(self.device)
-        beside = collate([(None, theirs)], layout="packed").to(self.device)
-        training = self.training
-        with torch.random.fork_rng(devices=[]):
-            self.eval()
-            try:
-                together = cast(tuple[Tensor, Tensor], self(batch, beside))
-                apart = self(batch), self(beside)
-                close = all(
-                    bool((a - b).abs().max() <= 0.05 * b.abs().max())
-                    for a, b in zip(together, apart, strict=True)
-                )
-                self._joint = "" if close else f"{NOT_JOINT}: it changes the hidden states"
-            except InputError as error:
-                self._joint = str(error)
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                self._joint = f"{NOT_JOINT}: {str(error).splitlines()[0][:100]}"
-            finally:
-                self.train(training)
+        if self._joint is None and self.layout != "packed":
+            self.forbid_joint(self.layout_reason or "train.layout is not packed")
+        if self._joint is None:
+            training = self.training
+            with torch.random.fork_rng(devices=[]):
+                policy = POLICY if self.has_adapter(POLICY) else None
+                self._joint = why_not_joint(self.eval(), policy)
+            self.train(training)
         return self._joint or None
 
     def routed(self, segments: Sequence[Segment]) -> Any:
@@ -756,73 +581,8 @@ class Backbone(nn.Module):
             config._attn_implementation = usual
 
 
-def _extended(ropes: dict[str, Any], factor: float) -> int:
-    """Positions of `dynamic` NTK scaling, which begins where the training ended."""
-    return int(factor * (ropes.get("original_max_position_embeddings") or 0))
-
-
-def _pinned(
-    forward: Callable[..., Any],
-    longest: int,
-    x: Tensor,
-    position_ids: Tensor,
-    *args: Any,
-    **kw: Any,
-) -> Any:
-    """A rotary embedding's cosines and sines, with frequencies for `longest` tokens."""
-    if int(position_ids.max()) >= longest:
-        raise InputError(
-            f"a sequence of {int(position_ids.max()) + 1} tokens, where position embeddings were "
-            f"fixed for {longest}: raise text.max_prompt_tokens or text.max_response_tokens"
-        )
-    last = torch.full_like(position_ids[..., :1], longest - 1)
-    found = forward(x, torch.cat([position_ids, last], -1), *args, **kw)
-    return tuple(part[..., :-1, :] for part in found)
-
-
-def _product(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T, [..., O], with sums that are not rounded to 16 bits where the factors have 16."""
-    wide = torch.promote_types(weight_OI.dtype, torch.float32)
-    if weight_OI.dtype == wide:
-        return nn.functional.linear(x, weight_OI)
-    if weight_OI.is_cuda:
-        found = torch.mm(x.reshape(-1, x.shape[-1]), weight_OI.T, out_dtype=wide)
-        return found.view(*x.shape[:-1], -1)
-    return nn.functional.linear(x.to(wide), weight_OI.to(wide))
-
-
-def _ratio(found: Tensor, expected: Tensor) -> float:
-    """The factor c of least squares in expected = c · found."""
-    found, expected = found.double(), expected.double()
-    return float((found * expected).sum() / (found * found).sum())
-
-
-def _numbers(config: Any) -> list[tuple[str, float]]:
-    """The numbers other than 0 of a configuration, and what they are called."""
-    return [
-        (key, float(value))
-        for part in (config, config.get_text_config())
-        for key, value in part.to_dict().items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value
-    ]
-
-
-def _configured(config: Any, ratio: float, tolerance: float) -> float:
-    """The number of a configuration, or one over it, that is `ratio`; `ratio` if there is none."""
-    candidates = [c for _, v in _numbers(config) for c in (v, 1 / v)]
-    near = [c for c in candidates if abs(c / ratio - 1) < tolerance]
-    return min(near, key=lambda c: abs(c / ratio - 1)) if near else ratio
-
-
 def average_adapters(
     old: dict[str, Tensor], new: dict[str, Tensor], decay: float
 ) -> dict[str, Tensor]:
     """decay · old + (1-decay) · new, tensor by tensor: the moving average of adapter weights."""
     return {key: decay * old[key] + (1 - decay) * new[key] for key in new}
-
-
-def __getattr__(name: str) -> Any:
-    """`load_base` and what belongs to it lived here until they got a module of their own."""
-    if name in ("load_base", "loading", "choose_bf16"):
-        return getattr(import_module("alphaspin.model.load"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

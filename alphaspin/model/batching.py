@@ -4,8 +4,8 @@ A tree is a prompt with one or more responses. In the packed layout all trees st
 prompt's tokens stand once, each response follows it and sees the prompt and itself but not its
 siblings (see `attention.py`):
 
-    row    p0 p1 p2 w0 w1 l0 l1 l2 p0 p1 w0 …
-    depth   0  1  2  3  4  3  4  5  0  1  2        (position ids)
+    input_ids     p0 p1 p2 c0 c1 r0 r1 r2 p0 p1 c0 …
+    position_ids   0  1  2  3  4  3  4  5  0  1  2
 
 In the padded layout each response has a row of its own, with its own copy of the prompt. What
 follows it there is not seen by it, whatever mixes the tokens, so that this layout serves any causal
@@ -43,15 +43,15 @@ class Segment:
 class Batch:
     """Inputs of one forward pass.
 
-    input_ids, depth: [R, S] int64; depth is the position id. source: [N] int64, index into the
-    flattened [R·S] hidden states of the state that predicts each target. targets: [N] int64.
+    input_ids, position_ids: [R, S] int64. source: [N] int64, index into the flattened [R·S] hidden
+    states of the state that predicts each target. targets: [N] int64.
     lengths: [B] int64, targets per sequence; sequences follow the order of the trees and of their
     responses. segments divide the R·S tokens, places are where they stand in attention,
     None in the padded layout.
     """
 
     input_ids: Tensor
-    depth: Tensor
+    position_ids: Tensor
     source: Tensor
     targets: Tensor
     lengths: Tensor
@@ -60,7 +60,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on `device`."""
-        names = ("input_ids", "depth", "source", "targets", "lengths")
+        names = ("input_ids", "position_ids", "source", "targets", "lengths")
         places = self.places and self.places.to(device)
         return replace(self, **{n: getattr(self, n).to(device) for n in names}, places=places)
 
@@ -94,16 +94,16 @@ def collate(
             at += width or tree.size()
         segments.append(Segment(name, first, at))
     trees = [tree for _, trees in groups for tree in trees]
-    input_ids, depth = np.zeros((2, at), np.int64)
+    input_ids, position_ids = np.zeros((2, at), np.int64)
     if width:
-        depth = np.tile(np.arange(width), len(starts))
+        position_ids = np.tile(np.arange(width), len(starts))
     source: list[NDArray[np.int64]] = []
     for at, tree in zip(starts, trees, strict=True):
         length = len(tree.prompt)
         parts = (tree.prompt, *tree.responses)
         input_ids[at : at + tree.size()] = np.concatenate(parts)
         begins = [0] + [length] * len(tree.responses)
-        depth[at : at + tree.size()] = np.concatenate(
+        position_ids[at : at + tree.size()] = np.concatenate(
             [begin + np.arange(len(part)) for begin, part in zip(begins, parts, strict=True)]
         )
         last_of_prompt = at + length - 1
@@ -121,7 +121,7 @@ def collate(
     shape = (-1, width or len(input_ids))
     return Batch(
         input_ids=torch.from_numpy(input_ids).view(shape),
-        depth=torch.from_numpy(depth).view(shape),
+        position_ids=torch.from_numpy(position_ids).view(shape),
         source=torch.from_numpy(np.concatenate(source)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         lengths=torch.from_numpy(lengths),

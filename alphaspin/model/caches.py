@@ -22,6 +22,7 @@ from transformers import Cache
 
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Segment
+from alphaspin.model.layout import unlike
 from alphaspin.model.tree import Tokens
 
 Names = Sequence[str | None]
@@ -492,6 +493,9 @@ def _problem(backbone: Backbone, kept: Slots | Own | Recomputed) -> str:
         ids_S = torch.cat([torch.from_numpy(texts[pick]).long(), tail_3]).to(backbone.device)
         expected.append(backbone.plain_hidden(ids_S[None])[0, -1])
     found_3H = hidden_RH[[row for (row,) in rows]]
-    return backbone.unlike(
-        found_3H.float(), torch.stack(expected).float(), "tokens with its cache and without"
+    return unlike(
+        backbone,
+        found_3H.float(),
+        torch.stack(expected).float(),
+        "tokens with its cache and without",
     )

@@ -45,17 +45,17 @@ class Team:
         self,
         device: torch.device,
         guard: SignalGuard | None = None,
-        index: int = 0,
-        count: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ):
-        """Process `index` of `count`; where there are several, all of them call this at once."""
+        """Process `rank` of `world_size`; where several, all call this at once."""
         self.device = device
         self.guard = guard
-        self.index = index
-        self.count = count
-        self.main = index == 0
+        self.rank = rank
+        self.world_size = world_size
+        self.main = rank == 0
         # Small messages between hosts go over gloo even where gradients go over NCCL.
-        self._line = dist.new_group(backend="gloo", timeout=PATIENCE) if count > 1 else None
+        self._line = dist.new_group(backend="gloo", timeout=PATIENCE) if world_size > 1 else None
         self._sharded: Backbone | None = None
         self._announcing = False
 
@@ -73,15 +73,15 @@ class Team:
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's `value`, in their order; numbers, texts, lists, dicts with text keys."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
         content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         self._wait(
             dist.all_gather(lengths, torch.tensor([len(content)]), self._line, async_op=True)
         )
         longest = max(int(length) for length in lengths)
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         content = torch.nn.functional.pad(content, (0, longest - len(content)))
         self._wait(dist.all_gather(texts, content, self._line, async_op=True))
         return [
@@ -94,7 +94,7 @@ class Team:
 
         All get the same bits, and the same ones each time.
         """
-        if self.count > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
 
     @contextmanager
@@ -107,7 +107,7 @@ class Team:
             Elsewhere: in all others.
         """
         assert not self._announcing, "together within together"
-        if self.count == 1:
+        if self.world_size == 1:
             self._announcing = True
             try:
                 yield
@@ -130,7 +130,7 @@ class Team:
         first = next((i for i, code in enumerate(codes) if code), None)
         if first is None:
             return
-        if first == self.index:
+        if first == self.rank:
             assert error
             raise error
         raise Elsewhere(codes[first])
@@ -146,24 +146,24 @@ class Team:
         A round of one item per process at a time, so that a signal or an error is heard of after
         an item and not after all of them.
         """
-        for start in range(0, len(items), self.count):
-            dealt = list(enumerate(items[start : start + self.count], start))
+        for start in range(0, len(items), self.world_size):
+            dealt = list(enumerate(items[start : start + self.world_size], start))
             with self.together():
-                for number, item in dealt[self.index : self.index + 1]:
+                for number, item in dealt[self.rank : self.rank + 1]:
                     work(number, item)
             for number, item in dealt:
-                if number != start + self.index:
+                if number != start + self.rank:
                     others(number, item)
 
     def spread(self, work: Callable[[Sequence[int]], Sequence[T]], count: int) -> list[T]:
         """All `count` results of work(indices) → results, which `gather` must take, by index."""
-        indices = range(self.index, count, self.count)
+        indices = range(self.rank, count, self.world_size)
         mine: Sequence[T] = []
         with self.together():
             if indices:
                 mine = work(indices)
         parts = self.gather(list(mine))
-        return [parts[i % self.count][i // self.count] for i in range(count)]
+        return [parts[i % self.world_size][i // self.world_size] for i in range(count)]
 
     def from_main(self, work: Callable[[], T]) -> T:
         """What `work` gives in process 0, which alone runs it; as `gather` takes it."""
@@ -192,7 +192,7 @@ class Team:
         embedding that is tied to it.
         """
         decoder = cast(Any, backbone.decoder)
-        mesh = init_device_mesh(self.device.type, (self.count,))
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
         head = cast(nn.Parameter, backbone.head.weight)
         parts = [*decoder.layers]
         if decoder.get_input_embeddings().weight is not head:

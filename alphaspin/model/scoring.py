@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from alphaspin.foundation.batched import batched
-from alphaspin.foundation.runs import commit, verifies
+from alphaspin.foundation.runs import commit, stands
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
 from alphaspin.model.tree import Tokens, Tree
@@ -158,9 +158,9 @@ class ReferenceCache:
             save_file(tensors, temporary / "logps.safetensors", metadata=header)
         self.store(keys, values)
 
-    def load(self, folder: Path) -> bool:
-        """Read a shard; False where there is none that verifies."""
-        if not verifies(folder):
+    def load(self, folder: Path, *, otherwise: str = "made again") -> bool:
+        """Read a shard; False where there is none that stands, and then `otherwise` is said."""
+        if not stands(folder, otherwise=otherwise):
             return False
         tensors = load_file(folder / "logps.safetensors")
         keys = [row.tobytes() for row in tensors["key"]]

@@ -1,5 +1,5 @@
-"""The reference's mixture as the opponent: α-SPIN whose losers come from the very distribution that
-its loss assumes, π_prev^α π_base^(1-α) with the α and the π_prev of the reference.
+"""The reference's mixture as the opponent: α-SPIN whose rejected answers come from the very
+distribution that its loss assumes, π_prev^α π_base^(1-α) with the α and π_prev of the reference.
 
 Token by token is close to it; sequential Monte Carlo and an adapter that is trained for it in each
 iteration sample from whole sequences' distribution.

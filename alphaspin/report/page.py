@@ -30,7 +30,14 @@ from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Measures
 from alphaspin.foundation.paths import for_others, published, refuse_links
-from alphaspin.foundation.runs import Metrics, verifies, write_atomically
+from alphaspin.foundation.runs import (
+    MANIFEST,
+    Metrics,
+    read_manifest,
+    run_id,
+    stands,
+    write_atomically,
+)
 from alphaspin.foundation.section import RECORDED, refusals
 
 COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {
@@ -95,6 +102,7 @@ class Summary(BaseModel):
 
     name: str
     config: Config
+    run: str | None = None
     environment: dict[str, str]
     adapters: dict[str, str]
     rows: list[Measures]
@@ -172,6 +180,12 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
         path = folder / "metrics.jsonl"
         if not path.exists():
             raise InputError(f"{path}: missing")
+        manifest = folder / MANIFEST
+        if manifest.exists() and summary.run not in (None, run_id(read_manifest(manifest))):
+            raise InputError(
+                f"{folder / 'summary.json'}: is of another run than {MANIFEST}; the command that "
+                "made this run writes its own"
+            )
         return summary, Metrics(path).read()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
@@ -194,11 +208,17 @@ def in_order(names: Iterable[str]) -> list[str]:
     )
 
 
+def _whole(place: Path) -> dict[str, Path]:
+    """The artefacts in a folder, by name."""
+    parts = (path for path in place.iterdir() if path.is_dir())
+    return {path.name: path for path in parts if stands(path, otherwise="left out")}
+
+
 def read_comparisons(folder: Path) -> list[Comparison]:
     """All comparisons on held-out prompts in RUN/evaluation."""
     found: list[Comparison] = []
     for place in sorted((folder / "evaluation").glob("heldout-*")):
-        parts = {path.name: path for path in place.iterdir() if verifies(path)}
+        parts = _whole(place)
         rows = [_json(parts[name] / "evaluation.json") for name in in_order(parts)]
         if rows:
             about = _json(place / "about.json")
@@ -210,7 +230,7 @@ def read_tasks(folder: Path) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, policies and rows of each set of harness tasks in RUN/evaluation."""
     found: list[tuple[str, list[str], list[list[str]]]] = []
     for place in sorted((folder / "evaluation").glob("tasks-*")):
-        parts = {path.name: path for path in place.iterdir() if verifies(path)}
+        parts = _whole(place)
         results = {name: _json(parts[name] / "results.json") for name in in_order(parts)}
         for first in [*results.values()][:1]:
             title = f"lm-evaluation-harness {first['harness']}" + ", chat template" * first["chat"]

@@ -43,7 +43,7 @@ from torch import Tensor
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.batched import batched
-from alphaspin.foundation.runs import Metrics, commit, remove, verifies
+from alphaspin.foundation.runs import Metrics, commit, remove, stands
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
@@ -329,11 +329,12 @@ def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) 
         Interrupted: a signal came; the step was finished and saved.
     """
     done = task.folder / "adapter"
-    if not team.from_main(lambda: verifies(done)):
+    inputs = {str(name): backbone.adapter_ids[name] for name in task.weights}
+    if not team.from_main(lambda: stands(done, inputs)):
         _train(backbone, task, metrics, team)
         with team.together():
             if team.main:
-                with commit(done) as temporary:
+                with commit(done, inputs) as temporary:
                     backbone.save_adapter(POLICY, temporary)
     if team.main:
         remove(task.folder / "checkpoints")

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alphaspin.foundation import console
-from alphaspin.foundation.runs import commit, remove, verifies
+from alphaspin.foundation.runs import commit, remove, stands
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.routing import POLICY
 
@@ -64,9 +63,8 @@ def save(
 def newest_checkpoint(folder: Path) -> int:
     """The step of the newest checkpoint that verifies, 0 without one."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if verifies(path):
+        if stands(path):
             return int(path.name.removeprefix("step-"))
-        console.note(f"{path} does not verify and is passed over")
     return 0
 
 

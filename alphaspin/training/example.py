@@ -19,7 +19,7 @@ class Example:
     """A prompt with K responses, and their log-probs under the reference where it is cached.
 
     `extras` are further numbers per response that the objective takes, K each.
-    `informative` is False where the gradient is exactly zero (the loser equals the winner): the
+    `informative` is False where the gradient is exactly zero (rejected equals chosen): the
     example counts in the mean of the loss, and is not computed.
     """
 

@@ -133,6 +133,8 @@ def run(
             if stop or (step % loop.every == 0 and step < loop.total):
                 with team.together():
                     if team.main:
+                        metrics.keep()
                         checkpoint.save(backbone, optimizer, loop.kept, loop.checkpoints, step)
                     if stop:
                         raise Interrupted
+    metrics.keep()

@@ -129,10 +129,10 @@ def accumulate_gradients(
     names = STATISTICS if width == 2 else STATISTICS[:4]
     sums_S = torch.zeros(len(names), device=device)
     # As many micro-batches for each process, and never larger ones than a single process has.
-    number = math.ceil(config.accumulation / team.count) * team.count
+    number = math.ceil(config.accumulation / team.world_size) * team.world_size
     parts = [p for p in np.array_split(np.arange(len(informative)), number) if len(p)]
-    for first in range(0, len(parts), team.count):
-        number = first + team.index
+    for first in range(0, len(parts), team.world_size):
+        number = first + team.rank
         counts = number < len(parts)
         if not counts and not team.sharded:
             break
@@ -156,7 +156,7 @@ def accumulate_gradients(
             sums_S += _statistics(loss_B, policy_BK, reference_BK, lengths_BK, job.beta)
     stop = torch.tensor([float(team.interrupted)], device=device)
     gradients = [p.grad for p in backbone.policy_parameters().values() if p.grad is not None]
-    if team.count > 1:
+    if team.world_size > 1:
         total = torch.cat([*(gradient.flatten() for gradient in gradients), sums_S, stop])
         team.sum(total)
         sizes = [gradient.numel() for gradient in gradients]

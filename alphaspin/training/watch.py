@@ -48,7 +48,7 @@ class Watch:
             self.alarm(1, f"no gradient reaches {len(idle)} adapter matrices, e.g. {idle[0]}")
 
     def check_rewards(self, step: int, values: dict[str, float]) -> None:
-        """Winners' and losers' log-probs both below the reference and both still falling."""
+        """Log-probs of chosen and rejected both below the reference and both still falling."""
         if "rewards/rejected" not in values or self._fell:
             return
         self._rewards.append((values["rewards/chosen"], values["rewards/rejected"]))
@@ -60,6 +60,6 @@ class Watch:
             self._fell = True
             self.alarm(
                 step,
-                "log-probs of winners and losers fall together (mean rewards "
+                "log-probs of chosen and rejected fall together (mean rewards "
                 f"{late[0]:+.3f} and {late[1]:+.3f}): {self._remedy}",
             )

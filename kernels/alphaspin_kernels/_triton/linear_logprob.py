@@ -4,7 +4,8 @@ Without a gradient, one kernel multiplies and takes the running log-sum-exp of e
 in registers. With one, the products are bare cuBLAS products (Triton's reach about two thirds of
 their speed on Hopper): logits of a vocabulary chunk that stays in the L2 cache in fp32, one Triton
 pass over it for the running softmax, the second product into E_p[slope W]. A trainable head
-recomputes the chunks in its backward pass.
+recomputes the chunks in its backward pass. Kernels, launch plans and the two passes stand in one
+file: a plan is only right for the kernel it launches, and is read beside it.
 
 Shape suffixes: A active rows, R rows and T vocabulary entries of a block, C entries of a chunk, H
 hidden size, V vocabulary, K targets per row.
