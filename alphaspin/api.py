@@ -25,6 +25,7 @@ from alphaspin.commands.played import Played
 from alphaspin.config import Config, explain
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Evaluation
+from alphaspin.foundation.paths import home
 from alphaspin.foundation.runs import Metrics
 from alphaspin.foundation.section import Section
 from alphaspin.methods.selfplay import Callback
@@ -95,7 +96,7 @@ def evaluate(run: str | Path, **options: Any) -> list[Evaluation]:
     Raises:
         InputError: an option, a policy, the data, the judge or a task cannot be used.
     """
-    played = Played.open(Path(run))
+    played = Played.open(Path(home(str(run))))
     options = {"judge": played.config.judge, **options}
     chosen = _checked(EvaluateOptions, options)
     return compare.run(played.moved(chosen), chosen)
@@ -113,7 +114,7 @@ def export(run: str | Path, to: str | Path, **options: Any) -> Path:
         InputError: an option, the iteration, the base or the adapter cannot be used.
     """
     chosen = _checked(ExportOptions, {"to": str(to), **options})
-    exporting.run(Played.open(Path(run)).moved(chosen), chosen)
+    exporting.run(Played.open(Path(home(str(run)))).moved(chosen), chosen)
     return Path(chosen.to)
 
 

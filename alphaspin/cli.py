@@ -4,24 +4,25 @@ Exit codes: 0 done; 2 bad input or unreadable files; 3 training stopped itself, 
 failed; 75 stopped by SIGTERM or Ctrl-C after saving, and the same command goes on.
 """
 
-import itertools
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from pydantic import ValidationError
 
+from alphaspin.commands import arguments
 from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
-from alphaspin.config import TABLES, Config, all_keys, explain, load_config, recipe_names, special
+from alphaspin.config import TABLES, Config, explain, load_config, recipe_names, special
 from alphaspin.errors import (
     EXIT_CODES,
     EXIT_OK,
     EXIT_RESUMABLE,
+    EXIT_UNREAD,
     Elsewhere,
     InputError,
     exit_code,
@@ -29,7 +30,7 @@ from alphaspin.errors import (
 )
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import home, packaged
-from alphaspin.foundation.section import Section, nearest
+from alphaspin.foundation.section import Section
 from alphaspin.judges import JUDGE
 
 S = TypeVar("S", bound=Section)
@@ -62,43 +63,45 @@ class _TrainCommand(Config):
     nothing."""
 
 
-def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
+def parse(words: Sequence[str]) -> tuple[Config, bool]:
     """The configuration of a command line, and whether only the plan is wanted.
 
     Raises:
         InputError: a bad key or value, in the recipe or on the command line.
     """
-    rest = list(arguments)
+    rest = list(words)
     if rest and not rest[0].startswith("-"):
         source = rest.pop(0)
     else:
         own = any(a.split("=")[0] in {"--model", "--data"} for a in rest)
         source = "default" if own else "tiny"
-    given = _given(rest)
     recipe = load_config(source)
-    chosen = {table.key: given[table.key] for table in TABLES if table.key in given}
-    start = recipe.choosing(chosen)
+    own_kinds = {table.key: arguments.given(rest, table.key) for table in TABLES}
+    start = recipe.choosing({key: name for key, name in own_kinds.items() if name})
     kind = special(_TrainCommand, start)
-    _check_keys(kind, rest, start)
-    default = _unset(kind, start, plan=False)
-    command = _parsed(kind, default, "alphaspin-train [RECIPE or FILE.yaml]", rest)
-    # tyro builds sections one by one; this checks them together, the defaults included.
-    fields = command.model_dump(exclude={"plan"})
-    if (command.model, command.data) != (recipe.model, recipe.data):
-        fields["hints"] = None  # they are facts about the recipe's own model and data
-    if command.data != recipe.data and "split" not in given:  # so is its split
-        fields["split"] = Config.model_fields["split"].default
+    if arguments.is_help(rest):
+        _help(kind, _unset(kind, start, plan=False), "alphaspin-train [RECIPE or FILE.yaml]")
+    changes = arguments.read(kind, rest, start)
+    plan_only = changes.pop("plan", False)
+    config = _checked(Config, arguments.merged(start.model_dump(), changes))
+    # Hints are facts about the recipe's own model and data, and so is its split.
+    if (config.model, config.data) != (recipe.model, recipe.data) and "hints" not in changes:
+        config = config.model_copy(update={"hints": None})
+    if config.data != recipe.data and "split" not in changes:
+        config = config.model_copy(update={"split": Config.model_fields["split"].default})
+    return config, plan_only
+
+
+def _checked(kind: type[S], values: dict[str, Any]) -> S:
+    """A section of these values.
+
+    Raises:
+        InputError: a bad value, or some that do not go together.
+    """
     try:
-        return Config.model_validate(fields), command.plan
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(explain(error)) from None
-
-
-def _given(arguments: Sequence[str]) -> dict[str, str]:
-    """Keys and values of a command line, as far as plain text tells."""
-    words = [word for a in arguments for word in (a.split("=", 1) if a[:2] == "--" else [a])]
-    pairs = itertools.pairwise(words)
-    return {k.removeprefix("--").replace("-", "_"): v for k, v in pairs if k.startswith("--")}
+        raise InputError(explain(error, kind)) from None
 
 
 def _unset(kind: type[S], start: Section, **more: Any) -> S:
@@ -115,52 +118,21 @@ def _unset(kind: type[S], start: Section, **more: Any) -> S:
     return kind.model_construct(**found, **more)
 
 
-def _parsed(kind: type[S], default: Any, program: str, arguments: Sequence[str]) -> S:
-    """A command's options; `default` is an instance, or None where some have no default.
-
-    Raises:
-        InputError: a bad value.
-    """
-    try:
-        return tyro.cli(
-            kind,
-            prog=program,
-            default=default,
-            args=list(arguments),
-            use_underscores=True,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    except ValidationError as error:
-        raise InputError(explain(error, kind)) from None
+def _help(kind: type[Section], default: Any, program: str) -> NoReturn:
+    """Print a command's options; `default` is an instance, or None where some have no default."""
+    tyro.cli(
+        kind,
+        prog=program,
+        default=default,
+        args=["--help"],
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    raise SystemExit(0)
 
 
-def _check_keys(
-    kind: type[Section], arguments: Sequence[str], start: Section | None = None
-) -> None:
-    """Unknown options, each with the nearest right one; settings of another kind than chosen."""
-    known = [*(keys := all_keys(kind)), "help"]
-    for argument in arguments:
-        if not argument.startswith("--"):
-            continue
-        key, _, value = argument.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        plain = ".".join(part.removeprefix("no_") for part in key.split("."))
-        if not {key, plain} & {*known}:
-            near = nearest(key, keys)
-            hint = f"; did you mean --{near}?" if near else "; see --help"
-            raise InputError(f"unknown option {argument!r}{hint}")
-        section, _, name = plain.rpartition(".")
-        for table in TABLES:
-            own: Any = getattr(start, table.section, None)
-            if own and section == table.section and name not in type(own).model_fields:
-                chosen = start.chosen(table) if isinstance(start, Config) else own.kind
-                raise InputError(
-                    table.without_effect(name, value or _given(arguments).get(key), chosen)
-                )
-
-
-def _train(arguments: Sequence[str]) -> None:
-    config, plan_only = parse(arguments)
+def _train(words: Sequence[str]) -> None:
+    config, plan_only = parse(words)
     if plan_only:
         _plan(config)
         return
@@ -188,17 +160,18 @@ def _alone(command: str) -> None:
         )
 
 
-def _gflownet(arguments: Sequence[str]) -> None:
+def _gflownet(words: Sequence[str]) -> None:
     _alone("gflownet")
-    _check_keys(GFlowNetRun, arguments)
-    config = _parsed(GFlowNetRun, None, "alphaspin gflownet", arguments)
+    if arguments.is_help(words):
+        _help(GFlowNetRun, None, "alphaspin gflownet")
+    config = _checked(GFlowNetRun, arguments.read(GFlowNetRun, words))
     from alphaspin.commands import gflownet_job
 
     gflownet_job.run(config)
 
 
-def _recipes(arguments: Sequence[str]) -> None:
-    match list(arguments):
+def _recipes(words: Sequence[str]) -> None:
+    match list(words):
         case [] | ["list"]:
             for name in recipe_names():
                 first = packaged(f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
@@ -216,51 +189,50 @@ def _recipes(arguments: Sequence[str]) -> None:
 
 
 def _run_and_options(
-    command: str, kind: type[Section], arguments: Sequence[str]
+    command: str, kind: type[Section], words: Sequence[str]
 ) -> tuple[Path, list[str]]:
     """RUN and the rest of a command's arguments; `--help` alone prints the options."""
     _alone(command)
-    if "--help" in arguments or "-h" in arguments:
-        _parsed(kind, None, f"alphaspin {command} RUN", ["--help"])
-    if not arguments or arguments[0].startswith("-"):
+    if arguments.is_help(words):
+        _help(kind, None, f"alphaspin {command} RUN")
+    if not words or words[0].startswith("-"):
         raise InputError(f"usage: alphaspin {command} RUN [--KEY VALUE …]")
-    return Path(home(arguments[0])), list(arguments[1:])
+    return Path(home(words[0])), list(words[1:])
 
 
-def _evaluate(arguments: Sequence[str]) -> None:
-    path, rest = _run_and_options("evaluate", EvaluateOptions, arguments)
+def _evaluate(words: Sequence[str]) -> None:
+    path, rest = _run_and_options("evaluate", EvaluateOptions, words)
     from alphaspin.commands import compare
     from alphaspin.commands.played import Played
 
     played = Played.open(path)
     judge = played.config.judge
-    given = _given(rest)
-    if "judge.kind" in given and given["judge.kind"] != judge.kind:
-        judge = JUDGE.other(judge, given["judge.kind"])
+    chosen = arguments.given(rest, "judge.kind")
+    if chosen and chosen != judge.kind:
+        judge = JUDGE.other(judge, chosen)
         judge = type(judge).model_construct()  # nothing of the run's judge
-    elif "judge.function" in given:  # one of the working directory, as in training
+    elif arguments.given(rest, "judge.function"):  # one of the working directory, as in training
         judge = judge.model_copy(update={"folder": os.getcwd()})
     start = EvaluateOptions.model_construct(judge=judge)
-    kind = special(EvaluateOptions, start)
-    _check_keys(kind, rest, start)
-    parsed = _parsed(kind, _unset(kind, start), "alphaspin evaluate RUN", rest)
-    options = EvaluateOptions.model_validate(parsed.model_dump())
+    changes = arguments.read(special(EvaluateOptions, start), rest, start)
+    options = _checked(EvaluateOptions, arguments.merged({"judge": judge.model_dump()}, changes))
     compare.run(played.moved(options), options)
 
 
-def _export(arguments: Sequence[str]) -> None:
-    path, rest = _run_and_options("export", ExportOptions, arguments)
-    options = _parsed(ExportOptions, None, "alphaspin export RUN", rest)
-    from alphaspin import api
+def _export(words: Sequence[str]) -> None:
+    path, rest = _run_and_options("export", ExportOptions, words)
+    options = _checked(ExportOptions, arguments.read(ExportOptions, rest))
+    from alphaspin.commands import exporting
+    from alphaspin.commands.played import Played
 
-    api.export(path, **options.model_dump())
+    exporting.run(Played.open(path).moved(options), options)
 
 
-def _report(arguments: Sequence[str]) -> None:
+def _report(words: Sequence[str]) -> None:
     from alphaspin.report import overview
     from alphaspin.report import page as report
 
-    match arguments:
+    match words:
         case [run] if not run.startswith("-"):
             page = report.write(Path(home(run)))
         case [*runs, "--to", page] if runs:
@@ -270,18 +242,18 @@ def _report(arguments: Sequence[str]) -> None:
     console.note(f"report: {page}")
 
 
-def _doctor(arguments: Sequence[str]) -> None:
+def _doctor(words: Sequence[str]) -> None:
     from alphaspin.commands import doctor
 
-    if arguments:
+    if words:
         raise InputError("usage: alphaspin doctor")
     doctor.show()
 
 
-def _command(arguments: Sequence[str]) -> None:
+def _command(words: Sequence[str]) -> None:
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train,
-        "plan": lambda rest: _train([*rest, "--plan"]),
+        "plan": lambda rest: _train([word for word in rest if word != "--plan"] + ["--plan"]),
         "gflownet": _gflownet,
         "recipes": _recipes,
         "evaluate": _evaluate,
@@ -289,12 +261,12 @@ def _command(arguments: Sequence[str]) -> None:
         "report": _report,
         "doctor": _doctor,
     }
-    if not arguments or arguments[0] in {"-h", "--help"}:
+    if not words or words[0] in {"-h", "--help"}:
         print(USAGE)
         return
-    if arguments[0] not in commands:
-        raise InputError(f"no command {arguments[0]!r}\n{USAGE}")
-    commands[arguments[0]](arguments[1:])
+    if words[0] not in commands:
+        raise InputError(f"no command {words[0]!r}\n{USAGE}")
+    commands[words[0]](words[1:])
 
 
 def _guarded(body: Callable[[Sequence[str]], None]) -> int:
@@ -305,11 +277,17 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     # Deprecations between transformers and PEFT are for them to settle.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    for stream in (sys.stdout, sys.stderr):
+        console.forgive(stream)
     try:
         body(sys.argv[1:])
+        sys.stdout.flush()
         return EXIT_OK
     except KeyboardInterrupt:
         return _fail("stopped before the run began", EXIT_RESUMABLE)
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+        console.silence(sys.stdout)
+        return EXIT_UNREAD
     except Elsewhere as error:  # the process that failed says why
         return error.code
     except tuple(EXIT_CODES) as error:
@@ -319,7 +297,7 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    console.errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    console.error(message)
     return code
 
 

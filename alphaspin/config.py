@@ -8,13 +8,10 @@ import contextlib
 import difflib
 import hashlib
 import json
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -29,7 +26,15 @@ from pydantic import (
 
 from alphaspin.errors import InputError
 from alphaspin.foundation.kinds import Kind, Need, Table
-from alphaspin.foundation.paths import Place, Source, from_here, packaged
+from alphaspin.foundation.paths import (
+    PRIVATE,
+    Place,
+    Source,
+    for_others,
+    from_here,
+    home,
+    packaged,
+)
 from alphaspin.foundation.section import (
     RECORDED,
     PositiveFloat,
@@ -37,9 +42,11 @@ from alphaspin.foundation.section import (
     Section,
     nearest,
     no_effect,
+    refusals,
     refuse_unused,
     short,
 )
+from alphaspin.foundation.yaml_file import YamlFile
 from alphaspin.judges import JUDGE
 from alphaspin.judges.base import JudgeConfig
 from alphaspin.judges.verifiable import Verifiable
@@ -99,7 +106,7 @@ PATHS = (
 class Config(Sections):
     """A self-play run."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$", max_length=200)] = "run"
     """Name of the run; part of its default folder."""
     model: Source = "tiny"
     """Frozen base: a Hugging Face folder, a hub id, or `tiny`, the embedded model."""
@@ -133,7 +140,7 @@ class Config(Sections):
         """The method's own settings; those of another are refused."""
         name = info.data.get("method", METHOD.default)
         if isinstance(values, Method):
-            if isinstance(values, METHOD.find(name)) or values.plugin:
+            if values.plugin or (name in METHOD.kinds and isinstance(values, METHOD.find(name))):
                 return values
             values = {} if type(values)() == values else values.model_dump()
         return METHOD.read(values, info, name)
@@ -308,6 +315,13 @@ class Config(Sections):
             free["gflownet"] = True
         return self.model_dump(mode="json", exclude=free)
 
+    def recipe(self) -> dict[str, Any]:
+        """The settings as others may have them: for the report, and for what is exported."""
+        here: dict[str, Any] = {"output": True, "log": True, "hints": True}
+        for section in ("judge", "loss", "preference", "selfplay", "sampling"):
+            here[section] = {*PRIVATE}
+        return for_others(self).model_dump(mode="json", exclude=here)
+
     @classmethod
     def renewed(cls, identity: dict[str, Any]) -> dict[str, Any]:
         """The identity of a recorded run, perhaps of an earlier version, as this version has it.
@@ -378,56 +392,57 @@ def load_config(source: str) -> Config:
         InputError: no such recipe or file, broken YAML, an unknown key or a bad value; the message
             names the file, the key, the value, and the nearest right name.
     """
-    path = Path(os.path.expanduser(source))
+    path = Path(home(source))
     if source in recipe_names():
         path = packaged(f"{source}.yaml")
     elif not (path.suffix in {".yaml", ".yml"} or path.exists()):
         near = difflib.get_close_matches(source, recipe_names(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"no recipe {source!r}{hint} (recipes: {', '.join(recipe_names())})")
+    file = YamlFile(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(content).__name__}")
-    content.setdefault("name", path.stem)
-    try:
-        return Config.model_validate(content)
+        return Config.model_validate({"name": path.stem, **file.content})
     except ValidationError as error:
-        raise InputError(f"{path}: {explain(error)}") from None
+        raise InputError(explain(error, at=file.at)) from None
 
 
-def explain(error: ValidationError, root: type[Section] = Config) -> str:
-    """A pydantic error in one line per key: the key, the value, what is wrong, the nearest name."""
+def explain(
+    error: ValidationError, root: type[Section] = Config, at: Callable[[str], str] | None = None
+) -> str:
+    """A pydantic error in one line per key: where it stands, the key, the value, what is wanted.
+
+    Args:
+        error: its own words are not told.
+        root: what was validated.
+        at: the place of a key, `FILE:LINE`.
+    """
     words = {word for key in all_keys(root) for word in key.split(".")}
     sections = [(table.section,) for table in TABLES]
-    lines: list[str] = []
-    for item in error.errors(include_url=False):
+
+    def name(item: Mapping[str, Any]) -> str:
         # A union reports each of its branches, tagged after the key: show the key once.
         where = item["loc"]
         own = where[1:2] if where[:1] in sections else ()  # perhaps of somebody's own kind
-        key = ".".join(str(part) for part in where if part in words or part in own)
+        return ".".join(str(part) for part in where if part in words or part in own)
+
+    lines: list[tuple[str, str]] = []
+    rest: list[Any] = []
+    for item in error.errors(include_url=False):
+        key = name(item)
         if item["type"] == "extra_forbidden":
             key = ".".join(map(str, item["loc"]))
             near = nearest(key, all_keys(root))
-            hint = f"; did you mean {near!r}?" if near else ""
-            line = f"unknown key {key!r}{hint}"
-        elif item["type"] == "missing":
-            section, given = key.rpartition(".")[0], item["input"]
+            lines.append((key, f"unknown key {key!r}" + f"; did you mean {near!r}?" * bool(near)))
+        elif item["type"] == "missing" and isinstance(given := item["input"], Mapping):
+            section = key.rpartition(".")[0]
             who = [f"{t.key} = {given.get(t.field)}" for t in TABLES if t.section == section]
-            line = f"{who[0]} needs {key}" if who else f"{key}: is needed"
-        elif key and not re.match(r"Value error, [\w.]+ = ", item["msg"]):
-            line = f"{key} = {short(item['input'])}: {item['msg'].removeprefix('Value error, ')}"
+            said = f"{who[0]} needs {key}" if who else f"{key}: is needed"
+            lines.append((key, said if at else f"{said}, as --{key} VALUE"))
         else:
-            line = item["msg"].removeprefix("Value error, ")
-        if line not in lines:
-            lines.append(line)
-    return "\n".join(lines)
+            rest.append(item)
+    lines += refusals(rest, name)
+    told = (f"{at(key or line.split(' = ')[0])}: {line}" if at else line for key, line in lines)
+    return "\n".join(dict.fromkeys(told))
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

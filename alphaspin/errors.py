@@ -9,6 +9,9 @@ checkpoint, all answers and verdicts stand."""
 EXIT_RESUMABLE = 75
 """Stopped by SIGTERM or Ctrl-C after saving (sysexits' EX_TEMPFAIL): the same command goes on."""
 
+EXIT_UNREAD = 141
+"""Nobody reads what a command prints, as after SIGPIPE; training goes on all the same."""
+
 
 class InputError(ValueError):
     """Something the user can put right: the message names key and value, or file and line."""

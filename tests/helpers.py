@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -144,3 +144,9 @@ def http_servers() -> Generator[Callable[..., tuple[str, list[dict[str, Any]]]]]
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+def overridden(words: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Options, without those that are given again later: an option may stand once."""
+    again = {word.split("=")[0] for word in later}
+    return [*(word for word in words if word.split("=")[0] not in again), *later]

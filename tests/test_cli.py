@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import arithmetic, make_model, make_tokenizer, save_model, write_rows
+from helpers import (
+    arithmetic,
+    make_model,
+    make_tokenizer,
+    overridden,
+    save_model,
+    write_rows,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,7 +73,7 @@ def alphaspin(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 def own(folder: Path, run: Path, *options: str) -> list[str]:
     paths = [f"--model={folder / 'model'}", f"--data={folder / 'data.jsonl'}", f"--output={run}"]
-    return ["train", *paths, *SMALL, *options]
+    return ["train", *overridden([*paths, *SMALL], options)]
 
 
 def records(run: Path, stage: str) -> list[dict[str, Any]]:

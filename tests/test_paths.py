@@ -13,7 +13,8 @@ from helpers import arithmetic, save_model, write_rows
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from alphaspin import cli
-from alphaspin.commands import gflownet_job, job
+from alphaspin.api import evaluate, export
+from alphaspin.commands import gflownet_job, job, plan
 from alphaspin.commands.exporting import writable
 from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
 from alphaspin.commands.played import Played
@@ -188,7 +189,7 @@ def test_a_run_is_enough_from_anywhere(
     code, printed = alphaspin("evaluate", "~/moved")
     assert code == 0, printed
     assert alphaspin("export", "~/moved", "--to=~/out", "--vllm")[0] == 0
-    assert str(world / "base") in (tmp_path / "out/README.md").read_text()
+    assert "vllm serve base" in (tmp_path / "out/README.md").read_text()
     assert alphaspin("report", "~/moved", "--to", "~/page.html")[0] == 0
     assert (tmp_path / "page.html").exists() and not (tmp_path / "~").exists()
     # The same run, under other names: nothing is made again.
@@ -228,7 +229,7 @@ def test_base_and_data_that_moved(
     assert code == EXIT_INPUT and "/gone/base" in printed and "--model FOLDER" in printed
     assert alphaspin("export", "run", "--to=out", "--vllm", "--model=new-base")[0] == 0
     exported = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert exported["base_model_name_or_path"] == str(tmp_path / "new-base")
+    assert exported["base_model_name_or_path"] == "new-base"
     code, printed = alphaspin("evaluate", "run", "--model=new-base")
     assert code == EXIT_INPUT and "data = /gone/rows.jsonl: no such" in printed
     assert "--data FILE" in printed and "--heldout FILE" in printed
@@ -320,3 +321,43 @@ def test_a_folder_of_something_else_is_refused_with_a_sentence(tmp_path: Path) -
     Run(tmp_path / "run", {"other": 1}).close()
     with pytest.raises(InputError, match="holds another run: its base is None"):
         Run(tmp_path / "run", {"base": "a", "config": {"model": "m"}})
+
+
+@pytest.mark.parametrize("name", ["gone/", "gone/base/weights", "./gone", "~/gone"])
+def test_what_no_hub_has_is_a_path(project: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"model = /.*/gone.*: no such file or folder"):
+        job.run(config(model=name))
+
+
+@pytest.mark.parametrize("key", ["model", "data", "heldout"])
+def test_addresses_are_no_sources(key: str) -> None:
+    with pytest.raises(ValueError, match="is an address: give a hub id, or a file"):
+        config(**{key: "https://user:secret@host/base"})
+
+
+def test_home_in_python(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(world))
+    assert export("~/run", tmp_path / "out", vllm=True) == tmp_path / "out"
+    with pytest.raises(InputError, match=r"/gone: is no run folder"):
+        evaluate("~/gone")
+
+
+def test_a_plan_for_gpt2_and_for_what_cannot_be_sized(
+    project: Path, alphaspin: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(project / "gpt2", "gpt2")
+    options = ["--model=gpt2", "--data=rows.jsonl", "--lora.r=2"]
+    code, printed = alphaspin("plan", *options)
+    assert code == 0 and "memory, training" in printed
+
+    def odd(*_: object) -> None:
+        raise AttributeError("'Odd' object has no attribute 'hidden_size'")
+
+    monkeypatch.setattr(plan, "target_modules", odd)
+    code, printed = alphaspin("plan", *options)
+    assert code == EXIT_INPUT and "--plan cannot size this family" in printed
+    assert "`hints` section" in printed and "Traceback" not in printed
+    numbers = ("parameters", "hidden", "layers", "vocabulary", "adapter_parameters_per_rank")
+    numbers += ("demonstrations", "prompt_tokens", "response_tokens")
+    code, printed = alphaspin("plan", *options, *(f"--hints.{key}=9" for key in numbers))
+    assert code == 0 and "memory, training" in printed

@@ -29,6 +29,7 @@ from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.diversity import distinct, self_bleu
 from alphaspin.evaluation.winrate import at_equal_length, win_rate
+from alphaspin.foundation.paths import for_others, packaged
 from alphaspin.foundation.runs import Run, sealed, verifies
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.load import load_base
@@ -416,7 +417,7 @@ def test_export_merged(world: Path, run: Path, alphaspin: Command) -> None:
     assert "2 iterations of SPIN" in card.text and "wins vs base %" in card.text
     recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     again = Config.model_validate(recipe)
-    assert again.identity() == Played.open(run).config.identity()
+    assert again.identity() == for_others(Played.open(run).config).identity()
     assert card.data.base_model is None  # a path is no id
     code, printed = alphaspin("export", run, "--to=out", "--merge")
     assert code == EXIT_INPUT and "to = out: exists already" in printed
@@ -435,7 +436,7 @@ def test_export_for_vllm(world: Path, run: Path, alphaspin: Command) -> None:
     assert code == 0, printed
     config = json.loads(Path("sub/out/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["bias"]) == (2, 32, "none")
-    assert config["base_model_name_or_path"] == str(world / "model")
+    assert config["base_model_name_or_path"] == "model"
     assert not config["modules_to_save"] and not config["use_dora"]
     state = load_file(f"sub/out/{WEIGHTS}")
     for name in state:
@@ -530,7 +531,7 @@ def test_the_embedded_model_too(tmp_path: Path, alphaspin: Command) -> None:
     assert alphaspin("export", "tiny", "--to=adapter", "--vllm")[0] == 0
     base, merged = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        for path in (exporting._base_name(Played.open(Path("tiny"))), "merged")
+        for path in (packaged("tiny/model"), "merged")
     )
     before = logits(base)
     wanted = logits(PeftModel.from_pretrained(base, "adapter"))

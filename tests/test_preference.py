@@ -510,7 +510,7 @@ def test_settings_that_would_have_no_effect_are_refused() -> None:
         ({"method": "sppo", "judge": {"kind": "callable"}}, "callable needs judge.function"),
         ({"method": "sppo", "judge": {"kind": "reward_model"}}, "needs judge.model"),
         ({"method": "sppo", "judge": {"model": "x"}}, "judge.model = 'x' has no effect with judge"),
-        ({"method": "sppo", "preference": {"responses": 1}}, "greater than or equal to 2"),
+        ({"method": "sppo", "preference": {"responses": 1}}, "needs a number >= 2"),
         ({"method": "dpo"}, "spin, sppo, rspo"),
         ({"method": "nash_md", "preference": {"eta": 5.0}}, "preference.eta = 5 has no effect"),
         ({"method": "nash_md", "train": {"epochs": 2}}, "nash_md needs train.epochs = 1"),

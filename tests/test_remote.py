@@ -1,6 +1,7 @@
 """Sampling from servers: one that fails in the ways servers do, and a real `transformers serve`."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -182,6 +183,13 @@ def test_what_may_pass_is_asked_again(serve: Callable[..., Any], backbone: Backb
         (500, 3, "/v1/completions: no answer in 3 attempts; last: HTTP 500"),
         ({"text": "seven"}, 3, "no token_ids in the reply"),
         (b'{"error": "busy"}', 3, "not a completion: .*busy"),
+        (b'{"choices": ["x"]}', 3, "not a completion"),
+        ({"token_ids": [300], "finish_reason": "stop"}, 3, r"the model has not: \[300\]"),
+        ({"token_ids": [-1], "finish_reason": "stop"}, 3, "the model has not"),
+        ({"token_ids": [2**70], "finish_reason": "stop"}, 3, "the model has not"),
+        ({"token_ids": [7.5], "finish_reason": "stop"}, 3, "the model has not"),
+        ({"token_ids": [True], "finish_reason": "stop"}, 3, "the model has not"),
+        ({"token_ids": [math.nan], "finish_reason": "stop"}, 3, "not a completion"),
         ({"token_ids": [], "finish_reason": "length"}, 3, r"not 1 to 4 tokens with one end: \[\]"),
         (
             {"token_ids": [7, END, 8], "finish_reason": "stop"},
@@ -203,7 +211,7 @@ def test_nobody_at_the_address(backbone: Backbone, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(ServerError, match=r"127.0.0.1:9.*3 attempts.*refused"):
         one("http://127.0.0.1:9/v1", backbone)
-    with pytest.raises(InputError, match=r"sampling.url 'localhost'"):
+    with pytest.raises(ValidationError, match="begins with http://"):
         sampler("localhost")
     with pytest.raises(InputError, match=r"sampling.key_variable = NOT_SET: is not set"):
         sampler("http://localhost/v1", key_variable="NOT_SET")
@@ -215,6 +223,7 @@ def test_nobody_at_the_address(backbone: Backbone, monkeypatch: pytest.MonkeyPat
         ({"token_ids": [7], "finish_reason": "stop", "stop_reason": 299}, [7, 299]),
         ({"token_ids": [7], "finish_reason": "stop", "matched_stop": 299}, [7, 299]),
         ({"token_ids": [7], "finish_reason": "stop", "stop_reason": None}, [7, END]),
+        ({"token_ids": [7], "finish_reason": "stop", "stop_reason": [299]}, [7, END]),
         ({"token_ids": [7, 299], "finish_reason": "stop", "stop_reason": 299}, [7, 299]),
         ({"token_ids": [7, 8, 9, 299], "finish_reason": "length"}, [7, 8, 9, 299]),
     ],
@@ -300,6 +309,19 @@ def small_run(base: str, data: Path, output: Path, iterations: int = 2, **sampli
             "sampling": {"shard_size": 3, **sampling},
         }
     )
+
+
+def test_a_reply_without_text(serve: Callable[..., Any], backbone: Backbone) -> None:
+    url, _ = serve(lambda path, body: {"finish_reason": "stop", "token_ids": [7]})
+    with pytest.raises(ServerError, match="no text in the reply"):
+        one(url, backbone, engine="transformers")
+
+
+def test_a_key_that_is_missing_is_found_first(tmp_path: Path) -> None:
+    server = {"engine": "vllm", "url": "http://h/v1", "model": "m", "key_variable": "NOT_SET"}
+    with pytest.raises(InputError, match=r"sampling\.key_variable = NOT_SET: is not set"):
+        run(small_run("tiny", tmp_path / "no.jsonl", tmp_path / "run", **server))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_server_fails_goes_on(

@@ -362,9 +362,15 @@ def test_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     for content, message in [
         ('{"name": "x"', r"summary\.json: not JSON: .*line 1"),
         ("[]", r"summary\.json: "),
-        ("{}", r"summary\.json: name: Field required"),
-        (json.dumps(summary(rows=[row("0", 1, nll="low")])), r"summary\.json: rows\.0\.nll: "),
-        (json.dumps(summary(rows=[row("best", 1)])), r"summary\.json: rows\.0\.name: "),
+        ("{}", r"summary\.json: name: is needed"),
+        (
+            json.dumps(summary(rows=[row("0", 1, nll="low")])),
+            r"summary\.json: rows\.0\.nll = 'low': needs a number",
+        ),
+        (
+            json.dumps(summary(rows=[row("best", 1)])),
+            r"summary\.json: rows\.0\.name = 'best': needs ",
+        ),
     ]:
         (tmp_path / "summary.json").write_text(content)
         with pytest.raises(InputError, match=message):

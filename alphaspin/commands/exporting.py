@@ -1,8 +1,11 @@
 """`alphaspin export RUN`: an iterate for use elsewhere, with a card that tells its lineage."""
 
 import copy
+import html
 import json
 import math
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +21,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from alphaspin.commands.options import ExportOptions
 from alphaspin.commands.played import Played, Policy
+from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.paths import packaged
+from alphaspin.foundation.paths import for_others, published
 from alphaspin.foundation.runs import commit, stands
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.report.page import describe
@@ -176,7 +180,7 @@ def _write_adapter(played: Played, adapter: Path, folder: Path) -> str:
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text())
     if config["bias"] != "none" or config["modules_to_save"] or config["use_dora"]:
         raise InputError(f"{adapter}: is no plain LoRA adapter (bias, modules_to_save or DoRA)")
-    config["base_model_name_or_path"] = _base_name(played)
+    config["base_model_name_or_path"] = published(played.config.model)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
     return "a LoRA adapter in PEFT's format, for PEFT and vLLM"
@@ -190,18 +194,13 @@ def _not_for_vllm(played: Played) -> str:
     return "lora.target_parameters: vLLM reads no such adapters" if lora.target_parameters else ""
 
 
-def _base_name(played: Played) -> str:
-    """The base as others find it: a hub id or a path."""
-    model = played.config.model
-    return str(packaged("tiny/model")) if model == "tiny" else model
-
-
 def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> str:
     """The model card: metadata for the hub, what was done, how to load it, how it did."""
-    config, manifest = played.config, played.manifest
-    hub = config.model != "tiny" and not Path(config.model).is_absolute()
+    config, manifest = for_others(played.config), played.manifest
+    folder = Path(played.config.model).is_absolute() and "/" not in config.model
     data = ModelCardData(
-        base_model=config.model if hub else None,  # the hub accepts ids only
+        # The hub accepts ids only.
+        base_model=None if folder or config.model == "tiny" else config.model,
         library_name="transformers" if options.merge else "peft",
         pipeline_tag="text-generation",
         tags=["alphaspin", "self-play", config.method.replace("_", "-")],
@@ -214,50 +213,56 @@ def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> 
         ("held-out prompts", config.heldout or "set aside from them", identity["heldout"]),
         *((f"adapter {stage}", "", digest) for stage, digest in manifest["adapters"].items()),
     ]
-    # Where results went, and who was asked at which address, is nobody else's concern.
-    private = {"output": True, "log": True, "hints": True, "judge": {"url", "key_variable"}}
-    settings = config.model_dump(mode="json", exclude=private)
+    settings = yaml.safe_dump(config.recipe(), sort_keys=False, allow_unicode=True)
+    fence = "`" * (2 + max(map(len, re.findall("`+", settings)), default=1))
     versions = ", ".join(f"{name} {value}" for name, value in manifest["environment"].items())
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {config.name}, iteration {policy.name}",
-        describe(config),
+        html.escape(describe(config), quote=False),
         f"These files are {form}.",
-        _usage(played, options),
+        _usage(config, options),
         "## Lineage",
         _table(["what", "from", "SHA-256"], [[a, b, f"`{c}`"] for a, b, c in lineage]),
         f"Made with {versions}.",
         "The license is that of the base.",
         "## Settings",
         "The recipe, for `alphaspin-train`:",
-        f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```",
+        f"{fence}yaml\n{settings}{fence}",
         *_evaluations(played),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(played: Played, options: ExportOptions) -> str:
-    """How to load the folder."""
-    name, base = Path(options.to).absolute().name, _base_name(played)
+def _usage(config: Config, options: ExportOptions) -> str:
+    """How to load the folder, where the base is at hand."""
+    name = Path(options.to).absolute().name
     if options.merge:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
         ]
         return "```python\n" + "\n".join(lines) + "\n```"
-    rank = min(rank for rank in VLLM_RANKS if rank >= played.config.lora.r)
+    rank = min(rank for rank in VLLM_RANKS if rank >= config.lora.r)
+    base, quoted = shlex.quote(config.model), shlex.quote(name)
     command = (
-        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={name} "
-        f"--tokenizer {name}"
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {quoted}={quoted} "
+        f"--tokenizer {quoted}"
     )
     return f"```sh\n{command}\n```"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+    lines = [[_cell(cell) for cell in line] for line in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A text of others, as a text in Markdown that may hold HTML."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 def _evaluations(played: Played) -> list[str]:
@@ -266,7 +271,8 @@ def _evaluations(played: Played) -> list[str]:
     sets = [("Held-out measures", own)]
     for folder in sorted((played.path / "evaluation").glob("heldout-*")):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        title = f"{about['prompts']} prompts ({about['heldout']}), judge {about['judge']}"
+        source, judge = _cell(published(about["heldout"])), _cell(about["judge"])
+        title = f"{about['prompts']} prompts ({source}), judge {judge}"
         sets.append((title, {name: folder / name for name in own}))
     parts: list[str] = []
     for title, folders in sets:

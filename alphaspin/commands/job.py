@@ -35,7 +35,8 @@ from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.paths import check_there, packaged
+from alphaspin.foundation.openai_api import key_of
+from alphaspin.foundation.paths import check_there, for_others, packaged
 from alphaspin.foundation.runs import (
     Metrics,
     Mirror,
@@ -80,6 +81,7 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
     if config.train.optimizer == "adamw_8bit":
         check_installed("bitsandbytes", "train.optimizer = adamw_8bit", "quantization")
     check_there("model", config.model)
+    key_of(config.sampling.key_variable, "sampling.key_variable")  # now, and not in a day
     guard, quiet = SignalGuard(), console.console.quiet
     try:
         with repeatable():
@@ -183,7 +185,9 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
     with contextlib.closing(open_run(team, config.run_folder(), identity, hint)) as folder:
         mirror: Mirror | None = None
         if config.log.trackers:
-            settings = {key: str(value) for key, value in flat(config.identity()).items()}
+            settings = {
+                key: str(value) for key, value in flat(for_others(config).identity()).items()
+            }
             accelerator.init_trackers(config.name, config=settings)
             mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
         tell = teller(callbacks)

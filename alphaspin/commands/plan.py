@@ -63,7 +63,14 @@ def gather(config: Config) -> PlanHints:
         )
     facts = config.hints.model_dump() if config.hints else {}
     if model.exists():
-        facts |= _model_facts(model, config)
+        try:
+            facts |= _model_facts(model, config)
+        except (AttributeError, TypeError) as error:
+            if not config.hints:
+                raise InputError(
+                    f"model = {config.model}: --plan cannot size this family ({error}): give the "
+                    f"recipe a `hints` section ({', '.join(PlanHints.model_fields)})"
+                ) from None
         if local_data:
             with loading(config.model):
                 tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
@@ -86,7 +93,7 @@ def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
         model_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_config(model_config)
     text: Any = model_config.get_text_config()
-    targets = cast(list[nn.Linear], target_modules(model, config.lora.targets))
+    targets = cast(list[nn.Linear], target_modules(model, config.lora.targets))  # or Conv1D
     beside = target_parameters(model, config.lora.target_parameters)  # [experts, ., .], or [., .]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -94,7 +101,7 @@ def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
         "tied": bool(model_config.tie_word_embeddings),
-        "adapter_parameters_per_rank": sum(m.in_features + m.out_features for m in targets)
+        "adapter_parameters_per_rank": sum(sum(m.weight.shape) for m in targets)
         + sum(math.prod(p.shape[:-2]) * sum(p.shape[-2:]) for p in beside),
     }
 

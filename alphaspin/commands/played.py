@@ -18,7 +18,7 @@ from alphaspin.config import Config, explain
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
-from alphaspin.foundation.paths import check_there
+from alphaspin.foundation.paths import check_there, refuse_links
 from alphaspin.foundation.runs import clock, fault, file_hash, read_manifest
 from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import WEIGHTS, Backbone
@@ -72,6 +72,7 @@ class Played:
         file = path / "manifest.json"
         if not file.is_file():
             raise InputError(f"{path}: is no run folder (it has no manifest.json)")
+        refuse_links(path)
         manifest = read_manifest(file)
         if "config" not in manifest:
             raise InputError(
@@ -118,6 +119,8 @@ class Played:
         for stage, digest in self.manifest["adapters"].items():
             kind, _, t = stage.partition("/")
             if kind in folders:
+                if not t.isdecimal():  # not a way to other folders
+                    raise InputError(f"{self.path / 'manifest.json'}: damaged at adapter {stage!r}")
                 prefix, folder = folders[kind]
                 found.append(Policy(prefix + t, int(t), self.path / folder / t, digest))
         found.sort(key=lambda policy: (" " in policy.name, policy.iteration))

@@ -13,7 +13,7 @@ def checked_part(pattern: str | None) -> Callable[[str], str | None]:
         return lambda text: " ".join(text.split())
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(
             f"evaluate.answer = {pattern!r}: not a regular expression: {error}"
         ) from None

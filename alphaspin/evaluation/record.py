@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from alphaspin.errors import InputError
 
@@ -105,8 +105,8 @@ class Evaluation(Measures):
         """
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (ValidationError, ValueError) as error:
-            first = str(error).splitlines()
+        except ValueError:
             raise InputError(
-                f"{path}: not what this version of alphaspin writes ({' '.join(first[:3])})"
+                f"{path}: not what this version of alphaspin writes; move its folder away, and "
+                "evaluate again"
             ) from None

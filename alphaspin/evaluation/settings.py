@@ -2,9 +2,15 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from alphaspin.data.answers import checked_part
 from alphaspin.foundation.section import PositiveInt, Section
+
+
+def _pattern(text: str) -> str:
+    checked_part(text)
+    return text
 
 
 class EvaluateConfig(Section):
@@ -12,7 +18,7 @@ class EvaluateConfig(Section):
 
     prompts: Annotated[int, Field(ge=0)] = 256
     """Held-out prompts; 0 for no evaluation. Taken from `--heldout`, or set aside from the data."""
-    answer: str | None = None
+    answer: Annotated[str, AfterValidator(_pattern)] | None = None
     """Regular expression whose first group is the answer to compare (gsm8k: `#### (.+)`); without
     it the whole text counts."""
     overlap: Literal["error", "drop", "keep"] = "error"

@@ -1,7 +1,10 @@
 """What a person sees while waiting: progress bars, alarm lines, the first sample, the table."""
 
 import contextlib
+import io
+import os
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,8 +19,35 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+STEERING = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+"""Control characters, but tab and newline: in the texts of others they would steer a terminal."""
+
+
+def forgive(stream: Any) -> None:
+    """Let a stream replace the signs that its encoding lacks."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
+
+
+def silence(stream: Any) -> None:
+    """Print to nobody, where nobody reads: not when Python ends either."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Console(Console):
+    """A console that loses signs and readers without a word."""
+
+    def _write_buffer(self) -> None:
+        forgive(self.file)
+        super()._write_buffer()
+
+    def on_broken_pipe(self) -> None:
+        silence(self.file)
+
+
+console = _Console(highlight=False)
+errors = _Console(stderr=True, highlight=False)
 
 Advance = Callable[[int, int], None]
 """Called with (items done, tokens done) since the last call."""
@@ -57,19 +87,28 @@ def bar(label: str, total: int, unit: str, done: int = 0) -> Generator[Advance]:
         yield advance
 
 
+def _plain(text: str) -> str:
+    return text.translate(STEERING)
+
+
+def error(text: str) -> None:
+    """Why a command ends."""
+    errors.print(Text(f"error: {_plain(text)}", style="red"), soft_wrap=True)
+
+
 def note(text: str) -> None:
     """One line of information."""
-    console.print(Text(text, style="dim"))
+    console.print(Text(_plain(text), style="dim"))
 
 
 def alarm(text: str) -> None:
     """One line that asks for attention."""
-    console.print(Text(f"ALARM  {text}", style="bold yellow"))
+    console.print(Text(f"ALARM  {_plain(text)}", style="bold yellow"))
 
 
 def text(line: str) -> None:
     """One line as it is, wrapped by the terminal alone."""
-    console.print(Text(line), soft_wrap=True)
+    console.print(Text(_plain(line)), soft_wrap=True)
 
 
 def sample(prompt: str, trained: str) -> None:
@@ -79,17 +118,19 @@ def sample(prompt: str, trained: str) -> None:
             ("first demonstration: ", "bold"),
             ("prompt ", "cyan"),
             ("trained tokens\n", "green"),
-            (prompt, "cyan"),
-            (trained, "green"),
+            (_plain(prompt), "cyan"),
+            (_plain(trained), "green"),
         )
     )
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table with right-aligned numbers behind a first column of names."""
-    result = Table(title=title, title_justify="left")
+    result = Table(title=Text(_plain(title), style="table.title"), title_justify="left")
     for i, name in enumerate(header):
-        result.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        result.add_column(
+            Text(_plain(name)), justify="left" if i == 0 else "right", overflow="fold"
+        )
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*(Text(_plain(cell)) for cell in row))
     console.print(result)

@@ -114,7 +114,7 @@ def load_object(name: str, folder: str) -> tuple[Any, str]:
         InputError: there is no such thing.
     """
     module_name, _, attribute = name.partition(":")
-    if not (module_name and attribute):
+    if not (attribute and all(part.isidentifier() for part in module_name.split("."))):
         raise InputError(f"{name!r}: needs module:Name")
     module, file = load_module(module_name, folder)
     if not hasattr(module, attribute):

@@ -10,7 +10,6 @@ one that was copied from elsewhere does not count. Nothing is pickled.
 
 import contextlib
 import copy
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from alphaspin.errors import InputError, Interrupted
-from alphaspin.foundation import console
+from alphaspin.foundation import console, locks
+from alphaspin.foundation.paths import refuse_links
 
 HASHES = "hashes.json"
 MANIFEST = "manifest.json"
@@ -376,12 +376,13 @@ class Run:
         if path.exists() and not path.is_dir():
             raise InputError(f"output = {path}: is a file")
         make_folder(path)
+        refuse_links(path)
         names = {entry.name for entry in path.iterdir()}
         if names and not names & {MANIFEST, f"{TEMPORARY}{MANIFEST}", "lock"}:
             raise InputError(f"output = {path}: is not empty and holds no run; choose another")
         self.path = path
         self._lock = (path / "lock").open("a+")
-        self._flock(fcntl.LOCK_EX)
+        self._flock(shared=False)
         self.owner = f"{os.getpid()}\n{socket.gethostname()} {time.time_ns()}\n"
         """What the lock holds: this process and, for `join`, which of its runs."""
         self._lock.truncate(0)
@@ -395,16 +396,14 @@ class Run:
             self.close()
             raise
 
-    def _flock(self, kind: int) -> None:
-        try:
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
+    def _flock(self, *, shared: bool) -> None:
+        if not locks.take(self._lock, shared=shared):
             owner = (self.path / "lock").read_text().partition("\n")[0]
             self.close()
             raise InputError(
                 f"{self.path}: process {owner} is working in this run folder; wait for it, or "
                 "choose another --output"
-            ) from None
+            )
 
     def share(self) -> None:
         """Let other processes `join`.
@@ -412,7 +411,7 @@ class Run:
         Raises:
             InputError: another job was quicker, in the instant in which the lock is no one's.
         """
-        self._flock(fcntl.LOCK_SH)
+        self._flock(shared=True)
 
     @classmethod
     def join(cls, path: Path, owner: str) -> "Run":
@@ -440,7 +439,7 @@ class Run:
                 f"output = {path}: on {socket.gethostname()} this is not the folder that process 0 "
                 "opened; all nodes must see it, on a file system that they share"
             )
-        run._flock(fcntl.LOCK_SH)
+        run._flock(shared=True)
         run.manifest = read_manifest(path / MANIFEST)
         return run
 

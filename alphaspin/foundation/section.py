@@ -7,10 +7,19 @@ with one entry per iteration whose last entry repeats; a single number means the
 import difflib
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from alphaspin.errors import InputError
 
@@ -60,10 +69,49 @@ def at(values: tuple[T, ...], iteration: int) -> T:
     return values[min(iteration, len(values) - 1)]
 
 
+LARGEST, SMALLEST = 1e30, 1e-30
+"""Sizes of settings that are no whole numbers: what is computed in fp32 has no room for others."""
+
+WHOLE = 2**31
+"""Settings that are whole numbers are smaller."""
+
+
 class Section(BaseModel):
-    """Base of all sections: no unknown keys, no mutation, docstrings become `--help`."""
+    """Base of all sections: no unknown keys, no mutation, docstrings become `--help`.
+
+    Numbers are neither booleans nor absurd, and a text is not empty, whatever the field. Records of
+    finished runs are taken as they are.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what would be taken for something else than it says."""
+        field = cls.model_fields[str(info.field_name)]
+        if info.context is RECORDED or value is field.default:
+            return value
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, bool) and bool not in (found := leaves(field.annotation)):
+                if found & {int, float}:
+                    raise ValueError("needs a number, not true or false")
+            elif isinstance(part, str) and part != field.default:
+                check_text(part)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _sized(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse absurd numbers."""
+        if info.context is RECORDED or value == cls.model_fields[str(info.field_name)].default:
+            return value
+        for part in value if isinstance(value, tuple) else [value]:
+            if isinstance(part, int) and abs(part) >= WHOLE:
+                raise ValueError(f"needs a whole number below {WHOLE}")
+            if isinstance(part, float) and part and not SMALLEST <= abs(part) <= LARGEST:
+                raise ValueError(f"needs a number between {SMALLEST:g} and {LARGEST:g} in size")
+        return value
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -71,6 +119,37 @@ class Section(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         for field in cls.model_fields.values():
             field.description = " ".join((field.description or "").split()) or None
+
+
+def unless_recorded(check: Callable[[str], str]) -> AfterValidator:
+    """A validator of settings, but not of those of a finished run."""
+
+    def checked(value: str, info: ValidationInfo) -> str:
+        return value if info.context is RECORDED else check(value)
+
+    return AfterValidator(checked)
+
+
+def leaves(annotation: Any) -> frozenset[Any]:
+    """The types that a field's annotation is made of."""
+    if get_origin(annotation) is Literal:
+        return frozenset(map(type, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return leaves(get_args(annotation)[0])
+    parts = [part for part in get_args(annotation) if part is not Ellipsis]
+    return frozenset[Any]().union(*map(leaves, parts)) if parts else frozenset([annotation])
+
+
+def check_text(text: str) -> None:
+    """Whether a text is one.
+
+    Raises:
+        ValueError: it is empty, or has what no file can hold.
+    """
+    if not text.strip():
+        raise ValueError("is empty: leave the setting out, or give it a value")
+    if "\0" in text or any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise ValueError("has a NUL or half a character; write it anew")
 
 
 RECORDED = object()
@@ -144,8 +223,75 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """A value for a message."""
+    """A value for a message, without what an address has in front of its host or behind its path.
+
+    There may be passwords and keys.
+    """
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
     text = repr(value)
+    if "://" in text:
+        text = re.sub(r"(?<=//)[^/\s]*(?=@)|(?<=[?#])\S+(?=['\"])", "…", text)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+WANTED = {
+    "bool": "true or false",
+    "dict": "keys and values",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "greater_than": "a number > {gt}",
+    "greater_than_equal": "a number >= {ge}",
+    "int": "a whole number",
+    "int_from_float": "a whole number",
+    "less_than": "a number < {lt}",
+    "less_than_equal": "a number <= {le}",
+    "literal_error": "{expected}",
+    "model": "keys and values",
+    "multiple_of": "a multiple of {multiple_of}",
+    "none_required": "null",
+    "string": "text (in quotes, where it looks like a number)",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "letters, digits, `_`, `-` and `.` only",
+    "too_short": "at least {min_length} of them",
+    "tuple": "a list",
+}
+"""What is wanted, by pydantic's kind of error or its first word."""
+
+
+def wanted(item: Mapping[str, Any]) -> str:
+    """What a value should have been, by one of pydantic's errors."""
+    kind: str = item["type"]
+    text = WANTED.get(kind) or WANTED.get(kind.partition("_")[0], "another value")
+    known = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected", "")))
+    near = nearest(str(item["input"]), known)
+    return text.format(**item.get("ctx", {})) + (f" (did you mean {near!r}?)" if near else "")
+
+
+def refusals(
+    items: Sequence[Mapping[str, Any]], name: Callable[[Mapping[str, Any]], str]
+) -> Iterator[tuple[str, str]]:
+    """Keys and what is told of each, in the place of pydantic's errors.
+
+    Args:
+        items: pydantic's errors. A union has one for each of its branches: one is told.
+        name: the key of an error.
+    """
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for item in items:
+        key = name(item)
+        if item["type"] == "value_error":
+            said = str(item["ctx"]["error"])
+            yield (
+                key,
+                said
+                if re.match(r"[\w.]+ = ", said) or not key
+                else (f"{key} = {short(item['input'])}: {said}"),
+            )
+        elif item["type"] == "missing":
+            yield key, f"{key}: is needed"
+        else:
+            _, wants = found.setdefault(key, (item["input"], []))
+            wants += [want for want in [wanted(item)] if want not in wants]
+    for key, (value, wants) in found.items():
+        yield key, f"{key} = {short(value)}: needs {' or '.join(wants)}"

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 from alphaspin.errors import JudgeError, ServerError
-from alphaspin.foundation.openai_api import Client, key_of, parsed
+from alphaspin.foundation.openai_api import Address, Client, Variable, key_of, parsed
 from alphaspin.foundation.section import PositiveInt
 from alphaspin.judges.base import Comparison, Judge, JudgeConfig, plain_text
 
@@ -125,11 +125,11 @@ class Server(JudgeConfig):
     """A generative judge behind an OpenAI-compatible API."""
 
     kind: str = "server"
-    url: str
+    url: Address
     """Address, up to and with `/v1`."""
     model: str
     """The name that the server knows."""
-    key_variable: str | None = None
+    key_variable: Variable | None = None
     """Environment variable that holds the API key."""
     workers: PositiveInt = 8
     """Requests under way at once."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class Pointwise(Method):
     """The best and the worst of K responses, each trained on its win probability."""
 
-    responses: Annotated[int, Field(ge=2)] = 5
+    responses: Annotated[int, Field(ge=2, le=2**14)] = 5
     """Responses K per prompt; the best and the worst of them are trained on."""
     labels: Labels = "soft"
     """Win probability each is trained on: P̂ against all K (`soft`, the paper), against the other

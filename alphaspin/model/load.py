@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -18,6 +19,19 @@ from alphaspin.foundation.section import check_installed
 from alphaspin.model import caches
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.speedups import fuse, in_4_bits, keep_format
+
+LOADING = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises about files that are not what it expects."""
 
 
 def load_base(
@@ -46,6 +60,11 @@ def load_base(
     folder = Path(where)
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"model = {path}: no config.json in this folder")
+    if [*folder.glob("*.bin")] and not [*folder.glob("*.safetensors")]:
+        raise InputError(
+            f"model = {path}: its weights are pickles (*.bin), which may run code and are not "
+            "read: save them as safetensors (save_pretrained of transformers does)"
+        )
     with loading(path):
         config = AutoConfig.from_pretrained(where, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
@@ -112,11 +131,14 @@ def loading(path: str) -> Generator[None]:
     """Turn what transformers raises about a model or tokenizer into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except InputError:
+        raise
+    except LOADING as error:
         reason = str(error).strip().splitlines()
-        raise InputError(
-            f"model = {path}: cannot be loaded: {reason[0] if reason else repr(error)}"
-        ) from None
+        said = reason[0] if reason and not isinstance(error, KeyError) else repr(error)
+        if "contains custom code" in said:
+            said = "it needs code from its own folder, which is never run here"
+        raise InputError(f"model = {path}: cannot be loaded: {said}") from None
 
 
 def choose_bf16(dtype: Literal["auto", "bf16", "fp32"], device: torch.device) -> bool:

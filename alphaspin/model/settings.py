@@ -10,13 +10,13 @@ from pydantic import (
     model_validator,
 )
 
-from alphaspin.foundation.section import Names, PositiveFloat, PositiveInt, Section, as_tuple
+from alphaspin.foundation.section import Names, PositiveFloat, Section, as_tuple
 
 
 class LoraConfig(Section):
     """The adapter of each iterate, in PEFT's terms."""
 
-    r: PositiveInt = 16
+    r: Annotated[int, Field(gt=0, le=2**14)] = 16
     """Rank."""
     alpha: PositiveFloat = 32.0
     """LoRA alpha: the update is scaled by alpha / r."""

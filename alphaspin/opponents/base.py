@@ -8,13 +8,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import create_model
+from pydantic import Field, create_model
 
 from alphaspin.foundation.kinds import Kind, settings_of
 from alphaspin.foundation.rng import generator
-from alphaspin.foundation.section import PerIterationInt, PositiveInt, at
+from alphaspin.foundation.section import PerIterationInt, at
 from alphaspin.losses.reference import ReferenceConfig
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class SelfPlayConfig(Kind):
     """The outer loop: who plays against whom, and on which prompts."""
 
     opponent: str
-    iterations: PositiveInt = 3
+    iterations: Annotated[int, Field(gt=0, le=10_000)] = 3
     """Number of iterations (t = 0, 1, …); the papers' T plus one."""
     prompts: PerIterationInt = (50_000,)
     """Prompts that get a sampled answer, per iteration; never more than the data holds."""

@@ -29,6 +29,7 @@ from alphaspin.config import Config
 from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Measures
+from alphaspin.foundation.paths import for_others, published, refuse_links
 from alphaspin.foundation.runs import (
     MANIFEST,
     Metrics,
@@ -37,6 +38,7 @@ from alphaspin.foundation.runs import (
     stands,
     write_atomically,
 )
+from alphaspin.foundation.section import RECORDED, refusals
 
 COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {
     name: f"#{number:02x}0101" for number, name in enumerate("abcdefgh", start=16)
@@ -140,9 +142,8 @@ def write(folder: Path) -> Path:
         "by_step": partial(plot_steps, steps, marks),
         "matches": partial(matches, summary.config.evaluate.answer),
         "duration": duration,
-        "recipe": yaml.safe_dump(
-            summary.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True
-        ),
+        "published": published,
+        "recipe": yaml.safe_dump(summary.config.recipe(), sort_keys=False, allow_unicode=True),
     }
     path = folder / "report.html"
     write_atomically(path, render("report.html.jinja", parts))
@@ -166,6 +167,7 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
     """The summary and the records of a run folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
+    refuse_links(folder)
     path = folder / "summary.json"
     try:
         if not path.exists():
@@ -173,7 +175,8 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
                 f"{path}: missing; a run writes it when it ends: the command that started the run "
                 "goes on with it"
             )
-        summary = Summary.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        known = json.loads(path.read_text(encoding="utf-8"))
+        summary = Summary.model_validate(known, context=RECORDED)
         path = folder / "metrics.jsonl"
         if not path.exists():
             raise InputError(f"{path}: missing")
@@ -187,9 +190,8 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "content"
-        raise InputError(f"{path}: {key}: {first['msg']}") from None
+        told = refusals(error.errors(), lambda item: ".".join(map(str, item["loc"])) or "content")
+        raise InputError(f"{path}: {next(told)[1]}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
 
@@ -297,6 +299,7 @@ def find_alarms(
 
 def describe(config: Config) -> str:
     """What was done, in one sentence."""
+    config = for_others(config)
     lora = config.lora
     parts = [
         *config.preference.deed(config, config.model),

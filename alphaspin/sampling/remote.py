@@ -27,6 +27,7 @@ from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation import rng
 from alphaspin.foundation.openai_api import Client, key_of, parsed
+from alphaspin.foundation.section import short
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.stepper import components
 from alphaspin.sampling.answer import Answer
@@ -104,6 +105,7 @@ class ServerSampler:
         names = [policy[0][0] for policy in policies]
         models = {name: self._served(backbone, name) for name in dict.fromkeys(names)}
         answers: list[Answer | None] = [None] * len(requests)
+        size = backbone.head.weight.shape[0]
         work = [(r, models[name]) for r, name in zip(requests, names, strict=True)]
 
         def ask(item: tuple[Request, str], stop: threading.Event) -> Answer | None:
@@ -114,7 +116,7 @@ class ServerSampler:
                 choice: dict[str, Any] = parsed(
                     reply, "completion", lambda r: dict(r["choices"][0])
                 )
-                return self._answer(request, choice, stop_ids)
+                return self._answer(request, choice, stop_ids, size)
 
             address = f"{self._client.url}/completions"
             return self._client.post(address, body, read, wanted="answer", stop=stop)
@@ -198,25 +200,32 @@ class ServerSampler:
             f"of {tokenizer.decode(prompt[-20:])!r}: use vllm, sglang or local"
         )
 
-    def _answer(self, request: Request, choice: dict[str, Any], stop_ids: frozenset[int]) -> Answer:
+    def _answer(
+        self, request: Request, choice: dict[str, Any], stop_ids: frozenset[int], size: int
+    ) -> Answer:
         """The tokens of a completion, with the end token that some servers cut off.
 
         Raises:
-            ValueError: no tokens, too many, or any behind an end token.
+            ValueError: no tokens, too many, any behind an end token, or any that is none of the
+                vocabulary, which has `size`.
         """
         stopped = choice.get("finish_reason") == "stop"
         if self._engine == "transformers":
             prompt = self._text(request.prompt.tolist())
-            ids = self._chat.tokenise([(prompt, str(choice["text"]))])[0][1]
+            text = choice.get("text")
+            if not isinstance(text, str):
+                raise ValueError("no text in the reply")
+            ids = self._chat.tokenise([(prompt, text)])[0][1]
             ids = ids[: request.max_tokens - stopped]
         else:
             ids = choice.get("token_ids")
             if not isinstance(ids, list):
                 raise ValueError("no token_ids in the reply: the server does not know them")
-            ids = [int(i) for i in ids]
+            if not all(type(i) is int and 0 <= i < size for i in ids):
+                raise ValueError(f"token_ids that the model has not: {short(ids)}")
         if stopped and not stop_ids.intersection(ids[-1:]):
             told = choice.get("stop_reason", choice.get("matched_stop"))
-            end = told if told in stop_ids else self._chat.end_token_id
+            end = told if isinstance(told, int) and told in stop_ids else self._chat.end_token_id
             ids = [*ids, end]
         if not ids or len(ids) > request.max_tokens or stop_ids.intersection(ids[:-1]):
             raise ValueError(f"not 1 to {request.max_tokens} tokens with one end: {ids[:20]}")

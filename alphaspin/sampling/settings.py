@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from alphaspin.foundation.kinds import Need
+from alphaspin.foundation.openai_api import Address, Variable
 from alphaspin.foundation.section import PositiveFloat, PositiveInt, Section, refuse_unused
 from alphaspin.model.settings import LoraConfig
 
@@ -29,11 +30,11 @@ class SamplingConfig(Section):
     """`local`: this process. Else the kind of the OpenAI-compatible server at `url`: vLLM or
     SGLang, which load the run's adapters from its folder, or `transformers serve`, which has the
     base only. Evaluation is always local."""
-    url: str | None = None
+    url: Address | None = None
     """Address of the server, up to and with `/v1`."""
     model: str | None = None
     """Name under which the server has the base."""
-    key_variable: str | None = None
+    key_variable: Variable | None = None
     """Environment variable that holds the server's API key."""
     workers: PositiveInt = 64
     """Requests to the server under way at once."""
@@ -45,7 +46,7 @@ class SamplingConfig(Section):
     """Number of tokens kept; 0 keeps all."""
     batch_size: PositiveInt = 256
     """Prompts decoded together."""
-    particles: Annotated[int, Field(ge=2)] = 16
+    particles: Annotated[int, Field(ge=2, le=2**14)] = 16
     """Draws per answer of `selfplay.opponent: mixture-smc`."""
     shard_size: PositiveInt = 1024
     """Prompts per durable shard of sampling and scoring: what a killed run repeats at most."""
@@ -79,7 +80,7 @@ class GFlowNetConfig(Section):
     """Passes over the prompts; answers are sampled afresh in each."""
     batch_size: PositiveInt = 8
     """Prompts per optimiser step."""
-    answers: Annotated[int, Field(ge=8, multiple_of=4)] = 16
+    answers: Annotated[int, Field(ge=8, le=2**14, multiple_of=4)] = 16
     """Answers per prompt and step: a quarter sampled from the adapter, a half from it at a
     temperature between 0.5 and 2, a quarter from the replay."""
     accumulation: PositiveInt = 1

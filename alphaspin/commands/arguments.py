@@ -1,0 +1,144 @@
+"""The options of a command line as nested values, which the same checks read as a recipe's.
+
+    --KEY VALUE   --KEY=VALUE   --KEY VALUE VALUE …   --FLAG   --no_FLAG
+
+Keys are the dotted names of settings; `-` and `_` are one. tyro writes `--help` and no more: its
+own reading of values would have other rules than a recipe has.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from alphaspin.config import TABLES, Config, all_keys
+from alphaspin.errors import InputError
+from alphaspin.foundation.section import Section, leaves, nearest, short
+
+FLAGS = {"true": True, "false": False}
+
+
+def is_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for help."""
+    return bool({"-h", "--help"} & {*arguments})
+
+
+def given(arguments: Sequence[str], key: str) -> str | None:
+    """The value of an option, as far as plain text tells, before it is known what options are."""
+    for number, word in enumerate(arguments):
+        name, sign, value = word.partition("=")
+        if name.startswith("--") and _key(name) == key:
+            return value if sign else next(iter(arguments[number + 1 :]), None)
+    return None
+
+
+def read(
+    kind: type[Section], arguments: Sequence[str], start: Section | None = None
+) -> dict[str, Any]:
+    """Values by section and key.
+
+    Args:
+        kind: has the options.
+        arguments: the words.
+        start: what they change; its kinds say which settings of a section are meant.
+
+    Raises:
+        InputError: an unknown option, one that is given twice or has no effect with the kinds that
+            are chosen, a word that belongs to none.
+    """
+    known = _fields(kind)
+    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        name, sign, value = word.partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise InputError(f"{word!r}: belongs to no option; options are --KEY VALUE")
+        key = _key(name)
+        plain = key if key in known else _without_no(key)
+        _check_known(kind, name, plain, value or (words[0] if words else None), start)
+        annotation = known[plain]
+        if plain in found:
+            raise InputError(
+                f"--{plain} is given twice, as {short(found[plain])} and once more: leave one out"
+            )
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            some = next(other for other in known if other.startswith(f"{plain}."))
+            raise InputError(f"--{plain} is a section: set one of its keys, as --{some}")
+        following: list[str] = [value] if sign else []
+        if not sign:
+            while words and not words[0].startswith("--"):
+                following.append(words.pop(0))
+        found[plain] = _value(plain, annotation, following, key != plain, bool(sign))
+        place = nested
+        *sections, last = plain.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = found[plain]
+    return nested
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with some of them changed."""
+    result = dict(values)
+    for key, value in changes.items():
+        deeper = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if deeper else value
+    return result
+
+
+def _key(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_")
+
+
+def _without_no(key: str) -> str:
+    section, dot, name = key.rpartition(".")
+    return f"{section}{dot}{name.removeprefix('no_')}"
+
+
+def _fields(kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """The annotations of all settings by dotted key, sections included."""
+    fields: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        types = (field.annotation, *get_args(field.annotation))
+        section = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
+        fields[prefix + name] = section[0] if section else field.annotation
+        if section:
+            fields |= _fields(section[0], f"{prefix}{name}.")
+    return fields
+
+
+def _check_known(
+    kind: type[Section], name: str, key: str, value: str | None, start: Section | None
+) -> None:
+    """Unknown options, each with the nearest right one; settings of another kind than chosen."""
+    if key not in (keys := [*all_keys(kind), *_fields(kind)]):
+        near = nearest(key, keys)
+        hint = f"; did you mean --{near}?" if near else "; see --help"
+        raise InputError(f"unknown option {name!r}{hint}")
+    section, _, last = key.rpartition(".")
+    for table in TABLES:
+        own: Any = getattr(start, table.section, None)
+        if own and section == table.section and last not in type(own).model_fields:
+            chosen = start.chosen(table) if isinstance(start, Config) else own.kind
+            raise InputError(table.without_effect(last, value, chosen))
+
+
+def _value(key: str, annotation: Any, words: list[str], negated: bool, assigned: bool) -> Any:
+    """What the words behind an option say: text, which its section reads, a list or a boolean."""
+    types = leaves(annotation)
+    if bool in types:
+        if not words and not assigned:
+            return not negated
+        if len(words) == 1 and words[0].lower() in FLAGS and not negated:
+            return FLAGS[words[0].lower()]
+        raise InputError(f"--{key}: {' '.join(words)!r} is neither true nor false")
+    if negated:
+        raise InputError(f"--{key} is no flag: it takes a value")
+    if any(get_origin(t) in (tuple, list) for t in (annotation, *get_args(annotation))):
+        return words
+    if len(words) != 1:
+        extra = f"{' '.join(words[1:])!r} belongs to no option" if words else "needs a value"
+        raise InputError(f"--{key}: {extra}")
+    return None if type(None) in types and words[0] in ("None", "null") else words[0]
