@@ -6,21 +6,32 @@ float64. An iteration is a map of distributions; its factor at a fixed point is 
 of the eigenvalues of its derivative, by central differences on log-probs.
 """
 
+import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers import arithmetic, make_tokenizer, save_model, write_rows
+from peft import PeftModel
+from safetensors.numpy import load_file
 from test_theory import BASE_POLICY, TARGET, best_response
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from alphaspin import play
 from alphaspin.config import Config
+from alphaspin.data.demonstrations import ChatFormat, hold_out, load_demonstrations
 from alphaspin.losses import LOSSES
 from alphaspin.losses.base import Loss
 from alphaspin.losses.chi2 import ChiSquared, chi2
 from alphaspin.losses.dpo import DPO
 from alphaspin.losses.renyi import Renyi, renyi
 from alphaspin.losses.space import SPACE, space
+from alphaspin.losses.t_spin import t_spin
 
 Numbers = Callable[[float, float, float, float], float]
 
@@ -120,6 +131,20 @@ def test_absolute_losses_need_a_normalised_reference(kind: str) -> None:
             Config.model_validate({"loss": {"kind": kind}, "reference": reference})
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.1), (0.4, 2.0)])
+def test_t_spin(alpha: float, beta: float) -> None:
+    """Eq. 7 with ℓ(x) = log(1 + e^-x), and its gradient in all three log-probs."""
+    policy = draw(4)[:3].requires_grad_()
+    found = t_spin(*policy, alpha=alpha, beta=beta)
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
+    for j, (won, lost, proto) in enumerate(policy.T.tolist()):
+        x, y = alpha * (won - lost), alpha * (lost - proto)
+        value = math.log1p(math.exp(-x)) + beta * math.log1p(math.exp(-y))
+        assert found[j].item() == pytest.approx(value, rel=1e-9)
+        a, b = alpha / (1 + math.exp(x)), alpha * beta / (1 + math.exp(y))
+        assert gradient[:, j].tolist() == pytest.approx([-a, a - b, b], rel=1e-9, abs=1e-12)
+
+
 # The tabular theory
 
 Iteration = Callable[[Tensor], Tensor]
@@ -131,13 +156,13 @@ def against_itself(loss: Loss) -> Iteration:
     return lambda previous: best_response(loss, 0, previous, previous.exp())
 
 
-def variations(step: Iteration, until: int = 12) -> list[float]:
-    """Total variation to p after 1, 2, 3 and `until` iterations from the base."""
+def variations(step: Iteration, first: Iteration | None = None) -> list[float]:
+    """Total variation to p after 1, 2, 3 and 12 iterations from the base."""
     policy, found = BASE_POLICY.log(), dict[int, float]()
-    for t in range(1, until + 1):
-        policy = step(policy)
+    for t in range(1, 13):
+        policy = (first if first and t == 1 else step)(policy)
         found[t] = 0.5 * (policy.exp() - TARGET).abs().sum().item()
-    return [found[t] for t in (1, 2, 3, until)]
+    return [found[t] for t in (1, 2, 3, 12)]
 
 
 def factor(step: Iteration, fixed: Tensor) -> float:
@@ -174,3 +199,155 @@ def test_an_iteration_and_its_factor(loss: Loss, distances: list[float], at_p: f
     step = against_itself(loss)
     assert variations(step) == pytest.approx(distances, abs=5.1e-5)
     assert factor(step, TARGET.log()) == pytest.approx(at_p, abs=1e-4)
+
+
+TRIPLETS = torch.tensor(list(itertools.product(range(4), repeat=3)))
+
+
+def triplets(alpha: float, beta: float) -> Iteration:
+    """T-SPIN's: y_w ~ p, y_l ~ the previous iterate, y_0 ~ the base, no reference."""
+
+    def step(previous: Tensor) -> Tensor:
+        laws = torch.stack([TARGET, previous.exp(), BASE_POLICY])
+        weights = torch.stack([law[i] for law, i in zip(laws, TRIPLETS.T, strict=True)]).prod(0)
+
+        def value(lp: Tensor) -> Tensor:
+            return (weights * t_spin(*lp[TRIPLETS].unbind(1), alpha=alpha, beta=beta)).sum()
+
+        return minimum(value, previous)
+
+    return step
+
+
+def minimum(value: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The log-policy of least value, over softmax logits."""
+    logits = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits],
+        max_iter=2000,
+        tolerance_grad=1e-13,
+        tolerance_change=1e-16,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        found = value(logits.log_softmax(0))
+        found.backward()
+        return found
+
+    for _ in range(3):
+        optimizer.step(closure)
+    return logits.detach().log_softmax(0)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "distances", "fixed", "at_fixed"),
+    [
+        # without history: p^{1/(1+α)}, and -1/α
+        (1.0, 0.0, [0.2018, 0.5, 0.2018, 0.5], [0.3790, 0.2936, 0.2076, 0.1198], 1.0),
+        (2.0, 0.0, [0.0346, 0.2637, 0.1411, 0.1809], [0.3359, 0.2833, 0.2249, 0.1559], 0.5),
+        # as published: β = 0 at t = 0, then 0.1
+        (1.0, 0.1, [0.2018, 0.3250, 0.1221, 0.1722], [0.3875, 0.2963, 0.2046, 0.1115], 0.8912),
+        (1.0, 1.0, [0.2018, 0.1031, 0.0278, 0.0454], [0.4546, 0.3103, 0.1745, 0.0605], 0.3246),
+    ],
+)
+def test_t_spin_settles_beside_the_data(
+    alpha: float, beta: float, distances: list[float], fixed: list[float], at_fixed: float
+) -> None:
+    step = triplets(alpha, beta)
+    assert variations(step, triplets(alpha, 0.0)) == pytest.approx(distances, abs=5.1e-5)
+    policy = BASE_POLICY.log()
+    for _ in range(60):  # halfway steps, which a cycle does not trap
+        policy = ((policy + step(policy)) / 2).log_softmax(0)
+    assert policy.exp().tolist() == pytest.approx(fixed, abs=5.1e-5)
+    if not beta:
+        power = (TARGET.log() / (1 + alpha)).log_softmax(0)
+        torch.testing.assert_close(policy, power, atol=1e-6, rtol=0)
+    assert factor(step, policy) == pytest.approx(at_fixed, abs=1e-4)
+
+
+# Whole runs: the first loss of the second iteration, by plain transformers and PEFT
+
+Answers = dict[int, list[np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("successors")
+    save_model(folder / "model")
+    write_rows(folder / "data.jsonl", arithmetic(20))
+    return {
+        "model": str(folder / "model"),
+        "data": str(folder / "data.jsonl"),
+        "selfplay": {"iterations": 2, "prompts": 8},
+        "text": {"max_response_tokens": 8},
+        "lora": {"r": 2},
+        "train": {"batch_size": 64, "accumulation": 2, "lr": 1e-2},
+        "evaluate": {"prompts": 3},
+    }
+
+
+def demonstrations(settings: dict[str, Any]) -> list[Any]:
+    chat = ChatFormat.create(make_tokenizer())
+    return hold_out(load_demonstrations(settings["data"], chat, Config().text)[0], 3, 0)[0]
+
+
+def answers(run: Path, iteration: int, kind: str) -> Answers:
+    """The answers of an iteration by example, without the package's reader."""
+    found: Answers = {}
+    for path in sorted((run / f"iterations/{iteration}/{kind}").rglob("*.safetensors")):
+        data = load_file(path)
+        parts = np.split(data["tokens"], data["length"].cumsum()[:-1])
+        for example, ids in zip(data["example"].tolist(), parts, strict=True):
+            found.setdefault(example, []).append(ids)
+    return found
+
+
+class Scorer:
+    """lp(y) under the base (-1) and the iterates of a run, from their PEFT adapters."""
+
+    def __init__(self, settings: dict[str, Any], run: Path, iterates: int) -> None:
+        base = AutoModelForCausalLM.from_pretrained(settings["model"]).eval()
+        self.model = PeftModel.from_pretrained(base, run / "iterations/0/adapter", "0").eval()
+        for k in range(1, iterates):
+            self.model.load_adapter(run / f"iterations/{k}/adapter", str(k))
+
+    @torch.no_grad()
+    def __call__(self, iterate: int, prompt: np.ndarray, answer: np.ndarray) -> float:
+        ids = torch.from_numpy(np.concatenate([prompt, answer])).long()[None]
+        if iterate < 0:
+            with self.model.disable_adapter():
+                logits = self.model(input_ids=ids).logits[0]
+        else:
+            self.model.set_adapter(str(iterate))
+            logits = self.model(input_ids=ids).logits[0]
+        after = range(len(prompt), ids.shape[1])
+        return sum(float(logits[i - 1].log_softmax(-1)[ids[0, i]]) for i in after)
+
+
+def first_loss(run: Any, iteration: int) -> float:
+    return next(r["loss"] for r in run.metrics if r["stage"] == f"train/{iteration}")
+
+
+def test_a_run_of_t_spin(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Pairs at t = 0, where β is 0; triplets with the base's own answers after."""
+    run = play({**settings, "method": "t_spin", "output": str(tmp_path / "run")})
+    assert not answers(run.path, 0, "opponents")
+    demos, score = demonstrations(settings), Scorer(settings, run.path, 1)
+    ys, protos = answers(run.path, 1, "responses"), answers(run.path, 1, "opponents")
+    expected: list[float] = []
+    for e, (y,) in ys.items():
+        demo, (y_0,) = demos[e], protos[e]
+        won, lost, proto = (score(0, demo.prompt, ids) for ids in (demo.response, y, y_0))
+        current, history = math.exp(lost - won), math.exp(proto - lost)
+        expected.append(math.log1p(current) + 0.1 * math.log1p(history))
+    assert len(expected) == 8
+    assert first_loss(run, 1) == pytest.approx(float(np.mean(expected)), rel=1e-4)
+
+
+def test_t_spin_refuses_a_reference_and_other_opponents() -> None:
+    for fields in ({"reference": {"alpha": 0.5}}, {"selfplay": {"history": 2}}):
+        with pytest.raises(ValueError, match="has no effect with method = t_spin"):
+            Config.model_validate({"method": "t_spin", **fields})

@@ -6,6 +6,13 @@ from alphaspin.methods.nash_md import NashMD
 from alphaspin.methods.rspo import RSPO
 from alphaspin.methods.spin import Spin
 from alphaspin.methods.sppo import SPPO
+from alphaspin.methods.t_spin import TSpin
 
-METHODS: dict[str, type[Method]] = {"spin": Spin, "sppo": SPPO, "rspo": RSPO, "nash_md": NashMD}
+METHODS: dict[str, type[Method]] = {
+    "spin": Spin,
+    "sppo": SPPO,
+    "rspo": RSPO,
+    "nash_md": NashMD,
+    "t_spin": TSpin,
+}
 METHOD = Table("method", "preference", Method, METHODS, "spin")

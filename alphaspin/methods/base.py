@@ -74,7 +74,8 @@ class Sections(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of all randomness, which is a function of (seed, iteration, purpose, example)."""
     method: str = "spin"
-    """`spin`: demonstrations against sampled answers (`loss`, `reference`). `sppo`, `rspo`: sampled
+    """`spin`: demonstrations against sampled answers (`loss`, `reference`). `t_spin`: the same, and
+    those answers against the base's, without a reference (`preference`). `sppo`, `rspo`: sampled
     answers against each other, as a `judge` compares them (`preference`). `nash_md`: sampled
     answers against those of a mixture with the base, judged too; one gradient pass an iteration. Or
     `module:Name`, a `Method` of your own."""

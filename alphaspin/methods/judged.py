@@ -172,19 +172,16 @@ def pointwise_reference(
 
 
 def sample_responses(
-    session: Session, iteration: int, count: int, mixture: float | None = None
+    session: Session, iteration: int, count: int, rival: Player | None = None
 ) -> dict[int, list[Answer]]:
     """`count` responses of π_{t-1} per prompt, by example; those not on disk are sampled now.
 
     Response k of an example is drawn from numbers of its own: a function of (seed, t, k,
-    example). With `mixture`, the share of the base, from the mixture with the base.
+    example). With `rival`, from that player in the place of π_{t-1}.
     """
     config = session.config
-    kind, purpose = "responses", "response"
-    player = Player.single(max(iteration - 1, BASE))
-    if mixture is not None:
-        kind, purpose = "opponents", "opponent"
-        player = Player.mixture("mixture", iteration - 1, 1 - mixture)
+    player = rival or Player.single(max(iteration - 1, BASE))
+    kind, purpose = ("opponents", "opponent") if rival else ("responses", "response")
     examples = session.examples(iteration)
     size = max(1, config.sampling.shard_size // count)
     folder = session.folder(iteration) / kind
