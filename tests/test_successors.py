@@ -8,6 +8,7 @@ of the eigenvalues of its derivative, by central differences on log-probs.
 
 import itertools
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from helpers import arithmetic, make_tokenizer, save_model, write_rows
 from peft import PeftModel
 from safetensors.numpy import load_file
+from test_preference_losses import BASE, NASH, P, regularised_nash
 from test_theory import BASE_POLICY, TARGET, best_response
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -29,6 +31,7 @@ from alphaspin.losses import LOSSES
 from alphaspin.losses.base import Loss
 from alphaspin.losses.chi2 import ChiSquared, chi2
 from alphaspin.losses.dpo import DPO
+from alphaspin.losses.inpo import inpo
 from alphaspin.losses.renyi import Renyi, renyi
 from alphaspin.losses.space import SPACE, space
 from alphaspin.losses.t_spin import t_spin
@@ -145,6 +148,22 @@ def test_t_spin(alpha: float, beta: float) -> None:
         assert gradient[:, j].tolist() == pytest.approx([-a, a - b, b], rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(("eta", "tau"), [(2.0, 0.3), (7.0, 1 / 7)])
+def test_inpo(eta: float, tau: float) -> None:
+    """((…) - ηg)², in both policies' log-probs of the previous iterate and the anchor."""
+    generator = torch.Generator().manual_seed(5)
+    policy, prev, anchor = -9 * torch.rand(3, 64, 2, generator=generator, dtype=torch.float64)
+    gap = torch.rand(64, generator=generator, dtype=torch.float64)
+    policy.requires_grad_()
+    found = inpo(policy, prev, anchor, gap, eta=eta, tau=tau)
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
+    rows = zip(policy.tolist(), prev.tolist(), anchor.tolist(), gap.tolist(), strict=True)
+    for j, ((w, x), (pw, px), (aw, ax), g) in enumerate(rows):
+        error = (w - x) - (1 - eta * tau) * (pw - px) - eta * tau * (aw - ax) - eta * g
+        assert found[j].item() == pytest.approx(error**2, rel=1e-9, abs=1e-12)
+        assert gradient[j].tolist() == pytest.approx([2 * error, -2 * error], rel=1e-9, abs=1e-9)
+
+
 # The tabular theory
 
 Iteration = Callable[[Tensor], Tensor]
@@ -169,8 +188,8 @@ def factor(step: Iteration, fixed: Tensor) -> float:
     """Largest modulus of an eigenvalue of the iteration's derivative at a fixed point."""
     torch.testing.assert_close(step(fixed), fixed, atol=1e-6, rtol=0)
     h, columns = 1e-3, list[Tensor]()
-    for i in range(len(fixed)):
-        up, down = ((fixed + s * h * torch.eye(4)[i]).log_softmax(0) for s in (1, -1))
+    for unit in torch.eye(len(fixed)):
+        up, down = ((fixed + s * h * unit).log_softmax(0) for s in (1, -1))
         columns.append((step(up) - step(down)) / (2 * h))
     return torch.linalg.eigvals(torch.stack(columns, 1)).abs().max().item()
 
@@ -268,6 +287,87 @@ def test_t_spin_settles_beside_the_data(
     assert factor(step, policy) == pytest.approx(at_fixed, abs=1e-4)
 
 
+# The game of `docs/theory.md`, section 3
+
+GAME = torch.tensor(list(itertools.product(range(3), repeat=2)))
+
+
+def mirror(prev: Tensor, anchor: Tensor, rival: Tensor, eta: float, tau: float) -> Tensor:
+    """The optimum of the project's loss over all pairs, with win rates against a rival."""
+    rates = P @ rival.exp()
+    gap = rates[GAME[:, 0]] - rates[GAME[:, 1]]
+
+    def value(lp: Tensor) -> Tensor:
+        return inpo(lp[GAME], prev[GAME], anchor[GAME], gap, eta=eta, tau=tau).sum()
+
+    return minimum(value, prev)
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    return (p.exp() * (p - q)).sum().item()
+
+
+@pytest.mark.parametrize("labels", ["soft", "single", "hard"])
+def test_inpo_steps_to_the_mirror_descent_update(labels: str) -> None:
+    """With win rates; with P - ½ of pairs of the previous iterate; with their winners alone."""
+    eta, tau, prev = 1.5, 0.4, torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log()
+    i, j = GAME.T
+    drawn = (prev[i] + prev[j]).exp()
+    half = torch.full((9,), 0.5, dtype=torch.float64)
+    weights, gap = {
+        "soft": (drawn, (P @ prev.exp())[i] - (P @ prev.exp())[j]),
+        "single": (drawn, P[i, j] - 0.5),
+        "hard": (drawn * P[i, j], half),
+    }[labels]
+
+    def value(lp: Tensor) -> Tensor:
+        return (weights * inpo(lp[GAME], prev[GAME], BASE[GAME], gap, eta=eta, tau=tau)).sum()
+
+    expected = (1 - eta * tau) * prev + eta * tau * BASE + eta * P @ prev.exp()
+    found = minimum(value, prev)
+    torch.testing.assert_close(found, expected.log_softmax(0), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("eta", "tau", "inpo_10", "inpo_factor", "egpo_10", "egpo_factor"),
+    [
+        (1.0, 0.5, "2.34e-08", 0.5132, "8.93e-09", 0.4901),
+        (5.0, 0.1, "1.12e-03", 0.8061, "3.87e-11", 0.3316),
+    ],
+)
+def test_inpo_and_egpo_find_the_regularised_nash(
+    eta: float, tau: float, inpo_10: str, inpo_factor: float, egpo_10: str, egpo_factor: float
+) -> None:
+    """KL(solution‖π) after ten steps, and the factor at the solution; a step of EGPO is two."""
+
+    def one(lp: Tensor) -> Tensor:
+        return mirror(lp, BASE, lp, eta, tau)
+
+    def two(lp: Tensor) -> Tensor:
+        return mirror(lp, BASE, one(lp), eta, tau)
+
+    solution = regularised_nash(tau)
+    for step, distance, at in ((one, inpo_10, inpo_factor), (two, egpo_10, egpo_factor)):
+        policy = BASE
+        for _ in range(10):
+            policy = step(policy)
+        assert f"{divergence(solution, policy):.1e}" == f"{float(distance):.1e}"
+        assert factor(step, solution) == pytest.approx(at, abs=1e-4)
+
+
+def test_comal_finds_the_nash_of_the_game_itself() -> None:
+    """KL(Nash‖π) after 6, 60 and 120 iterations; INPO's limit stays at 7.38e-2."""
+    eta, tau, interval = 2.0, 0.1, 6
+    policy, found = BASE, dict[int, float]()
+    anchor = BASE
+    for t in range(120):
+        anchor = policy if t and t % interval == 0 else anchor
+        policy = mirror(policy, anchor, policy, eta, tau)
+        found[t + 1] = divergence(NASH.log(), policy)
+    assert [f"{found[t]:.2e}" for t in (6, 60, 120)] == ["1.63e-01", "6.71e-03", "1.24e-04"]
+    assert f"{divergence(NASH.log(), regularised_nash(tau)):.2e}" == "7.38e-02"
+
+
 # Whole runs: the first loss of the second iteration, by plain transformers and PEFT
 
 Answers = dict[int, list[np.ndarray]]
@@ -345,6 +445,98 @@ def test_a_run_of_t_spin(settings: dict[str, Any], tmp_path: Path) -> None:
         expected.append(math.log1p(current) + 0.1 * math.log1p(history))
     assert len(expected) == 8
     assert first_loss(run, 1) == pytest.approx(float(np.mean(expected)), rel=1e-4)
+
+
+JUDGE = """
+import zlib
+
+def cyclic(pair):
+    one, other = (zlib.crc32(text.encode()) % 3 for text in (pair.first, pair.second))
+    return [0.5, 0.8, 0.2][(one - other) % 3]
+"""
+METHODS: dict[str, dict[str, float]] = {
+    "inpo": {"eta": 3.0, "tau": 0.1},
+    "comal": {"eta": 3.0, "tau": 0.1, "interval": 2},
+    "egpo": {"eta": 3.0, "tau": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "labels", "prev", "anchor"),
+    [
+        ("inpo", "hard", 2, -1),
+        ("inpo", "single", 2, -1),
+        ("comal", "soft", 2, 1),
+        ("egpo", "soft", 1, -1),
+    ],
+)
+def test_a_run_of_mirror_steps(
+    settings: dict[str, Any], tmp_path: Path, method: str, labels: str, prev: int, anchor: int
+) -> None:
+    """The fourth iteration: who its policy, its reference and its anchor are."""
+    (tmp_path / "cyclic_judge.py").write_text(JUDGE)
+    judge = {
+        "kind": "callable",
+        "function": "cyclic_judge:cyclic",
+        "folder": str(tmp_path),
+        "both_orders": False,
+    }
+    chosen = METHODS[method]
+    run = play(
+        {
+            **settings,
+            "method": method,
+            "selfplay": {"iterations": 4, "prompts": 8},
+            "judge": judge,
+            "preference": {**chosen, "labels": labels, "responses": 3},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    demos, score = demonstrations(settings), Scorer(settings, run.path, 4)
+    decode = make_tokenizer().decode
+    rivals = answers(run.path, 3, "opponents")
+    assert bool(rivals) is (method == "egpo")
+    eta, share = chosen["eta"], chosen["eta"] * chosen["tau"]
+    expected: list[float] = []
+    for e, ys in answers(run.path, 3, "responses").items():
+        texts = [decode(y, skip_special_tokens=True) for y in ys]
+        others = [decode(y, skip_special_tokens=True) for y in rivals.get(e, ys)]
+        rates = [sum(verdict(one, other) for other in others) / 3 for one in texts]
+        best, worst = rates.index(max(rates)), rates.index(min(rates))
+        if rates[best] == rates[worst]:
+            continue
+        gap = rates[best] - rates[worst]
+        gap = {"hard": 0.5, "single": verdict(texts[best], texts[worst]) - 0.5}.get(labels, gap)
+
+        def over(k: int, e: int, w: np.ndarray, x: np.ndarray) -> float:
+            return score(k, demos[e].prompt, w) - score(k, demos[e].prompt, x)
+
+        pair = ys[best], ys[worst]  # the policy starts as π_prev, so that of Δ the anchor is left
+        moved = over(prev, e, *pair) - over(anchor, e, *pair)
+        expected.append((share * moved - eta * gap) ** 2)
+    assert len(expected) > 2
+    assert first_loss(run, 3) == pytest.approx(float(np.mean(expected)), rel=2e-4)
+
+
+def verdict(one: str, other: str) -> float:
+    """The judge's, written again; equal texts tie unasked."""
+    beats = (zlib.crc32(one.encode()) - zlib.crc32(other.encode())) % 3
+    return 0.5 if one == other else {0: 0.5, 1: 0.8, 2: 0.2}[beats]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"method": "inpo", "preference": {"eta": 10.0, "tau": 0.2}}, "is over 1"),
+        ({"method": "inpo", "preference": {"interval": 3}}, "interval = 3 has no effect"),
+        ({"method": "inpo", "reference": {"alpha": 0.5}}, "has no effect with method = inpo"),
+        ({"method": "egpo", "selfplay": {"iterations": 3}}, "an even selfplay.iterations"),
+        ({"method": "egpo", "preference": {"labels": "hard"}}, "win rates only"),
+    ],
+)
+def test_mirror_steps_refuse(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Config.model_validate(fields)
 
 
 def test_t_spin_refuses_a_reference_and_other_opponents() -> None:

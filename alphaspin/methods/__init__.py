@@ -2,6 +2,9 @@
 
 from alphaspin.foundation.kinds import Table
 from alphaspin.methods.base import Method
+from alphaspin.methods.comal import COMAL
+from alphaspin.methods.egpo import EGPO
+from alphaspin.methods.inpo import INPO
 from alphaspin.methods.nash_md import NashMD
 from alphaspin.methods.rspo import RSPO
 from alphaspin.methods.spin import Spin
@@ -14,5 +17,8 @@ METHODS: dict[str, type[Method]] = {
     "rspo": RSPO,
     "nash_md": NashMD,
     "t_spin": TSpin,
+    "inpo": INPO,
+    "comal": COMAL,
+    "egpo": EGPO,
 }
 METHOD = Table("method", "preference", Method, METHODS, "spin")

@@ -45,6 +45,10 @@ class Method(Kind):
         of (seed, t, example).
         """
 
+    def parent(self, iteration: int) -> int:
+        """The iterate that iteration t goes on from, which is "the previous one" to all phases."""
+        return iteration - 1
+
     def answers_per_prompt(self) -> int:
         """Answers sampled in training for a prompt."""
         return 1
@@ -75,10 +79,10 @@ class Sections(Section):
     """Seed of all randomness, which is a function of (seed, iteration, purpose, example)."""
     method: str = "spin"
     """`spin`: demonstrations against sampled answers (`loss`, `reference`). `t_spin`: the same, and
-    those answers against the base's, without a reference (`preference`). `sppo`, `rspo`: sampled
-    answers against each other, as a `judge` compares them (`preference`). `nash_md`: sampled
-    answers against those of a mixture with the base, judged too; one gradient pass an iteration. Or
-    `module:Name`, a `Method` of your own."""
+    those answers against the base's, without a reference (`preference`). `sppo`, `rspo`, `inpo`,
+    `comal`, `egpo`: sampled answers against each other, as a `judge` compares them (`preference`).
+    `nash_md`: sampled answers against those of a mixture with the base, judged too; one gradient
+    pass an iteration. Or `module:Name`, a `Method` of your own."""
     control: Literal["none", "sft"] = "none"
     """`sft` also trains the control: plain further SFT with the same adapter, steps and tokens."""
     text: TextConfig = TextConfig()

@@ -112,7 +112,8 @@ def train_iterate(session: Session, iteration: int) -> None:
         joint = reference_mode(session, len(examples))[0] == "joint"
         policies = tuple(session.reference_policies(iteration))
         online = OnlineReference(policies, session.mix, joint)
-    before = session.folder(iteration - 1) / "adapter" if iteration else None
+    parent = config.preference.parent(iteration)
+    before = session.folder(parent) / "adapter" if parent >= 0 else None
     with session.timed("train", iteration):
         fit(session, "train", iteration, folder, examples, objective, config, before, online)
 
