@@ -32,9 +32,12 @@ from alphaspin.losses.base import Loss
 from alphaspin.losses.chi2 import ChiSquared, chi2
 from alphaspin.losses.dpo import DPO
 from alphaspin.losses.inpo import inpo
+from alphaspin.losses.reference import mixture_reference
 from alphaspin.losses.renyi import Renyi, renyi
 from alphaspin.losses.space import SPACE, space
 from alphaspin.losses.t_spin import t_spin
+from alphaspin.opponents.base import BASE as BASE_PLAYER
+from alphaspin.opponents.base import Player
 
 Numbers = Callable[[float, float, float, float], float]
 
@@ -218,6 +221,27 @@ def test_an_iteration_and_its_factor(loss: Loss, distances: list[float], at_p: f
     step = against_itself(loss)
     assert variations(step) == pytest.approx(distances, abs=5.1e-5)
     assert factor(step, TARGET.log()) == pytest.approx(at_p, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "alpha", "distances"),
+    [
+        (SPACE(mu=3.0), 0.5, LEARNT),
+        (Renyi(order=(1.5,)), 0.5, LEARNT),
+        (DPO(beta=(0.6,)), 0.5, [0.2451, 0.0597, 0.1058, 0.0750]),
+        (DPO(beta=(0.5,)), 0.95, [0.3247, 0.3032, 0.2928, 0.2019]),
+    ],
+    ids=str,
+)
+def test_losers_of_the_arithmetic_mixture(loss: Loss, alpha: float, distances: list[float]) -> None:
+    """Reference and losers are α π_t + (1-α) π_base: α-SPIN's leash, without log Z(x)."""
+
+    def step(previous: Tensor) -> Tensor:
+        base = BASE_POLICY.log()
+        reference = mixture_reference(previous, base, alpha=alpha, kind="arithmetic")
+        return best_response(loss, 0, reference, reference.exp())
+
+    assert variations(step) == pytest.approx(distances, abs=5.1e-5)
 
 
 TRIPLETS = torch.tensor(list(itertools.product(range(4), repeat=3)))
@@ -537,6 +561,77 @@ def verdict(one: str, other: str) -> float:
 def test_mirror_steps_refuse(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Config.model_validate(fields)
+
+
+@pytest.mark.parametrize(("alpha", "count"), [(0.3, 3), (0.75, 7), (0.0, 0), (1.0, 10)])
+def test_the_arithmetic_mixture_deals_out_its_shares(alpha: float, count: int) -> None:
+    config = Config.model_validate(
+        {
+            "reference": {"kind": "arithmetic", "alpha": alpha},
+            "selfplay": {"opponent": "mixture-arithmetic"},
+        }
+    )
+    dealt = config.selfplay.deal(list(range(10)), 2, config.reference)
+    assert dealt.count(Player.single(1)) == count
+    assert dealt.count(Player.single(BASE_PLAYER)) == 10 - count
+    assert set(config.selfplay.deal([4, 5], 0, config.reference)) == {Player.single(BASE_PLAYER)}
+
+
+def test_a_run_against_the_arithmetic_mixture(settings: dict[str, Any], tmp_path: Path) -> None:
+    """SPACE's first loss of the second iteration, with both players' answers."""
+    run = play(
+        {
+            **settings,
+            "loss": {"kind": "space", "mu": 2.0},
+            "reference": {"kind": "arithmetic", "alpha": 0.5},
+            "selfplay": {
+                "iterations": 2,
+                "prompts": 8,
+                "opponent": "mixture-arithmetic",
+            },
+            "output": str(tmp_path / "run"),
+        }
+    )
+    folders = {path.name for path in (run.path / "iterations/1/opponents").iterdir()}
+    assert {name.rpartition("-")[0] for name in folders} == {"base", "iterate-0"}
+    demos, score = demonstrations(settings), Scorer(settings, run.path, 1)
+    expected: list[float] = []
+    for e, (y,) in answers(run.path, 1, "opponents").items():
+        gains: list[float] = []
+        for tokens in (demos[e].response, y):
+            policy, base = (score(k, demos[e].prompt, tokens) for k in (0, -1))
+            gains.append(policy - math.log(0.5 * math.exp(policy) + 0.5 * math.exp(base)))
+        real, noise = math.log1p(2 * math.exp(-gains[0])), math.log1p(math.exp(gains[1]) / 2)
+        expected.append(real + 2 * noise)
+    assert len(expected) == 8
+    assert first_loss(run, 1) == pytest.approx(float(np.mean(expected)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "warns"),
+    [
+        ({}, False),
+        ({"selfplay": {"opponent": "previous"}}, False),
+        ({"selfplay": {"history": 2}}, True),
+        ({"reference": {"alpha": 0.0}}, True),
+        ({"reference": {"kind": "arithmetic", "alpha": 0.5}}, True),
+        (
+            {
+                "reference": {"kind": "arithmetic", "alpha": 0.5},
+                "selfplay": {"opponent": "mixture-arithmetic"},
+            },
+            False,
+        ),
+        ({"reference": {"kind": "ema"}, "selfplay": {"opponent": "ema"}}, False),
+        ({"reference": {"kind": "ema"}}, True),
+    ],
+)
+def test_losers_that_are_not_the_references_are_warned_of(
+    fields: dict[str, Any], warns: bool
+) -> None:
+    config = Config.model_validate({"loss": {"kind": "space"}, **fields})
+    said = config.preference.warning(config) or ""
+    assert ("not drawn from its reference" in said) is warns
 
 
 def test_t_spin_refuses_a_reference_and_other_opponents() -> None:
