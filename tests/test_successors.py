@@ -34,6 +34,7 @@ from alphaspin.losses.dpo import DPO
 from alphaspin.losses.inpo import inpo
 from alphaspin.losses.reference import mixture_reference
 from alphaspin.losses.renyi import Renyi, renyi
+from alphaspin.losses.rspo import Regulariser, rspo
 from alphaspin.losses.space import SPACE, space
 from alphaspin.losses.t_spin import t_spin
 from alphaspin.opponents.base import BASE as BASE_PLAYER
@@ -165,6 +166,28 @@ def test_inpo(eta: float, tau: float) -> None:
         error = (w - x) - (1 - eta * tau) * (pw - px) - eta * tau * (aw - ax) - eta * g
         assert found[j].item() == pytest.approx(error**2, rel=1e-9, abs=1e-12)
         assert gradient[j].tolist() == pytest.approx([2 * error, -2 * error], rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["chi2_smooth", "cross_entropy"])
+def test_rspo_regularisers_of_the_public_code(name: Regulariser) -> None:
+    """e^d/(1 + e^d) with d cut at 10 (`chisqsm1`), and -lp_θ lp_base (`reverseklnoent`)."""
+    lam, eta = 0.3, 2.0
+
+    def expected(lp: float, base: float, ref: float, win: float) -> float:
+        squared = (lp - ref - eta * (win - 0.5)) ** 2
+        ratio = math.exp(min(lp - base, 10.0))
+        return squared + 2 * lam * (-lp * base if name == "cross_entropy" else ratio / (1 + ratio))
+
+    numbers = 2 * draw(6)
+    policy = numbers[0].clone().requires_grad_()
+    win = numbers[3] / -24
+    found = rspo(policy, numbers[2], numbers[1], win, eta=eta, lam=lam, regulariser=name)
+    (gradient,) = torch.autograd.grad(found.sum(), policy)
+    rows = zip(*numbers[:3].tolist(), win.tolist(), strict=True)
+    assert (numbers[0] - numbers[1]).max() > 10
+    for j, row in enumerate(rows):
+        assert found[j].item() == pytest.approx(expected(*row), rel=1e-9)
+        assert gradient[j].item() == pytest.approx(slope(expected, row, 0), rel=1e-6, abs=1e-6)
 
 
 # The tabular theory
@@ -540,6 +563,35 @@ def test_a_run_of_mirror_steps(
         expected.append((share * moved - eta * gap) ** 2)
     assert len(expected) > 2
     assert first_loss(run, 3) == pytest.approx(float(np.mean(expected)), rel=2e-4)
+
+
+def test_a_run_of_rspo_on_answers_of_the_base(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The first loss of the second iteration: SPPO's, and -λ lp_θ of the base's own answer."""
+    (tmp_path / "cyclic_judge.py").write_text(JUDGE)
+    judge = {"kind": "callable", "function": "cyclic_judge:cyclic", "folder": str(tmp_path)}
+    chosen = {"regulariser": "forward_answers", "lam": 0.7, "eta": 3.0, "responses": 3}
+    run = play(
+        {
+            **settings,
+            "method": "rspo",
+            "judge": {**judge, "both_orders": False},
+            "preference": chosen,
+            "output": str(tmp_path / "run"),
+        }
+    )
+    demos, score = demonstrations(settings), Scorer(settings, run.path, 1)
+    decode = make_tokenizer().decode
+    protos = answers(run.path, 1, "opponents")
+    expected: list[float] = []
+    for e, ys in answers(run.path, 1, "responses").items():
+        texts = [decode(y, skip_special_tokens=True) for y in ys]
+        rates = [sum(verdict(one, other) for other in texts) / 3 for one in texts]
+        if max(rates) == min(rates):
+            continue
+        squares = [(3 * (rate - 0.5)) ** 2 for rate in (max(rates), min(rates))]
+        expected.append(sum(squares) / 2 - 0.7 * score(0, demos[e].prompt, protos[e][0]))
+    assert len(expected) > 2
+    assert first_loss(run, 1) == pytest.approx(float(np.mean(expected)), rel=2e-4)
 
 
 def verdict(one: str, other: str) -> float:

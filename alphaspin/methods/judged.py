@@ -67,16 +67,21 @@ class Pointwise(Method):
 
     @abstractmethod
     def loss(
-        self, policy_B2: Tensor, reference_B2: Tensor, win_B2: Tensor, base_B2: Tensor | None
+        self, policy_BK: Tensor, reference_BK: Tensor, win_BK: Tensor, base_BK: Tensor | None
     ) -> Tensor:
         """The loss [B] of each pair, the mean of its two responses' as in the public code.
 
         Args:
-            policy_B2: lp_θ of (best, worst), fp32.
-            reference_B2: lp of the reference of the same.
-            win_B2: the probability each is trained on.
-            base_B2: lp of `anchor`, where `scores_base`.
+            policy_BK: lp_θ of (best, worst, *`beside`), fp32.
+            reference_BK: lp of the reference of the first two, then 0; the others alike.
+            win_BK: the probability each is trained on.
+            base_BK: lp of `anchor`, where `scores_base`.
         """
+
+    def beside(self, session: Session, iteration: int) -> Responses:
+        """Further answers to each prompt, as many to each, that the loss takes: none."""
+        del session, iteration
+        return {}
 
     def needs(self, config: Any) -> tuple[Need, ...]:
         """Answers that can be weighed, for log Z(x) of a geometric mixture."""
@@ -95,6 +100,7 @@ class Pointwise(Method):
         """
         with session.timed("responses", iteration):
             responses = sample_responses(session, iteration, self.responses)
+            beside = self.beside(session, iteration)
         with session.timed("judge", iteration):
             picked = self.pick(session, iteration, responses)
         chosen = [(e, pair) for e, pair in zip(responses, picked, strict=True) if pair]
@@ -110,14 +116,12 @@ class Pointwise(Method):
             trees, reference, base = pointwise_reference(session, iteration, groups, sides, anchors)
         extras = [torch.tensor([(pair.p_best, pair.p_worst) for _, pair in chosen])]
         extras += [base] * self.scores_base
-        examples = [
-            Example(
-                tree,
-                tuple(reference[i].tolist()),
-                extras=tuple(tuple(f[i].tolist()) for f in extras),
-            )
-            for i, tree in enumerate(trees)
-        ]
+        examples: list[Example] = []
+        for i, (tree, (e, _)) in enumerate(zip(trees, chosen, strict=True)):
+            more = tuple(answer.tokens for answer in beside.get(e, ()))
+            of, *rows = ((*row[i].tolist(), *(0.0 for _ in more)) for row in (reference, *extras))
+            whole = Tree(tree.prompt, (*tree.responses, *more))
+            examples.append(Example(whole, of, extras=tuple(rows)))
 
         def objective(
             policy: Tensor,

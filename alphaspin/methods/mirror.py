@@ -36,14 +36,14 @@ class MirrorStep(Pointwise):
         return self
 
     def loss(
-        self, policy_B2: Tensor, reference_B2: Tensor, win_B2: Tensor, base_B2: Tensor | None
+        self, policy_BK: Tensor, reference_BK: Tensor, win_BK: Tensor, base_BK: Tensor | None
     ) -> Tensor:
         """As `losses.inpo`."""
-        assert base_B2 is not None
-        gap = win_B2[:, 0] - win_B2[:, 1]
+        assert base_BK is not None
+        gap = win_BK[:, 0] - win_BK[:, 1]
         if self.labels in ("hard", "single"):  # P - (1 - P) is twice P - ½
             gap = gap / 2
-        return inpo(policy_B2, reference_B2, base_B2, gap, eta=self.eta, tau=self.tau)
+        return inpo(policy_BK, reference_BK, base_BK, gap, eta=self.eta, tau=self.tau)
 
     def how(self, config: Sections) -> str:
         """With its η and τ."""
