@@ -34,7 +34,7 @@ from alphaspin.losses.dpo import DPO
 from alphaspin.losses.inpo import inpo
 from alphaspin.losses.reference import mixture_reference
 from alphaspin.losses.renyi import Renyi, renyi
-from alphaspin.losses.rspo import Regulariser, rspo
+from alphaspin.losses.rspo import Regulariser, forward_answers, rspo
 from alphaspin.losses.space import SPACE, space
 from alphaspin.losses.t_spin import t_spin
 from alphaspin.opponents.base import BASE as BASE_PLAYER
@@ -402,6 +402,49 @@ def test_inpo_and_egpo_find_the_regularised_nash(
         assert factor(step, solution) == pytest.approx(at, abs=1e-4)
 
 
+def test_cross_entropy_steps_to_the_best_response_without_entropy() -> None:
+    """π_{t+1} ∝ π_t e^{ηP̂} π_base^λ, with the step's normaliser in ½'s place as for SPPO."""
+    eta, lam, prev = 0.8, 0.3, torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64).log()
+    rates = P @ prev.exp()
+    step = prev + eta * (rates - 0.5) + lam * BASE
+    ref = prev - step.logsumexp(0)
+
+    def value(lp: Tensor) -> Tensor:
+        loss = rspo(lp, ref, BASE, rates, eta=eta, lam=lam, regulariser="cross_entropy")
+        return (prev.exp() * loss).sum()
+
+    torch.testing.assert_close(minimum(value, prev), step.log_softmax(0), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tau", "nash"),
+    [
+        ("forward_kl", 0.5, (0.662128, 0.228979, 0.108893)),
+        ("forward_answers", 0.25, (0.680540, 0.186957, 0.132503)),
+    ],
+)
+def test_the_forward_kls_land_on_their_regularised_nash(
+    name: Regulariser, tau: float, nash: tuple[float, ...]
+) -> None:
+    """P̂(y) + τ base(y)/π(y) is constant, τ = λ/η by importance and λ/(2η) by the base's answers."""
+    eta, lam, policy = 1.0, 0.5, BASE
+    for _ in range(400):
+        prev = policy
+
+        def value(lp: Tensor, prev: Tensor = prev) -> Tensor:
+            rates = P @ prev.exp()
+            loss = rspo(lp, prev, BASE, rates, eta=eta, lam=lam, regulariser=name)
+            own = forward_answers(lp, lam=lam) * (name == "forward_answers")
+            return (prev.exp() * loss + BASE.exp() * own).sum()
+
+        policy = minimum(value, prev)
+        if (policy - prev).abs().max() < 1e-9:
+            break
+    balance = P @ policy.exp() + tau * (BASE - policy).exp()
+    assert (balance - balance.mean()).abs().max() < 1e-6
+    assert policy.exp().tolist() == pytest.approx(nash, abs=5.1e-7)
+
+
 def test_comal_finds_the_nash_of_the_game_itself() -> None:
     """KL(Nash‖π) after 6, 60 and 120 iterations; INPO's limit stays at 7.38e-2."""
     eta, tau, interval = 2.0, 0.1, 6
@@ -480,7 +523,7 @@ def first_loss(run: Any, iteration: int) -> float:
 
 def test_a_run_of_t_spin(settings: dict[str, Any], tmp_path: Path) -> None:
     """Pairs at t = 0, where β is 0; triplets with the base's own answers after."""
-    run = play({**settings, "method": "t_spin", "output": str(tmp_path / "run")})
+    run = play({**settings, "method": "t_spin", "control": "sft", "output": str(tmp_path / "run")})
     assert not answers(run.path, 0, "opponents")
     demos, score = demonstrations(settings), Scorer(settings, run.path, 1)
     ys, protos = answers(run.path, 1, "responses"), answers(run.path, 1, "opponents")
@@ -492,6 +535,9 @@ def test_a_run_of_t_spin(settings: dict[str, Any], tmp_path: Path) -> None:
         expected.append(math.log1p(current) + 0.1 * math.log1p(history))
     assert len(expected) == 8
     assert first_loss(run, 1) == pytest.approx(float(np.mean(expected)), rel=1e-4)
+    tokens = {r["stage"]: r["tokens"] for r in run.metrics if r["stage"].startswith("control/")}
+    count = [sum(len(demos[e].response) for e in answers(run.path, t, "responses")) for t in (0, 1)]
+    assert tokens == {"control/0": 2 * count[0], "control/1": 3 * count[1]}
 
 
 JUDGE = """

@@ -53,6 +53,11 @@ class Method(Kind):
         """Answers sampled in training for a prompt."""
         return 1
 
+    def sequences(self, iteration: int) -> int:
+        """Responses of a prompt that are trained on, for a control of equal cost."""
+        del iteration
+        return 2
+
     @abstractmethod
     def reward_scale(self, config: Sections, iteration: int) -> float:
         """Factor of lp_θ - lp_ref in the rewards that are logged."""

@@ -53,6 +53,10 @@ class RSPO(Pointwise):
         """K, and the base's."""
         return self.responses + (self.regulariser == "forward_answers")
 
+    def sequences(self, iteration: int) -> int:
+        """The pair, and the base's answer."""
+        return 3 if self.regulariser == "forward_answers" else 2
+
     def loss(
         self, policy_BK: Tensor, reference_BK: Tensor, win_BK: Tensor, base_BK: Tensor | None
     ) -> Tensor:

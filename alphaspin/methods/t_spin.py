@@ -42,6 +42,14 @@ class TSpin(Method):
 
     judged = False
 
+    def sequences(self, iteration: int) -> int:
+        """Three, and two where β_t is 0."""
+        return 3 if at(self.beta, iteration) else 2
+
+    def answers_per_prompt(self) -> int:
+        """The previous iterate's, and the base's."""
+        return 1 + any(self.beta)
+
     def reward_scale(self, config: Sections, iteration: int) -> float:
         """α."""
         return self.alpha
