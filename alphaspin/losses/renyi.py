@@ -1,12 +1,9 @@
 """The Rényi divergences of demonstrations and answers: a family from likelihood to χ²."""
 
-from typing import Annotated
-
 import torch
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from alphaspin.foundation.section import NonNegativeFloat, PositiveFloat, as_tuple, at
+from alphaspin.foundation.section import PerIterationWeight, PositiveFloat, at
 from alphaspin.losses.base import Absolute, Pairs
 
 
@@ -59,9 +56,7 @@ class Renyi(Absolute):
     """A divergence of order α, from likelihood (1) to χ² (2) (after arXiv 2604.20933)."""
 
     kind: str = "renyi"
-    order: Annotated[
-        tuple[NonNegativeFloat, ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = (0.5,)
+    order: PerIterationWeight = (0.5,)
     """Order α, per iteration: ½ Hellinger, 1 likelihood, 2 Pearson's χ²."""
     clamp: PositiveFloat = 5.0
     """Largest exponent of a weight, in nats."""

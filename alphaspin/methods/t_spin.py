@@ -10,14 +10,13 @@ those; at t = 0, where y_l is the base's too, the published β is 0.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from alphaspin.foundation import console
-from alphaspin.foundation.section import NonNegativeFloat, PositiveFloat, as_tuple, at
+from alphaspin.foundation.section import PerIterationWeight, PositiveFloat, at
 from alphaspin.losses.t_spin import t_spin
 from alphaspin.methods.base import Method, Sections, iterations
 from alphaspin.methods.judged import sample_responses
@@ -34,9 +33,7 @@ class TSpin(Method):
 
     alpha: PositiveFloat = 1.0
     """α: scale of the log-probs, the weight of the paper's entropy."""
-    beta: Annotated[
-        tuple[NonNegativeFloat, ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = (0.0, 0.1)
+    beta: PerIterationWeight = (0.0, 0.1)
     """β, per iteration: weight of the previous iterate's advantage over the base; published: 0 at
     t = 0, then 0.1."""
 
