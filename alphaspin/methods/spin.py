@@ -131,9 +131,10 @@ def demonstrated_pairs(session: Session, iteration: int) -> tuple[list[Example],
     ]
     equal = sum(pair.equal() for pair in pairs)
     cut = sum(pair.rejected.truncated for pair in pairs)
+    none = "" if isinstance(config.loss, Absolute) else " (no gradient from the pair)"
     console.note(
-        f"t={iteration}: {len(pairs)} pairs, {equal} of them with loser = winner (no gradient "
-        f"from the pair), {cut} losers cut at the length cap"
+        f"t={iteration}: {len(pairs)} pairs, {equal} of them with loser = winner{none}, "
+        f"{cut} losers cut at the length cap"
     )
 
     def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
