@@ -188,7 +188,10 @@ def test_the_plan_says_what_the_run_does(folder: Path, tmp_path: Path, alphaspin
         assert f"│ {pairs} │ {steps} │" in row
 
 
-@pytest.mark.parametrize("name", ["gemma-2b-ultrachat", "mistral-7b-ultrachat"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma-2b-ultrachat", "mistral-7b-ultrachat", "mistral-7b-space", "mistral-7b-t-spin"],
+)
 def test_hub_recipes_plan_without_a_download(alphaspin: Any, name: str) -> None:
     code, printed = alphaspin("plan", name)
     assert code == 0 and "memory" in printed

@@ -118,7 +118,7 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
         pairs += min(at(config.selfplay.prompts, t - 1), facts.demonstrations)
     steps = total_steps(pairs, config.train)
     trained = (
-        2
+        config.preference.sequences(t)
         * facts.response_tokens
         * min(pairs * config.train.epochs, steps * config.train.batch_size)
     )

@@ -58,6 +58,11 @@ PerIterationFloat = Annotated[
 ]
 
 
+PerIterationWeight = Annotated[
+    tuple[NonNegativeFloat, ...], BeforeValidator(as_tuple), Field(min_length=1)
+]
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 

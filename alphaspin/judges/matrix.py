@@ -87,13 +87,20 @@ def pick_pair(matrix: Matrix, labels: Labels = "soft") -> Pair | None:
         bradley_terry  P̂ from `bradley_terry`, which chooses the two as well (the public code)
     """
     rates = win_rates(bradley_terry(matrix) if labels == "bradley_terry" else matrix)
+    pair = pick_extremes(rates)
+    if pair and labels == "hard":
+        return pair._replace(p_best=1.0, p_worst=0.0)
+    if pair and labels == "single":
+        best, worst = pair.best, pair.worst
+        return Pair(best, worst, float(matrix[best, worst]), float(matrix[worst, best]))
+    return pair
+
+
+def pick_extremes(rates: Sequence[float]) -> Pair | None:
+    """Argmax and argmin of win rates, the first of those that tie; None if all tie."""
     high, low = max(rates), min(rates)
     if high - low <= TIE:
         return None
     best = next(i for i, rate in enumerate(rates) if rate >= high - TIE)
     worst = next(i for i, rate in enumerate(rates) if rate <= low + TIE)
-    if labels == "hard":
-        return Pair(best, worst, 1.0, 0.0)
-    if labels == "single":
-        return Pair(best, worst, float(matrix[best, worst]), float(matrix[worst, best]))
     return Pair(best, worst, rates[best], rates[worst])

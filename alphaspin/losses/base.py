@@ -4,10 +4,10 @@ Every log-prob is `lp(y) = Σ_k log π(y_k | x, y_<k)` in nats, summed over the 
 end token, a tensor [B]; every loss is [B], before any mean. `chosen` is the demonstration,
 `rejected` what an earlier iterate answered. Gradients flow wherever the arguments carry them.
 
-Pairwise losses take a difference of two responses. Pointwise ones (`sppo`, `rspo`, `nash_md`) take
-one response and its win probability, of any shape: pass [B, 2] for a pair and average. The
-normaliser log Z(x) of a reference cancels in the former only: the latter want
-`mixture_reference(..., log_z=...)`.
+Pairwise losses take a difference of two responses; `Absolute` ones (`space`, `chi2`, `renyi`) the
+gain of each over the reference. Pointwise ones (`sppo`, `rspo`, `nash_md`) take one response and
+its win probability, of any shape: pass [B, 2] for a pair and average. The normaliser log Z(x) of a
+reference cancels in the first only: the last want `mixture_reference(..., log_z=...)`.
 """
 
 from abc import abstractmethod
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from pydantic import create_model
 from torch import Tensor
 
-from alphaspin.foundation.kinds import Kind, settings_of
+from alphaspin.foundation.kinds import Kind, Need, settings_of
 from alphaspin.foundation.section import NonNegativeFloat
 
 
@@ -95,6 +95,25 @@ class Loss(Kind):
         # Nothing tells whether its gradient vanishes where the two responses are one.
         kind.ignores_equal_pairs = lambda self: False
         return kind
+
+
+class Absolute(Loss):
+    """A loss of each response's own gain r = lp_θ - lp_ref, and so of no difference of two.
+
+    The optimum is the data's distribution p where p = π_ref e^r can be read off the pairs, which
+    takes losers of the reference itself. A pair with rejected = chosen still has a gradient.
+    """
+
+    def needs(self, config: Any) -> tuple[Need, ...]:
+        """A normalised reference."""
+        reference = config.reference
+        mixed = reference.kind != "arithmetic" and 0 < reference.alpha < 1
+        why = "log Z(x) of a geometric mixture cancels only in a difference of two responses"
+        return (Need("reference.kind", ("arithmetic",), why),) if mixed else ()
+
+    def ignores_equal_pairs(self) -> bool:
+        """Never."""
+        return False
 
 
 def margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:

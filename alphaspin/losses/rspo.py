@@ -6,8 +6,17 @@ from torch import Tensor
 
 from alphaspin.losses.sppo import sppo
 
-Regulariser = Literal["reverse_kl", "forward_kl", "forward_reverse", "chi2", "entropy"]
-RSPO_CLAMP = {"forward_kl": 7.0, "forward_reverse": 10.0, "chi2": 10.0}
+Regulariser = Literal[
+    "reverse_kl",
+    "forward_kl",
+    "forward_reverse",
+    "chi2",
+    "entropy",
+    "chi2_smooth",
+    "cross_entropy",
+    "forward_answers",
+]
+RSPO_CLAMP = {"forward_kl": 7.0, "forward_reverse": 10.0, "chi2": 10.0, "chi2_smooth": 10.0}
 """Largest exponent, in nats, of the importance ratios in R, as published."""
 RSPO_REVERSE_WEIGHT = 5.0
 """w of `forward_reverse`, as published."""
@@ -35,6 +44,9 @@ def rspo(
         forward_reverse  exp(min(-d, 10)) + 5 d²        published λ 0.1
         chi2             exp(min(d, 10))
         entropy          lp_θ²
+        chi2_smooth      σ(min(d, 10))                  `chisqsm1` of the public code
+        cross_entropy    -lp_θ lp_base                  `reverseklnoent`: reverse KL, no entropy
+        forward_answers  0; see `forward_answers`
 
     The ratios weigh responses sampled from the iterate; beyond the clamp the gradient of the
     exponential is 0. With `reverse_kl` the loss is, up to a constant, (1+2λ) times
@@ -66,4 +78,20 @@ def rspo(
             r = d.clamp(max=cap).exp()
         case "entropy":
             r = policy**2
+        case "chi2_smooth":
+            r = d.clamp(max=cap).sigmoid()
+        case "cross_entropy":
+            r = -policy * base
+        case "forward_answers":
+            return sppo(policy, ref, win_prob, eta=eta)
     return sppo(policy, ref, win_prob, eta=eta) + 2 * lam * r
+
+
+def forward_answers(answer: Tensor, *, lam: float) -> Tensor:
+    """-λ lp_θ(y_0), y_0 ~ base: the forward KL of the base from answers of its own, per prompt.
+
+    The third regulariser of RSPO's public code (`sppo_forward`), which is added to the pair's loss.
+    There it is a mean over positions, padding too, of the answer without its prompt; here the KL's
+    own, the sum over the answer's tokens after its prompt.
+    """
+    return -lam * answer

@@ -45,9 +45,18 @@ class Method(Kind):
         of (seed, t, example).
         """
 
+    def parent(self, iteration: int) -> int:
+        """The iterate that iteration t goes on from, which is "the previous one" to all phases."""
+        return iteration - 1
+
     def answers_per_prompt(self) -> int:
         """Answers sampled in training for a prompt."""
         return 1
+
+    def sequences(self, iteration: int) -> int:
+        """Responses of a prompt that are trained on, for a control of equal cost."""
+        del iteration
+        return 2
 
     @abstractmethod
     def reward_scale(self, config: Sections, iteration: int) -> float:
@@ -74,10 +83,11 @@ class Sections(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of all randomness, which is a function of (seed, iteration, purpose, example)."""
     method: str = "spin"
-    """`spin`: demonstrations against sampled answers (`loss`, `reference`). `sppo`, `rspo`: sampled
-    answers against each other, as a `judge` compares them (`preference`). `nash_md`: sampled
-    answers against those of a mixture with the base, judged too; one gradient pass an iteration. Or
-    `module:Name`, a `Method` of your own."""
+    """`spin`: demonstrations against sampled answers (`loss`, `reference`). `t_spin`: the same, and
+    those answers against the base's, without a reference (`preference`). `sppo`, `rspo`, `inpo`,
+    `comal`, `egpo`: sampled answers against each other, as a `judge` compares them (`preference`).
+    `nash_md`: sampled answers against those of a mixture with the base, judged too; one gradient
+    pass an iteration. Or `module:Name`, a `Method` of your own."""
     control: Literal["none", "sft"] = "none"
     """`sft` also trains the control: plain further SFT with the same adapter, steps and tokens."""
     text: TextConfig = TextConfig()

@@ -8,6 +8,7 @@ reference   lp_prev of the two, and lp_base where it is wanted, in one pass, cac
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +23,8 @@ from alphaspin.foundation import console
 from alphaspin.foundation.batched import batched
 from alphaspin.foundation.kinds import Need
 from alphaspin.foundation.section import PositiveFloat
-from alphaspin.judges.base import Prompt
-from alphaspin.judges.matrix import Labels, Matrix, pick_pair, win_probabilities
+from alphaspin.judges.base import Comparison, Prompt, preferences
+from alphaspin.judges.matrix import Labels, Matrix, Pair, pick_pair, win_probabilities
 from alphaspin.losses.reference import mixture_reference
 from alphaspin.methods.base import Method, Sections
 from alphaspin.model.tree import Tree
@@ -35,6 +36,9 @@ from alphaspin.training.example import Example, Objective
 
 if TYPE_CHECKING:
     from alphaspin.methods.session import Session
+
+Responses = Mapping[int, Sequence[Answer]]
+"""Answers to a prompt, by the number of its demonstration."""
 
 
 class Pointwise(Method):
@@ -50,7 +54,12 @@ class Pointwise(Method):
 
     uses = ("judge", "reference")
     scores_base: ClassVar[bool] = False
-    """Whether the loss takes lp of the base."""
+    """Whether the loss takes lp of the base, or of `anchor`."""
+
+    def anchor(self, iteration: int) -> int:
+        """The iterate that takes the base's place in the loss."""
+        del iteration
+        return BASE
 
     def answers_per_prompt(self) -> int:
         """K."""
@@ -58,16 +67,21 @@ class Pointwise(Method):
 
     @abstractmethod
     def loss(
-        self, policy_B2: Tensor, reference_B2: Tensor, win_B2: Tensor, base_B2: Tensor | None
+        self, policy_BK: Tensor, reference_BK: Tensor, win_BK: Tensor, base_BK: Tensor | None
     ) -> Tensor:
         """The loss [B] of each pair, the mean of its two responses' as in the public code.
 
         Args:
-            policy_B2: lp_θ of (best, worst), fp32.
-            reference_B2: lp of the reference of the same.
-            win_B2: the probability each is trained on.
-            base_B2: lp of the base, where `scores_base`.
+            policy_BK: lp_θ of (best, worst, *`beside`), fp32.
+            reference_BK: lp of the reference of the first two, then 0; the others alike.
+            win_BK: the probability each is trained on.
+            base_BK: lp of `anchor`, where `scores_base`.
         """
+
+    def beside(self, session: Session, iteration: int) -> Responses:
+        """Further answers to each prompt, as many to each, that the loss takes: none."""
+        del session, iteration
+        return {}
 
     def needs(self, config: Any) -> tuple[Need, ...]:
         """Answers that can be weighed, for log Z(x) of a geometric mixture."""
@@ -86,9 +100,9 @@ class Pointwise(Method):
         """
         with session.timed("responses", iteration):
             responses = sample_responses(session, iteration, self.responses)
+            beside = self.beside(session, iteration)
         with session.timed("judge", iteration):
-            matrices = win_matrices(session, iteration, list(responses), list(responses.values()))
-        picked = [pick_pair(matrix, self.labels) for matrix in matrices]
+            picked = self.pick(session, iteration, responses)
         chosen = [(e, pair) for e, pair in zip(responses, picked, strict=True) if pair]
         best, worst = [pair.p_best for _, pair in chosen], [pair.p_worst for _, pair in chosen]
         tell_pairs(session, iteration, responses, best, worst, len(responses) - len(chosen))
@@ -98,19 +112,16 @@ class Pointwise(Method):
                 for e, _ in chosen
             ]
             sides = [(pair.best, pair.worst) for _, pair in chosen]
-            trees, reference, base = pointwise_reference(
-                session, iteration, groups, sides, self.scores_base
-            )
+            anchors = [session.load_iterate(self.anchor(iteration))] * self.scores_base
+            trees, reference, base = pointwise_reference(session, iteration, groups, sides, anchors)
         extras = [torch.tensor([(pair.p_best, pair.p_worst) for _, pair in chosen])]
         extras += [base] * self.scores_base
-        examples = [
-            Example(
-                tree,
-                tuple(reference[i].tolist()),
-                extras=tuple(tuple(f[i].tolist()) for f in extras),
-            )
-            for i, tree in enumerate(trees)
-        ]
+        examples: list[Example] = []
+        for i, (tree, (e, _)) in enumerate(zip(trees, chosen, strict=True)):
+            more = tuple(answer.tokens for answer in beside.get(e, ()))
+            of, *rows = ((*row[i].tolist(), *(0.0 for _ in more)) for row in (reference, *extras))
+            whole = Tree(tree.prompt, (*tree.responses, *more))
+            examples.append(Example(whole, of, extras=tuple(rows)))
 
         def objective(
             policy: Tensor,
@@ -124,6 +135,11 @@ class Pointwise(Method):
 
         return examples, objective
 
+    def pick(self, session: Session, iteration: int, responses: Responses) -> list[Pair | None]:
+        """The best and the worst response of each prompt; None where all tie."""
+        matrices = win_matrices(session, iteration, list(responses), list(responses.values()))
+        return [pick_pair(matrix, self.labels) for matrix in matrices]
+
     def deed(self, config: Sections, model: str) -> list[str]:
         """What is trained on."""
         tried = f"best and worst of {self.responses} responses of the previous iterate"
@@ -135,9 +151,9 @@ def pointwise_reference(
     iteration: int,
     groups: Sequence[Tree],
     sides: Sequence[tuple[int, int]],
-    base: bool,
+    anchors: Sequence[str | None],
 ) -> tuple[list[Tree], Tensor, Tensor]:
-    """Each prompt's best and worst response, and their lp_ref and lp_base, [prompts, 2].
+    """Each prompt's best and worst response, and their lp_ref and lp of the anchor, [prompts, 2].
 
     A geometric mixture's log Z(x) shifts a pointwise loss. The K responses, drawn from π_{t-1},
     estimate it: log Ẑ(x) = log mean_k e^{α lp_prev + (1-α) lp_base - lp_{t-1}}(y_k), and all of
@@ -147,7 +163,7 @@ def pointwise_reference(
         iteration: t.
         groups: each prompt with its K responses.
         sides: which of them are the best and the worst.
-        base: whether lp_base is wanted whatever the reference.
+        anchors: the policy whose lp is wanted besides, or none.
     """
     config, alpha = session.config, session.config.reference.alpha
     pairs = [
@@ -156,35 +172,33 @@ def pointwise_reference(
     ]
     previous = session.load_reference_adapter(iteration)
     if config.reference.kind == "arithmetic" or alpha in (0, 1) or not pairs:
-        policies = [previous] + [None] * (alpha < 1 or base)
+        policies = [previous, *[None] * (alpha < 1), *anchors]
         logps = session.frozen_logps(iteration, pairs, policies)
-        prev, last = logps[0], logps[-1]
-        mixed = mixture_reference(prev, last, alpha=alpha, kind=config.reference.kind)
-        return pairs, mixed, last
-    policies = [previous, None, session.load_iterate(iteration - 1)]
-    prev, last, drawn = session.frozen_logps(iteration, groups, policies)
-    weights = diagnose(mixture_reference(prev, last, alpha=alpha) - drawn)
+        base = logps[1] if alpha < 1 else logps[0]
+        mixed = mixture_reference(logps[0], base, alpha=alpha, kind=config.reference.kind)
+        return pairs, mixed, logps[-1]
+    parent = session.load_iterate(config.preference.parent(iteration))
+    policies = [previous, None, parent, *anchors]
+    prev, base, drawn, *rest = session.frozen_logps(iteration, groups, policies)
+    weights = diagnose(mixture_reference(prev, base, alpha=alpha) - drawn)
     log_z = weights.log_z[:, None].float()
     console.note(f"t={iteration}: mean log Z {log_z.mean():.3f}; {weights.note()}")
-    mixed = mixture_reference(prev, last, alpha=alpha, log_z=log_z)
+    mixed = mixture_reference(prev, base, alpha=alpha, log_z=log_z)
     index = torch.tensor(sides)
-    return pairs, mixed.gather(1, index), last.gather(1, index)
+    return pairs, mixed.gather(1, index), [base, *rest][-1].gather(1, index)
 
 
 def sample_responses(
-    session: Session, iteration: int, count: int, mixture: float | None = None
+    session: Session, iteration: int, count: int, rival: Player | None = None
 ) -> dict[int, list[Answer]]:
     """`count` responses of π_{t-1} per prompt, by example; those not on disk are sampled now.
 
     Response k of an example is drawn from numbers of its own: a function of (seed, t, k,
-    example). With `mixture`, the share of the base, from the mixture with the base.
+    example). With `rival`, from that player in the place of π_{t-1}.
     """
     config = session.config
-    kind, purpose = "responses", "response"
-    player = Player.single(max(iteration - 1, BASE))
-    if mixture is not None:
-        kind, purpose = "opponents", "opponent"
-        player = Player.mixture("mixture", iteration - 1, 1 - mixture)
+    player = rival or Player.single(config.preference.parent(iteration))
+    kind, purpose = ("opponents", "opponent") if rival else ("responses", "response")
     examples = session.examples(iteration)
     size = max(1, config.sampling.shard_size // count)
     folder = session.folder(iteration) / kind
@@ -210,17 +224,44 @@ def win_matrices(
     Verdicts are durable as they come: whatever stops this phase, none is asked twice.
     """
     assert session.judge
-    demos = [session.demonstrations[e] for e in examples]
-    texts = [[session.chat.decode(answer.tokens) for answer in group] for group in answers]
-    prompts = [Prompt(demo.messages, demo.answer) for demo in demos]
     judge = replace(session.judge, label=f"t={iteration} judge")
-    return win_probabilities(judge, prompts, texts)
+    return win_probabilities(judge, _prompts(session, examples), _texts(session, answers))
+
+
+def win_rates_against(
+    session: Session, iteration: int, responses: Responses, rivals: Responses
+) -> list[list[float]]:
+    """P̂_i = (1/R) Σ_k P(y_i ≻ y'_k) of each example's responses, against R of an opponent."""
+    assert session.judge
+    prompts = _prompts(session, list(responses))
+    mine, theirs = _texts(session, list(responses.values())), _texts(session, list(rivals.values()))
+    pairs = [
+        Comparison(prompt, one, other)
+        for prompt, ones, others in zip(prompts, mine, theirs, strict=True)
+        for one in ones
+        for other in others
+    ]
+    judge = replace(session.judge, label=f"t={iteration} judge")
+    found = iter(preferences(judge, pairs))
+    return [
+        [math.fsum(next(found) for _ in others) / len(others) for _ in ones]
+        for ones, others in zip(mine, theirs, strict=True)
+    ]
+
+
+def _prompts(session: Session, examples: Sequence[int]) -> list[Prompt]:
+    demos = [session.demonstrations[e] for e in examples]
+    return [Prompt(demo.messages, demo.answer) for demo in demos]
+
+
+def _texts(session: Session, answers: Sequence[Sequence[Answer]]) -> list[list[str]]:
+    return [[session.chat.decode(answer.tokens) for answer in group] for group in answers]
 
 
 def tell_pairs(
     session: Session,
     iteration: int,
-    responses: Mapping[int, Sequence[Answer]],
+    responses: Responses,
     best: Sequence[float],
     worst: Sequence[float],
     ties: int,

@@ -18,6 +18,7 @@ from alphaspin.losses.nash_md import nash_md
 from alphaspin.methods.base import Method, Sections, iterations
 from alphaspin.methods.judged import sample_responses, tell_pairs, win_matrices
 from alphaspin.model.tree import Tree
+from alphaspin.opponents.base import Player
 from alphaspin.training.example import Example, Objective
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class NashMD(Method):
         tau = self.tau
         with session.timed("responses", iteration):
             responses = sample_responses(session, iteration, 1)
-            opposed = sample_responses(session, iteration, 1, self.mixture)
+            rival = Player.mixture("mixture", iteration - 1, 1 - self.mixture)
+            opposed = sample_responses(session, iteration, 1, rival)
         with session.timed("judge", iteration):
             both = [[responses[e][0], opposed[e][0]] for e in responses]
             wins = [

@@ -115,7 +115,8 @@ def train_iterate(session: Session, iteration: int) -> None:
         joint = reference_mode(session, len(examples))[0] == "joint"
         policies = tuple(session.reference_policies(iteration))
         online = OnlineReference(policies, session.mix, joint)
-    before = session.folder(iteration - 1) / "adapter" if iteration else None
+    parent = config.preference.parent(iteration)
+    before = session.folder(parent) / "adapter" if parent >= 0 else None
     with session.timed("train", iteration):
         fit(session, "train", iteration, folder, examples, objective, config, before, online)
 
@@ -165,8 +166,8 @@ def fit(
 def train_control(session: Session, iteration: int) -> Path:
     """Plain further SFT at equal cost: the same prompts, adapter, steps and tokens.
 
-    A pair's two responses are two passes over the demonstration, so that a step carries as many
-    trained sequences as one of self-play.
+    A pair's two responses are two passes over the demonstration (a triplet's three, three), so that
+    a step carries as many trained sequences as one of self-play.
     """
     config = session.config
     folder = control_folder(session, iteration)
@@ -177,8 +178,10 @@ def train_control(session: Session, iteration: int) -> Path:
         chosen += session.examples(iteration - 1)
     demos = [session.demonstrations[e] for e in chosen]
     mean_tokens = float(np.mean([len(demo.response) for demo in demos]))
-    examples = [Example(Tree(d.prompt, (d.response,)), (0.0,)) for d in demos for _ in range(2)]
-    doubled = config.train.model_copy(update={"batch_size": 2 * config.train.batch_size})
+    passes = config.preference.sequences(iteration)
+    trees = [Tree(d.prompt, (d.response,)) for d in demos for _ in range(passes)]
+    examples = [Example(tree, (0.0,)) for tree in trees]
+    larger = config.train.model_copy(update={"batch_size": passes * config.train.batch_size})
     before = control_folder(session, iteration - 1) / "adapter" if iteration else None
 
     def objective(policy: Tensor, reference: Tensor, lengths: Tensor) -> Tensor:
@@ -194,7 +197,7 @@ def train_control(session: Session, iteration: int) -> Path:
             folder,
             examples,
             objective,
-            config.model_copy(update={"train": doubled}),
+            config.model_copy(update={"train": larger}),
             before,
         )
     return folder

@@ -98,7 +98,7 @@ class Session:
         if self.config.reference.kind == "ema" and iteration:
             self.team.from_main(lambda: self.make_average(iteration))
             return self.load_member(EMA, iteration)
-        return self.load_iterate(iteration - 1)
+        return self.load_iterate(self.config.preference.parent(iteration))
 
     def make_average(self, iteration: int) -> None:
         """Make the moving average of the adapters 0 … t-1 and keep it, where it is not on disk."""

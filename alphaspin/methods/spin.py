@@ -20,11 +20,13 @@ from torch import Tensor
 from alphaspin.data.demonstrations import Demonstration
 from alphaspin.foundation import console
 from alphaspin.foundation.batched import batched
+from alphaspin.losses.base import Absolute
 from alphaspin.losses.dpo import DPO
 from alphaspin.methods.base import Method, Sections, iterations
 from alphaspin.methods.reference import reference_mode, score_reference
 from alphaspin.model.tree import Tree
-from alphaspin.opponents.base import Shard, assign
+from alphaspin.opponents.base import BASE, EMA, Player, Shard
+from alphaspin.opponents.mixture import ArithmeticMixture
 from alphaspin.sampling.answer import Answer
 from alphaspin.training.example import REMEDY, Example, Objective
 
@@ -52,8 +54,8 @@ class Spin(Method):
         return f"consider loss.nll_weight, {own}a smaller train.lr" if own else REMEDY
 
     def warning(self, config: Sections) -> str | None:
-        """As `contraction_note`."""
-        return contraction_note(config)
+        """As `contraction_note` and `noise_note`."""
+        return contraction_note(config) or noise_note(config)
 
     def deed(self, config: Sections, model: str) -> list[str]:
         """Loss, reference, opponents."""
@@ -77,6 +79,8 @@ def contraction_note(config: Sections) -> str | None:
     warning, not an error.
     """
     alpha = config.reference.alpha
+    if config.reference.kind == "arithmetic":
+        return None
     consistent = config.selfplay.opponent.startswith("mixture")
     bound, formula = (alpha, "α") if consistent else (1, "1")
     bound, formula = bound / (1 + alpha), f"{formula}/(1+α)"
@@ -85,6 +89,26 @@ def contraction_note(config: Sections) -> str | None:
     return (
         f"β = {low:g} is outside the contraction bound β > {formula} = {bound:.3g}: trained to "
         "its optimum, each iteration would overshoot; few steps at a small rate keep it in check"
+    )
+
+
+def noise_note(config: Sections) -> str | None:
+    """Whether a loss of absolute gains meets losers that are not its reference's.
+
+    The data is its optimum where they are (`docs/theory.md`, section 1). Asked of iteration 2.
+    """
+    if not isinstance(config.loss, Absolute):
+        return None
+    reference, selfplay = config.reference, config.selfplay
+    previous = EMA if reference.kind == "ema" else 1
+    alone = {1.0: Player.single(previous), 0.0: Player.single(BASE)}.get(reference.alpha)
+    if alone and selfplay.players(2, reference) == [alone]:
+        return None
+    if not alone and isinstance(selfplay, ArithmeticMixture):
+        return None
+    return (
+        f"the losers of {config.loss.kind} are not drawn from its reference: the optimum of an "
+        "iteration is then not the data's distribution"
     )
 
 
@@ -109,15 +133,16 @@ def demonstrated_pairs(session: Session, iteration: int) -> tuple[list[Example],
     ]
     equal = sum(pair.equal() for pair in pairs)
     cut = sum(pair.rejected.truncated for pair in pairs)
+    none = "" if isinstance(config.loss, Absolute) else " (no gradient from the pair)"
     console.note(
-        f"t={iteration}: {len(pairs)} pairs, {equal} of them with rejected = chosen (no gradient "
-        f"from the pair), {cut} rejected cut at the length cap"
+        f"t={iteration}: {len(pairs)} pairs, {equal} of them with rejected = chosen{none}, "
+        f"{cut} rejected cut at the length cap"
     )
 
     if start := telling_start(pairs):
         console.note(
-            f"t={iteration}: all winners begin with {session.chat.tokenizer.decode(start)!r} and "
-            "hardly any loser does, so that this tells them apart: perhaps "
+            f"t={iteration}: all chosen begin with {session.chat.tokenizer.decode(start)!r} and "
+            "hardly any rejected does, so that this tells them apart: perhaps "
             "text.template_options has to put it into the prompt, as enable_thinking: false does"
         )
 
@@ -160,7 +185,7 @@ def sample_pairs(session: Session, iteration: int) -> list[Pair]:
     config = session.config
     examples = session.examples(iteration)
     players = config.selfplay.players(iteration, config.reference)
-    assigned = assign(examples, players)
+    assigned = config.selfplay.deal(examples, iteration, config.reference)
     folder = session.folder(iteration) / "opponents"
     shards: list[Shard] = []
     for player in players:

@@ -13,11 +13,11 @@ class SPPO(Pointwise):
     """Sampled answers against each other, as a judge compares them (arXiv 2405.00675)."""
 
     def loss(
-        self, policy_B2: Tensor, reference_B2: Tensor, win_B2: Tensor, base_B2: Tensor | None
+        self, policy_BK: Tensor, reference_BK: Tensor, win_BK: Tensor, base_BK: Tensor | None
     ) -> Tensor:
         """As `losses.sppo`."""
-        del base_B2
-        return sppo(policy_B2, reference_B2, win_B2, eta=self.eta).mean(1)
+        del base_BK
+        return sppo(policy_BK, reference_BK, win_BK, eta=self.eta).mean(1)
 
     def deed(self, config: Sections, model: str) -> list[str]:
         """With its η."""

@@ -4,7 +4,12 @@ from alphaspin.foundation.kinds import Table
 from alphaspin.opponents.base import SelfPlayConfig
 from alphaspin.opponents.ema import MovingAverage
 from alphaspin.opponents.iterates import Fictitious, History, Previous
-from alphaspin.opponents.mixture import GFlowNetMixture, SMCMixture, TokenMixture
+from alphaspin.opponents.mixture import (
+    ArithmeticMixture,
+    GFlowNetMixture,
+    SMCMixture,
+    TokenMixture,
+)
 
 OPPONENTS: dict[str, type[SelfPlayConfig]] = {
     "previous": Previous,
@@ -14,5 +19,6 @@ OPPONENTS: dict[str, type[SelfPlayConfig]] = {
     "mixture-token": TokenMixture,
     "mixture-smc": SMCMixture,
     "mixture-gflownet": GFlowNetMixture,
+    "mixture-arithmetic": ArithmeticMixture,
 }
 OPPONENT = Table("selfplay.opponent", "selfplay", SelfPlayConfig, OPPONENTS, "history")

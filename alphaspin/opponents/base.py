@@ -89,6 +89,10 @@ class SelfPlayConfig(Kind):
     def players(self, iteration: int, reference: ReferenceConfig) -> list[Player]:
         """The distinct players of iteration t, among whom its prompts are dealt out."""
 
+    def deal(self, examples: list[int], iteration: int, reference: ReferenceConfig) -> list[Player]:
+        """Who answers each example of iteration t: equal shares of the players."""
+        return assign(examples, self.players(iteration, reference))
+
     @abstractmethod
     def title(self, reference: ReferenceConfig) -> str:
         """Who they are, for the report."""

@@ -8,7 +8,7 @@ metrics and the agreement to stop to collectives of their own. A micro-batch and
 do not depend on who computes it, so the number of processes changes the order of summation and
 nothing else, as long as it divides `train.accumulation`.
 
-Shapes: B examples of a micro-batch, K responses each (2 in self-play: chosen, rejected).
+Shapes: B examples of a micro-batch, K responses each (chosen, rejected, and perhaps further ones).
 """
 
 import math
@@ -105,7 +105,7 @@ STATISTICS = (
     "rewards/margins",
     "rewards/accuracies",
 )
-"""What is summed over a batch; the last four where an example has two responses."""
+"""What is summed over a batch; the last four where an example has a rejected response too."""
 
 
 def accumulate_gradients(
@@ -126,7 +126,7 @@ def accumulate_gradients(
     backbone.train()
     informative = [example for example in examples if example.informative]
     width = len(examples[0].tree.responses)
-    names = STATISTICS if width == 2 else STATISTICS[:4]
+    names = STATISTICS if width > 1 else STATISTICS[:4]
     sums_S = torch.zeros(len(names), device=device)
     # As many micro-batches for each process, and never larger ones than a single process has.
     number = math.ceil(config.accumulation / team.world_size) * team.world_size
@@ -182,7 +182,7 @@ def _statistics(
     policy_BK = policy_BK.detach()
     rewards_BK = beta * (policy_BK - reference_BK)
     columns = [loss_B.detach(), lengths_BK.sum(1), rewards_BK[:, 0], policy_BK[:, 0]]
-    if policy_BK.shape[1] == 2:
+    if policy_BK.shape[1] > 1:
         margins_B = rewards_BK[:, 0] - rewards_BK[:, 1]
         columns += [rewards_BK[:, 1], policy_BK[:, 1], margins_B, margins_B > 0]
     return torch.stack([column.float() for column in columns]).sum(1)
