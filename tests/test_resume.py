@@ -5,6 +5,7 @@ sends itself a signal at the k-th event of a kind: a decoding step (sampling), a
 without gradient (scoring), an optimiser step (training). Kills at each file-system call: `faults`.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ def child(
     log: str,
     faults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run `alphaspin` in this process; at event (kind, k) send a signal; count events into `log`.
+    """Run `alphaspin` in this process; at event (kind, k) do `action`; count events into `log`.
 
     faults: what `disk.arm` is given.
     """
@@ -83,6 +84,8 @@ def child(
     def count(kind: str) -> None:
         seen[kind] += 1
         if event == (kind, seen[kind]):
+            if action == "full disk":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
             os.kill(os.getpid(), getattr(signal, action))
 
     def counting(owner: Any, name: str, kind: str) -> None:
@@ -94,6 +97,9 @@ def child(
 
         setattr(owner, name, wrapped)
 
+    counting(os, "fsync", "saving")
+    counting(Path, "rename", "saving")
+    counting(Path, "replace", "saving")
     counting(torch.optim.AdamW, "step", "training")
     counting(sampling, "invert", "sampling")
     original = scoring.sequence_logps
