@@ -277,6 +277,7 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     os.environ.setdefault("PYDANTIC_ERRORS_INCLUDE_URL", "0")
     # Deprecations between transformers and PEFT are for them to settle.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    console.open_streams()
     for stream in (sys.stdout, sys.stderr):
         console.forgive(stream)
     try:

@@ -6,6 +6,7 @@ Keys are the dotted names of settings; `-` and `_` are one. tyro writes `--help`
 own reading of values would have other rules than a recipe has.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 
 from alphaspin.config import TABLES, Config, all_keys
 from alphaspin.errors import InputError
+from alphaspin.foundation.batched import batched
 from alphaspin.foundation.section import Section, leaves, nearest, short
 
 FLAGS = {"true": True, "false": False}
@@ -125,9 +127,23 @@ def _check_known(
             raise InputError(table.without_effect(last, value, chosen))
 
 
+def _plain(word: str) -> bool | int | float | str:
+    """What a word is, where nothing else tells: as a recipe has it."""
+    if word.lower() in FLAGS:
+        return FLAGS[word.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(word)
+    return word
+
+
 def _value(key: str, annotation: Any, words: list[str], negated: bool, assigned: bool) -> Any:
     """What the words behind an option say: text, which its section reads, a list or a boolean."""
     types = leaves(annotation)
+    if dict in (get_origin(annotation), annotation):
+        if len(words) % 2:
+            raise InputError(f"--{key}: needs names and values in turn, as NAME VALUE NAME VALUE")
+        return {name: _plain(value) for name, value in batched(words, 2)}
     if bool in types:
         if not words and not assigned:
             return not negated

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -27,6 +28,13 @@ def forgive(stream: Any) -> None:
     """Let a stream replace the signs that its encoding lacks."""
     if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
         stream.reconfigure(errors="replace")
+
+
+def open_streams() -> None:
+    """Give a process whose standard streams were closed (`>&-`) some that nobody reads."""
+    for name in ("stdin", "stdout", "stderr"):  # each takes the lowest number, which is its own
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def silence(stream: Any) -> None:
