@@ -71,7 +71,12 @@ setup(
         *find_packages("kernels"),
     ],
     package_data={
-        "alphaspin": ["report/*.html.jinja", *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES)]
+        "alphaspin": [
+            "py.typed",
+            "report/*.html.jinja",
+            *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES),
+        ],
+        "alphaspin_kernels": ["py.typed"],
     },
     **extension_arguments(),
 )

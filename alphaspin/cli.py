@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 from pydantic import ValidationError
 
+from alphaspin import __version__
 from alphaspin.commands import arguments
 from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
 from alphaspin.config import TABLES, Config, explain, load_config, recipe_names, special
@@ -46,7 +47,7 @@ usage: alphaspin COMMAND …
   gflownet --adapter FOLDER --output FOLDER …   train a sampler of the exact mixture with the base
   report RUN                                    write RUN/report.html afresh
   report RUN RUN … --to PAGE.html               compare runs; seeds of one setting together
-  doctor                                        what is installed and which kernels will be used
+  doctor, --version                             what is installed and which kernels will be used
 
 `alphaspin COMMAND --help` explains every option of train, evaluate and export."""
 
@@ -263,6 +264,9 @@ def _command(words: Sequence[str]) -> None:
     }
     if not words or words[0] in {"-h", "--help"}:
         print(USAGE)
+        return
+    if words[0] == "--version":
+        print(f"alphaspin {__version__}")
         return
     if words[0] not in commands:
         raise InputError(f"no command {words[0]!r}\n{USAGE}")

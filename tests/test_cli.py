@@ -1,5 +1,6 @@
 """The command as a person uses it: whole runs on small models, and what bad input is told."""
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -330,6 +331,10 @@ def test_garbage_in_the_metrics_is_passed_over(tmp_path: Path) -> None:
     good = b'{"stage": "train/0", "step": 1, "loss": 0.5}\n'
     path.write_bytes(good + b'17\n{"loss": 1}\n\xff\xfe\n[]\n{"stage": 3}\n{"stage": "tr')
     assert Metrics(path).read() == [json.loads(good)]
+
+
+def test_it_says_its_version(alphaspin: Any) -> None:
+    assert alphaspin("--version") == (0, f"alphaspin {importlib.metadata.version('alphaspin')}")
 
 
 def test_an_exchanged_adapter_is_refused(folder: Path, copied: Path, alphaspin: Any) -> None:
