@@ -7,6 +7,7 @@ failed; 75 stopped by SIGTERM or Ctrl-C after saving, and the same command goes 
 import os
 import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,20 @@ usage: alphaspin COMMAND …
   report RUN RUN … --to PAGE.html               compare runs; seeds of one setting together
   doctor, --version                             what is installed and which kernels will be used
 
-`alphaspin COMMAND --help` explains every option of train, evaluate and export."""
+`alphaspin COMMAND --help` explains the options; of train, `--help-all` has every one."""
+
+
+FIRST = [
+    *("model", "data", "output", "method", "control", "selfplay.iterations", "selfplay.prompts"),
+    *("text.max_response_tokens", "train.lr", "train.batch_size"),
+]
+"""The options of a first run."""
+
+FIRST_HELP = """\
+usage: alphaspin-train [RECIPE or FILE.yaml] [--KEY VALUE …]
+
+Self-play training on demonstrations, by a recipe (`alphaspin recipes` lists them) and what is
+changed of it. `--plan` says what a run will do, `--help-all` has all options."""
 
 
 class _TrainCommand(Config):
@@ -80,8 +94,10 @@ def parse(words: Sequence[str]) -> tuple[Config, bool]:
     own_kinds = {table.key: arguments.given(rest, table.key) for table in TABLES}
     start = recipe.choosing({key: name for key, name in own_kinds.items() if name})
     kind = special(_TrainCommand, start)
-    if arguments.is_help(rest):
+    if "--help-all" in rest:
         _help(kind, _unset(kind, start, plan=False), "alphaspin-train [RECIPE or FILE.yaml]")
+    if arguments.is_help(rest):
+        _first_help(kind, start)
     changes = arguments.read(kind, rest, start)
     plan_only = changes.pop("plan", False)
     config = _checked(Config, arguments.merged(start.model_dump(), changes))
@@ -117,6 +133,29 @@ def _unset(kind: type[S], start: Section, **more: Any) -> S:
             own: Any = kind.model_fields[table.section].annotation
             found[table.section] = own.model_construct(**values(section))
     return kind.model_construct(**found, **more)
+
+
+def _first_help(kind: type[Section], start: Config) -> NoReturn:
+    """Print what a first run needs, and what can be set of the kinds that are chosen."""
+    fields = arguments.fields(kind)
+    parts = {"A first run": [*FIRST]}
+    for table in TABLES:
+        keys = [key for key in fields if key.startswith(f"{table.section}.") and key not in FIRST]
+        of_use = {"preference", "judge" if start.preference.judged else "loss"}
+        if table.section in of_use and keys:
+            parts[f"{table.key} = {start.chosen(table)}"] = keys
+    console.text(FIRST_HELP)
+    for title, keys in parts.items():
+        console.text(f"\n{title}")
+        for key in keys:
+            section, _, name = key.rpartition(".")
+            value = getattr(getattr(start, section) if section else start, name, None)
+            meaning = " ".join((fields[key].description or "").split())
+            values = value if isinstance(value, tuple) else [value]
+            console.text(f"  --{key} ({' '.join(map(str, values))})")
+            for line in textwrap.wrap(meaning, 90):
+                console.text(f"      {line}")
+    raise SystemExit(0)
 
 
 def _help(kind: type[Section], default: Any, program: str) -> NoReturn:

@@ -333,6 +333,23 @@ def test_garbage_in_the_metrics_is_passed_over(tmp_path: Path) -> None:
     assert Metrics(path).read() == [json.loads(good)]
 
 
+def test_help_is_what_a_first_run_needs(alphaspin: Any) -> None:
+    code, printed = alphaspin("train", "--help")
+    assert code == 0 and "--model (tiny)" in printed and "--loss.beta (1.0)" in printed
+    assert "--gflownet.lr" not in printed and "--judge.kind" not in printed
+    code, printed = alphaspin("train", "--method=sppo", "-h")
+    assert code == 0 and "--preference.eta" in printed and "--judge.kind" in printed
+    code, printed = alphaspin("train", "--help-all")
+    assert code == 0 and "--gflownet.lr" in printed and "--model" in printed
+
+
+def test_an_adapter_is_no_model(folder: Path, copied: Path, alphaspin: Any) -> None:
+    adapter = copied / "iterations/0/adapter"
+    arguments = [f"--model={adapter}", f"--data={folder / 'data.jsonl'}", "--output=never"]
+    code, printed = alphaspin("train", *arguments)
+    assert code == EXIT_INPUT and f"is an adapter of {folder / 'model'} and no model" in printed
+
+
 def test_it_says_its_version(alphaspin: Any) -> None:
     assert alphaspin("--version") == (0, f"alphaspin {importlib.metadata.version('alphaspin')}")
 

@@ -25,7 +25,9 @@ def test_a_console_that_lacks_signs(encoding: str) -> None:
     assert "memory, training" in found.stdout.decode(encoding)
 
 
-@pytest.mark.parametrize(("command", "code"), [("train --help", 141), ("recipes", 0)])
+@pytest.mark.parametrize(
+    ("command", "code"), [("train --help-all", 141), ("train --help", 0), ("recipes", 0)]
+)
 def test_nobody_reads(command: str, code: int) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from alphaspin.config import TABLES, Config, all_keys
 from alphaspin.errors import InputError
@@ -22,7 +23,7 @@ FLAGS = {"true": True, "false": False}
 
 def is_help(arguments: Sequence[str]) -> bool:
     """Whether a command line asks for help."""
-    return bool({"-h", "--help"} & {*arguments})
+    return bool({"-h", "--help", "--help-all"} & {*arguments})
 
 
 def given(arguments: Sequence[str], key: str) -> str | None:
@@ -48,7 +49,7 @@ def read(
         InputError: an unknown option, one that is given twice or has no effect with the kinds that
             are chosen, a word that belongs to none.
     """
-    known = _fields(kind)
+    known = _annotations(kind)
     found: dict[str, Any] = {}
     nested: dict[str, Any] = {}
     words = list(arguments)
@@ -99,23 +100,30 @@ def _without_no(key: str) -> str:
     return f"{section}{dot}{name.removeprefix('no_')}"
 
 
-def _fields(kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """The annotations of all settings by dotted key, sections included."""
-    fields: dict[str, Any] = {}
+def fields(kind: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """All settings by dotted key, sections included."""
+    found: dict[str, FieldInfo] = {}
     for name, field in kind.model_fields.items():
-        types = (field.annotation, *get_args(field.annotation))
-        section = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
-        fields[prefix + name] = section[0] if section else field.annotation
-        if section:
-            fields |= _fields(section[0], f"{prefix}{name}.")
-    return fields
+        found[prefix + name] = field
+        if section := _section(field):
+            found |= fields(section, f"{prefix}{name}.")
+    return found
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    types = (field.annotation, *get_args(field.annotation))
+    return next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def _annotations(kind: type[BaseModel]) -> dict[str, Any]:
+    return {key: _section(field) or field.annotation for key, field in fields(kind).items()}
 
 
 def _check_known(
     kind: type[Section], name: str, key: str, value: str | None, start: Section | None
 ) -> None:
     """Unknown options, each with the nearest right one; settings of another kind than chosen."""
-    if key not in (keys := [*all_keys(kind), *_fields(kind)]):
+    if key not in (keys := [*all_keys(kind), *fields(kind)]):
         near = nearest(key, keys)
         hint = f"; did you mean --{near}?" if near else "; see --help"
         raise InputError(f"unknown option {name!r}{hint}")

@@ -1,7 +1,8 @@
 """The frozen base as it is read from a folder or the hub."""
 
+import json
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -58,6 +59,8 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     where = _where(path)
     folder = Path(where)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"model = {path}: {_adapter_of(folder)}")
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"model = {path}: no config.json in this folder")
     if [*folder.glob("*.bin")] and not [*folder.glob("*.safetensors")]:
@@ -112,6 +115,18 @@ def base_hash(path: str) -> str | None:
 
 def _where(path: str) -> str:
     return str(packaged("tiny/model")) if path == "tiny" else path
+
+
+def _adapter_of(folder: Path) -> str:
+    """What is said of an adapter in the place of a model."""
+    base = ""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+        base = str(json.loads(text)["base_model_name_or_path"] or "")
+    return (
+        f"is an adapter of {base or 'some model'} and no model: give {base or 'that model'}, or "
+        "what PEFT's merge_and_unload makes of the two"
+    )
 
 
 def _attention(config: Any) -> str:
