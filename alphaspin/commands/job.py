@@ -381,9 +381,8 @@ def introduce(
     )
     for note in backbone.notes():
         console.note(note)
-    warning = config.preference.warning(config)
-    if warning:
-        console.alarm(warning)
+    if warning := config.preference.warning(config):
+        console.note(warning)
     first = demonstrations[0]
     tokenizer = chat.tokenizer
     console.sample(tokenizer.decode(first.prompt), tokenizer.decode(first.response))

@@ -44,9 +44,8 @@ def show(config: Config) -> None:
         ["t", against, "prompts", "pairs", "steps", "sampled", "trained", "lr", "β"],
         [_row(config, facts, t) for t in range(config.selfplay.iterations)],
     )
-    warning = config.preference.warning(config)
-    if warning:
-        console.alarm(warning)
+    if warning := config.preference.warning(config):
+        console.note(warning)
     for line in estimates(config, facts):
         console.text(line)
 
