@@ -1,11 +1,12 @@
 """The options of a command line as nested values, which the same checks read as a recipe's.
 
-    --KEY VALUE   --KEY=VALUE   --KEY VALUE VALUE …   --FLAG   --no_FLAG
+    --KEY VALUE   --KEY=VALUE   --KEY VALUE VALUE …   --FLAG   --no_FLAG   --KEY NAME VALUE …
 
 Keys are the dotted names of settings; `-` and `_` are one. tyro writes `--help` and no more: its
 own reading of values would have other rules than a recipe has.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
@@ -125,8 +126,22 @@ def _check_known(
             raise InputError(table.without_effect(last, value, chosen))
 
 
+def _plain(word: str) -> Any:
+    """A word as a recipe would read it: a boolean, a number or text."""
+    if word.lower() in FLAGS:
+        return FLAGS[word.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(word)
+    return word
+
+
 def _value(key: str, annotation: Any, words: list[str], negated: bool, assigned: bool) -> Any:
     """What the words behind an option say: text, which its section reads, a list or a boolean."""
+    if get_origin(annotation) is dict:
+        if len(words) % 2 or negated or not words:
+            raise InputError(f"--{key}: takes NAME VALUE pairs, not {' '.join(words)!r}")
+        return dict(zip(words[::2], map(_plain, words[1::2]), strict=True))
     types = leaves(annotation)
     if bool in types:
         if not words and not assigned:
