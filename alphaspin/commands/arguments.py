@@ -156,4 +156,4 @@ def _value(key: str, annotation: Any, words: list[str], negated: bool, assigned:
     if len(words) != 1:
         extra = f"{' '.join(words[1:])!r} belongs to no option" if words else "needs a value"
         raise InputError(f"--{key}: {extra}")
-    return None if type(None) in types and words[0] in ("None", "null") else words[0]
+    return None if type(None) in types and words[0].lower() in ("none", "null") else words[0]
