@@ -420,10 +420,13 @@ def summarise(
     tokens: dict[str, int] = {}
     for record in records:
         kind, _, phase = record["stage"].partition("/")
+        value = record.get("seconds" if kind == "time" else "tokens")
+        if not isinstance(value, int | float):
+            continue  # a record without, or a file that was edited
         if kind == "time":
-            seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
-        elif "tokens" in record:
-            tokens[kind] = tokens.get(kind, 0) + int(record["tokens"])
+            seconds[phase] = round(seconds.get(phase, 0) + value, 3)
+        else:
+            tokens[kind] = tokens.get(kind, 0) + int(value)
     shown = range(min(config.evaluate.show, len(heldout)))
     return {
         "name": config.name,
