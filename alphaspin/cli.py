@@ -216,11 +216,12 @@ def _recipes(words: Sequence[str]) -> None:
             for name in recipe_names():
                 first = packaged(f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
                 console.text(f"{name:<24}{first.lstrip('# ')}")
+        case ["show", name] | ["copy", name, _] if name not in recipe_names():
+            load_config(name)  # says what is most like it
+            raise InputError(f"{name}: is a file, no packaged recipe")
         case ["show", name]:
-            load_config(name)
             print(packaged(f"{name}.yaml").read_text(encoding="utf-8"), end="")
         case ["copy", name, target]:
-            load_config(name)
             if Path(home(target)).exists():
                 raise InputError(f"{target} exists already")
             shutil.copyfile(packaged(f"{name}.yaml"), home(target))

@@ -385,13 +385,14 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in packaged("").glob("*.yaml"))
 
 
-def load_config(source: str) -> Config:
+def load_config(source: str | Path) -> Config:
     """The configuration in a packaged recipe or a YAML file.
 
     Raises:
         InputError: no such recipe or file, broken YAML, an unknown key or a bad value; the message
             names the file, the key, the value, and the nearest right name.
     """
+    source = str(source)
     path = Path(home(source))
     if source in recipe_names():
         path = packaged(f"{source}.yaml")
@@ -432,7 +433,10 @@ def explain(
         if item["type"] == "extra_forbidden":
             key = ".".join(map(str, item["loc"]))
             near = nearest(key, all_keys(root))
-            lines.append((key, f"unknown key {key!r}" + f"; did you mean {near!r}?" * bool(near)))
+            hint = f"; did you mean {near!r}?" * bool(near)
+            if near == key:
+                hint = f"; a dot stands for a section: {key.replace('.', ': {', 1)}: …}}"
+            lines.append((key, f"unknown key {key!r}{hint}"))
         elif item["type"] == "missing" and isinstance(given := item["input"], Mapping):
             section = key.rpartition(".")[0]
             who = [f"{t.key} = {given.get(t.field)}" for t in TABLES if t.section == section]

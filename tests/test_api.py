@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import alphaspin
-from alphaspin import Callback, Config, InputError, evaluate, export, play
+from alphaspin import Callback, Config, InputError, evaluate, export, load_config, play
 
 
 class Heard(Callback):
@@ -83,6 +83,13 @@ def test_a_run_is_compared_and_exported(settings: dict[str, Any], tmp_path: Path
     assert AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(InputError, match="exists already"):
         export(run.path, tmp_path / "merged", merge=True)
+
+
+def test_paths_are_paths(tmp_path: Path) -> None:
+    recipe, data = tmp_path / "r.yaml", tmp_path / "a.jsonl"
+    recipe.write_text("seed: 3")
+    assert load_config(recipe).seed == 3
+    assert Config.model_validate({"data": data}).data == str(data)
 
 
 def test_errors_are_those_of_the_commands(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -223,6 +223,9 @@ def test_recipes(alphaspin: Any, tmp_path: Path) -> None:
     )
     code, printed = alphaspin("recipes", "copy", "tiny", copy)
     assert code == EXIT_INPUT and "exists" in printed
+    for words in (("show", copy), ("copy", copy, tmp_path / "other.yaml")):
+        code, printed = alphaspin("recipes", *words)
+        assert code == EXIT_INPUT and "is a file, no packaged recipe" in printed
     assert alphaspin("doctor")[0] == 0
 
 
@@ -416,6 +419,7 @@ def test_the_environment_of_accelerate_changes_nothing(
     ("text", "said"),
     [
         ("train: {lrr: 1}", "unknown key 'train.lrr'; did you mean 'train.lr'?"),
+        ("train.lr: 1", "unknown key 'train.lr'; a dot stands for a section: train: {lr: …}"),
         ("batch_size: 3", "unknown key 'batch_size'; did you mean 'train.batch_size'?"),
         ("reference: {alpha: 1.5}", "reference.alpha = 1.5"),
         ("train: [", "not YAML"),

@@ -68,9 +68,9 @@ def test_splits_of_a_run(tmp_path, chat):
         checked(config(data=data, split="nonsense"), chat)
     one = str(tmp_path / "test.jsonl")
     assert checked(config(data=one, split="test"), chat) == (8, 2)
-    with pytest.raises(InputError, match=r"split = dev: data = .*test\.jsonl is one file"):
+    with pytest.raises(InputError, match=r"split = dev: data = .*test\.jsonl has no splits"):
         checked(config(data=one, split="dev"), chat)
-    with pytest.raises(InputError, match=r"heldout_split = dev: heldout = .* is one file"):
+    with pytest.raises(InputError, match=r"heldout_split = dev: heldout = .* has no splits"):
         checked(config(data=data, heldout=one, heldout_split="dev"), chat)
 
 
@@ -138,6 +138,9 @@ def test_what_shows_in_the_hash_of_the_data_tells_no_runs_apart():
 def test_template_options_on_the_command_line():
     found, _ = parse(["tiny", "--text.template_options", "enable_thinking", "False", "n", "3"])
     assert found.text.template_options == {"enable_thinking": False, "n": 3}
+    for words in (["a"], [], ["a", "off"]):
+        with pytest.raises(InputError, match=r"text\.template_options"):
+            parse(["tiny", "--text.template_options", *words])
 
 
 def test_what_tells_all_winners_from_losers():

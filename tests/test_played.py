@@ -209,12 +209,20 @@ def test_fewer_prompts_and_other_ones(world: Path, run: Path, alphaspin: Command
     shutil.rmtree(run / "evaluation")
     other = write_rows(run.parent / "other.jsonl", arithmetic(5, seed=7))
     code, printed = alphaspin("evaluate", run, f"--heldout={other}", "--iterations", "0", "1")
-    assert code == 0, printed
+    assert code == 0 and "trained on" not in printed, printed
     found = evaluations(run)
     assert sorted(found) == ["0", "1", "base", "sft 0", "sft 1"]
     assert {len(e["answers"]) for e in found.values()} == {5}
     # The judge of the configuration is exact match, which a random model never wins.
     assert found["1"]["judge"] == "verifiable:None" and found["1"]["judged"] == 0.5
+
+
+def test_prompts_that_were_trained_on_are_told(world: Path, run: Path, alphaspin: Command) -> None:
+    own = f"--heldout={world / 'data.jsonl'}", "--prompts=2", "--iterations=0"
+    code, printed = alphaspin("evaluate", run, *own)
+    assert code == 0 and f"{60 - PROMPTS} of 60 held-out prompts were trained on" in printed
+    code, printed = alphaspin("evaluate", run, *own, f"--data={packaged('tiny/nothing.jsonl')}")
+    assert code == 0 and "were trained on cannot be told" in printed, printed
 
 
 def test_a_run_that_has_not_ended(run: Path, alphaspin: Command) -> None:

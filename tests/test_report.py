@@ -410,6 +410,15 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == text
 
 
+def test_a_page_about_several_runs_has_no_paths(tmp_path: Path) -> None:
+    contents = [summary(), summary()]
+    for name, content in zip("ab", contents, strict=True):
+        content["config"]["model"] = f"/secret/{name}/sft-{name}"
+    folders = [make_run(tmp_path / str(k), content) for k, content in enumerate(contents)]
+    text = overview.write(folders, tmp_path / "all.html").read_text(encoding="utf-8")
+    assert "model = sft-a" in text and "/secret" not in text and str(tmp_path) not in text
+
+
 def test_several_runs_must_be_comparable(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one")
     with pytest.raises(InputError, match="two runs with the same settings and seed 0"):

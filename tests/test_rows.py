@@ -63,6 +63,14 @@ def packed(path, data: bytes):
         ({"messages": [user("a"), assistant("b") | {"id": 3, "tool_calls": None}],
           "source": "x", "score": 0.5, "metadata": {"a": [1]}, "label": 3},
          [user("a"), assistant("b")]),
+        ({"system": "s", "conversations": [{"from": "system", "value": "s "},
+                                           {"from": "human", "value": "a"},
+                                           {"from": "gpt", "value": "b", "tool_calls": "[]"}]},
+         [SYSTEM | {"content": "s "}, user("a"), assistant("b")]),
+        ({"prompt": [SYSTEM], "chosen": [user("a"), assistant("b")]},
+         [SYSTEM, user("a"), assistant("b")]),
+        ({"prompt": "a", "chosen": [SYSTEM, user("a "), assistant("b")]},
+         [SYSTEM, user("a "), assistant("b")]),
     ],
 )  # fmt: skip
 def test_what_stands_in_other_columns_is_in_the_conversation(row, messages):
@@ -78,6 +86,16 @@ def test_what_stands_in_other_columns_is_in_the_conversation(row, messages):
         (QA | {"documents": [{"text": "a page"}]}, ["column documents"]),
         (QA | {"chat_template_kwargs": {"a": 1}}, ["column chat_template_kwargs", "template_opt"]),
         (QA | {"weight": 0}, ["column weight = 0"]),
+        (QA | {"input": "more"}, ["column input", "prompt"]),
+        ({"question": "a", "options": ["x", "y"], "answer": "x"}, ["column options", "prompt"]),
+        ({"prompt": "c", "chosen": [user("a"), assistant("b")]}, ["prompt and chosen"]),
+        ({"prompt": [user("c"), assistant("d"), user("e")], "chosen": [user("e"), assistant("b")]},
+         ["prompt and chosen"]),
+        ({"messages": [user("a") | {"images": ["x"]}, assistant("b")]}, ["turn 1: images"]),
+        ({"messages": [user("a"), assistant("b") | {"thinking": ["x"]}]},
+         ["turn 2: thinking: expected text, found list"]),
+        ({"messages": [user("a"), assistant("b") | {"tool_calls": [{"name": "\ud800"}]}]},
+         ["turn 2: tool_calls: half a surrogate"]),
         (QA | {"tools": "count"}, ["tools: expected a list of descriptions, found str"]),
         (QA | {"system": "s", "system_prompt": "t"}, ["two system turns"]),
         ({"messages": [SYSTEM, user("a"), assistant("b")], "system": "t"}, ["two system turns"]),
@@ -142,10 +160,11 @@ def test_prompts_alone_where_no_answer_is_needed():
 def test_notes_count_rows(tmp_path):
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     unwanted = {"prompt": "a", "completion": "b", "label": False}
-    source = write(tmp_path / "rows.jsonl", pair, unwanted, pair)
+    same = {"prompt": "a", "response": "b", "label": 0}
+    source = write(tmp_path / "rows.jsonl", pair, unwanted, pair, same)
     notes: Counter[str] = Counter()
     assert len(list(load_conversations(source, notes=notes))) == 2
-    assert notes == {PREFERRED: 2, UNWANTED: 1}
+    assert notes == {PREFERRED: 2, UNWANTED: 2}
 
 
 # Files
@@ -245,7 +264,35 @@ def test_files_in_no_split_are_told(tmp_path):
     make(tmp_path, "train.jsonl", "more.jsonl", "extra.jsonl")
     notes: Counter[str] = Counter()
     assert len(list(load_conversations(str(tmp_path), notes=notes))) == 1
-    assert notes == {"files in no split, not read: extra.jsonl, more.jsonl": 2}
+    assert notes == {"files not read, in no split or of no known kind: extra.jsonl, more.jsonl": 2}
+    for name in ("train.txt", "train_2.jsonl"):
+        write(tmp_path / name, QA)
+    list(read_rows(str(tmp_path), "train", notes=notes))
+    unread, read_now = [*notes][1:]
+    assert unread.endswith(": extra.jsonl, more.jsonl, train.txt")
+    assert read_now == "files are the split train: train.jsonl, train_2.jsonl"
+
+
+def test_folders_that_would_be_read_in_part_are_refused(tmp_path):
+    shards = tmp_path / "shards"
+    make(shards, "train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl")
+    fails(shards, "train-00001-of-00003.jsonl: is missing")
+    make(tmp_path / "set", "train.jsonl")
+    (tmp_path / "set/more").symlink_to(shards)
+    fails(tmp_path / "set", "more: is a link to a folder")
+
+
+def test_names_of_folders_are_no_patterns(tmp_path):
+    make(tmp_path / "a[1]", "train.jsonl", "test.jsonl")
+    assert read(tmp_path / "a[1]", "test") == ["test.jsonl"]
+
+
+def test_what_stands_twice_is_refused(tmp_path):
+    rows, table = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
+    rows.write_text('{"prompt": "a", "prompt": "b", "completion": "c"}\n')
+    assert fails(rows, "'prompt' stands twice").startswith(f"{rows}:1: ")
+    table.write_text("prompt,prompt,completion\na,b,c\n")
+    fails(table, "rows.csv:1: 2 columns prompt")
 
 
 def test_splits_that_a_readme_declares(tmp_path):
@@ -257,6 +304,8 @@ def test_splits_that_a_readme_declares(tmp_path):
     readme.write_text(f"---\nconfigs: [{config.format('x')}]\n---\n")
     assert read(tmp_path, "first") == ["a.jsonl"]
     fails(tmp_path, "no split 'train'")
+    readme.write_text("---\n: [\n---\n")
+    fails(tmp_path, "ParserError")
     readme.write_text(f"---\nconfigs: [{config.format('x')}, {config.format('y')}]\n---\n")
     fails(tmp_path, "several configurations (x, y)")
 

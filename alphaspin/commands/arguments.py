@@ -1,6 +1,6 @@
 """The options of a command line as nested values, which the same checks read as a recipe's.
 
-    --KEY VALUE   --KEY=VALUE   --KEY VALUE VALUE …   --FLAG   --no_FLAG
+    --KEY VALUE   --KEY=VALUE   --KEY VALUE VALUE …   --FLAG   --no_FLAG   --KEY NAME VALUE …
 
 Keys are the dotted names of settings; `-` and `_` are one. tyro writes `--help` and no more: its
 own reading of values would have other rules than a recipe has.
@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from alphaspin.config import TABLES, Config, all_keys
 from alphaspin.errors import InputError
-from alphaspin.foundation.batched import batched
 from alphaspin.foundation.section import Section, leaves, nearest, short
 
 FLAGS = {"true": True, "false": False}
@@ -147,11 +146,11 @@ def _plain(word: str) -> bool | int | float | str:
 
 def _value(key: str, annotation: Any, words: list[str], negated: bool, assigned: bool) -> Any:
     """What the words behind an option say: text, which its section reads, a list or a boolean."""
+    if get_origin(annotation) is dict:
+        if len(words) % 2 or negated or not words:
+            raise InputError(f"--{key}: takes NAME VALUE pairs, not {' '.join(words)!r}")
+        return dict(zip(words[::2], map(_plain, words[1::2]), strict=True))
     types = leaves(annotation)
-    if dict in (get_origin(annotation), annotation):
-        if len(words) % 2:
-            raise InputError(f"--{key}: needs names and values in turn, as NAME VALUE NAME VALUE")
-        return {name: _plain(value) for name, value in batched(words, 2)}
     if bool in types:
         if not words and not assigned:
             return not negated
@@ -165,4 +164,4 @@ def _value(key: str, annotation: Any, words: list[str], negated: bool, assigned:
     if len(words) != 1:
         extra = f"{' '.join(words[1:])!r} belongs to no option" if words else "needs a value"
         raise InputError(f"--{key}: {extra}")
-    return None if type(None) in types and words[0] in ("None", "null") else words[0]
+    return None if type(None) in types and words[0].lower() in ("none", "null") else words[0]

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from alphaspin.commands.job import check_lengths, load_heldout
+from alphaspin.commands.job import check_lengths, load_data, load_heldout
 from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
+from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
-from alphaspin.data.demonstrations import Demonstration
+from alphaspin.data.demonstrations import Demonstration, shared
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.measures import Bench
@@ -119,6 +120,7 @@ def _prompts(played: Played, chat: ChatFormat, options: EvaluateOptions) -> list
     """The run's own held-out prompts, or those of another file; the first `--prompts` of them."""
     if options.heldout:
         found = load_heldout(played.config, chat, options.heldout)
+        _tell_trained_on(played.config, chat, found)
     else:
         found = played.heldout(chat)
     if not found:
@@ -130,6 +132,19 @@ def _prompts(played: Played, chat: ChatFormat, options: EvaluateOptions) -> list
             "--heldout FILE with more"
         )
     return found[: options.prompts]
+
+
+def _tell_trained_on(config: Config, chat: ChatFormat, heldout: list[Demonstration]) -> None:
+    """Say how many of other prompts than the run's own were trained on, if that can be told."""
+    try:
+        both = shared(load_data(config, chat)[0], heldout)
+    except InputError as error:
+        console.alarm(f"whether these prompts were trained on cannot be told: {error}")
+        return
+    if both:
+        one, other = both[0]
+        said = f"{len(both)} of {len(heldout)} held-out prompts were trained on"
+        console.alarm(f"{said}: {one.origin} (as {other.origin})" + ", …" * (len(both) > 1))
 
 
 @dataclass(slots=True)

@@ -99,13 +99,16 @@ def run(
             if adapter:
                 backbone.load_adapter(LOADED, adapter)
             console.note(f"{policy.name}: {', '.join(options.tasks)}")
-            with all_rows_under(backbone, LOADED if adapter else None):
-                found = harness.simple_evaluate(
-                    model,
-                    tasks=list(options.tasks),
-                    task_manager=manager,
-                    apply_chat_template=options.chat,
-                )
+            try:
+                with all_rows_under(backbone, LOADED if adapter else None):
+                    found = harness.simple_evaluate(
+                        model,
+                        tasks=list(options.tasks),
+                        task_manager=manager,
+                        apply_chat_template=options.chat,
+                    )
+            except ConnectionError as error:  # the data of a task are on the hub
+                raise InputError(f"tasks = {' '.join(options.tasks)}: {error}") from error
             kept = {k: found[k] for k in ("results", "versions", "n-samples", "configs", "samples")}
             with commit(folder, made_of) as temporary:
                 text = json.dumps({"harness": version, "chat": options.chat} | kept, default=str)

@@ -30,7 +30,7 @@ from alphaspin.data.demonstrations import (
     load_demonstrations,
     shared,
 )
-from alphaspin.data.files import is_file
+from alphaspin.data.files import is_one
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
@@ -324,8 +324,8 @@ def check_data(
         ("data", config.data, "split", data_split),
         ("heldout", config.heldout or "tiny", "heldout_split", config.heldout_split or ""),
     ):
-        if source != "tiny" and is_file(source) and split not in Path(source).name:
-            raise InputError(f"{setting} = {split}: {key} = {source} is one file: leave it out")
+        if source != "tiny" and is_one(source) and split not in Path(source).name:
+            raise InputError(f"{setting} = {split}: {key} = {source} has no splits: leave it out")
     console.note(lengths(demonstrations))
     if both := shared(demonstrations, heldout):
         shown = ", ".join(f"{one.origin} (as {other.origin})" for one, other in both[:3])
@@ -419,10 +419,13 @@ def summarise(
     tokens: dict[str, int] = {}
     for record in records:
         kind, _, phase = record["stage"].partition("/")
+        value = record.get("seconds" if kind == "time" else "tokens")
+        if not isinstance(value, int | float):
+            continue  # a record without, or a file that was edited
         if kind == "time":
-            seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
-        elif "tokens" in record:
-            tokens[kind] = tokens.get(kind, 0) + int(record["tokens"])
+            seconds[phase] = round(seconds.get(phase, 0) + value, 3)
+        else:
+            tokens[kind] = tokens.get(kind, 0) + int(value)
     shown = range(min(config.evaluate.show, len(heldout)))
     return {
         "name": config.name,

@@ -6,8 +6,10 @@ hub. Files are read here: its loaders tell neither line nor column of what is br
 """
 
 import csv
+import glob
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from alphaspin.errors import InputError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst", ".bz2")
 """Compressions of JSON and CSV files; PyArrow reads them and checks that they are whole."""
+
+SHARD = re.compile(r"(.*-)(\d+)-of-(\d{1,6})(\D.*)")
 
 Row = tuple[Any, str]
 """Columns by name, and file:line of JSON lines and CSV, file[row] or hub-id:split[row] elsewhere.
@@ -61,7 +65,11 @@ def read_rows(
     elif path.is_dir() and not _saved(path):
         files, others = _files_of(path, split)
         if others and notes is not None:
-            notes[f"files in no split, not read: {', '.join(others)}"] += len(others)
+            shown = ", ".join(others)
+            notes[f"files not read, in no split or of no known kind: {shown}"] += len(others)
+        if len(files) > 1 and notes is not None:
+            shown = ", ".join(map(str, files[:8])) + ", …" * (len(files) > 8)
+            notes[f"files are the split {split}: {shown}"] += len(files)
         for file in files:
             yield from _file_rows(path / file, fields)
     else:
@@ -73,6 +81,11 @@ def is_file(source: str) -> bool:
     path = Path(source).expanduser()
     named = bool(_format(path)) or path.suffix in PACKED or source[:1] in "./~"
     return path.is_file() or (named and not path.is_dir())
+
+
+def is_one(source: str) -> bool:
+    """Whether a source has no splits: a file, or one saved data set."""
+    return is_file(source) or Path(source, "state.json").is_file()
 
 
 def _saved(path: Path) -> bool:
@@ -94,18 +107,28 @@ def _files_of(folder: Path, split: str) -> tuple[list[Path], list[str]]:
     Raises:
         InputError: there are none, or there is no such split.
     """
-    inside = [f.relative_to(folder) for f in folder.rglob("*") if _format(f) and f.is_file()]
     # Hidden files and folders are other programs' caches.
-    known = sorted(n for n in inside if not any(part.startswith(".") for part in n.parts))
+    inside = [f.relative_to(folder) for f in folder.rglob("*")]
+    inside = sorted(n for n in inside if not any(part.startswith(".") for part in n.parts))
+    for name in inside:
+        if (folder / name).is_symlink() and (folder / name).is_dir():
+            raise InputError(
+                f"{folder / name}: is a link to a folder, which `datasets` does not "
+                "follow: put the folder itself there, or name it as the data"
+            )
+    known = [name for name in inside if _format(name) and (folder / name).is_file()]
     if not known:
         raise InputError(f"{folder}: no {', '.join(SUFFIXES)} file in this folder")
     resolving: Any = import_module("datasets.data_files")
     base = str(folder.resolve())
     try:
-        patterns = _declared(folder) or resolving.get_data_patterns(base)
-        found = resolving.DataFilesDict.from_patterns(patterns, base_path=base)
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"{folder}: {error}") from None
+        patterns = _declared(folder) or resolving.get_data_patterns(glob.escape(base))
+        found = resolving.DataFilesDict.from_patterns(patterns, base_path=glob.escape(base))
+    except InputError:
+        raise
+    except Exception as error:  # of YAML in README.md, of patterns there: an open set
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{folder}: {reason}") from None
     splits = {str(name): {*files} for name, files in found.items()}
     chosen = {
         name: [one for one in known if str(Path(base, one)) in files]
@@ -115,8 +138,26 @@ def _files_of(folder: Path, split: str) -> tuple[list[Path], list[str]]:
     if not chosen.get(split):
         have = [f"{name} ({', '.join(map(str, f[:3]))})" for name, f in chosen.items() if f]
         raise InputError(f"{folder}: no split {split!r}; by the names of its files it has: "
-                         f"{'; '.join(have)}")  # fmt: skip
+                         f"{'; '.join(have) or 'none that can be read'}")  # fmt: skip
+    _check_shards(folder, chosen[split])
+    unread = {n for n in inside if str(Path(base, n)) in splits[split]} - {*known}
+    others += map(str, sorted(unread))
     return chosen[split], others
+
+
+def _check_shards(folder: Path, files: list[Path]) -> None:
+    """Whether all files that are numbered as shards, as `train-00000-of-00004`, are there.
+
+    Raises:
+        InputError: one is missing.
+    """
+    names = {str(one) for one in files}
+    for one in sorted(names):
+        if found := SHARD.fullmatch(one):
+            start, _, count, end = found.groups()
+            shards = [f"{start}{i:0{len(count)}}-of-{count}{end}" for i in range(int(count))]
+            if gone := next((shard for shard in shards if shard not in names), None):
+                raise InputError(f"{folder / gone}: is missing, beside {folder / one}")
 
 
 def _declared(folder: Path) -> dict[str, list[str]] | None:
@@ -192,7 +233,8 @@ def _json_rows(path: Path, kind: str) -> Iterator[Row]:
 def _parse(data: bytes, path: Path, line: int, offset: int) -> Any:
     """JSON from bytes that begin at this line and byte offset of the file."""
     try:
-        return json.loads(data.decode().rstrip())  # an error at the end belongs to the last line
+        # An error at the end belongs to the last line.
+        return json.loads(data.decode().rstrip(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
         reason = f"not UTF-8 at byte {offset + error.start} of the file"
@@ -202,6 +244,14 @@ def _parse(data: bytes, path: Path, line: int, offset: int) -> Any:
     except (ValueError, RecursionError) as error:  # endless digits, or thousands of brackets
         reason = f"broken JSON: {error}"
     raise InputError(f"{path}:{line}: {reason}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -214,6 +264,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             for cells in reader:
                 if names is None:
                     names = cells
+                    for name, count in Counter(names).items():
+                        if count > 1 and name in COLUMNS:
+                            raise InputError(f"{path}:{line}: {count} columns {name}")
                 elif cells and len(cells) != len(names):
                     reason = f"{len(cells)} cells, but {len(names)} columns in line 1"
                     raise InputError(f"{path}:{line}: {reason}")

@@ -27,14 +27,15 @@ FORMATS = (  # columns of a row; the first match counts
     ("chosen",),
 )
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+SPELT = (("role", "from"), ("content", "value"))  # OpenAI's names, ShareGPT's
 FIRST_ROLES = ("system", "developer")
 TOOL_ROLES = ("tool", "function", "ipython", "observation")
 SYSTEM = ("system", "system_prompt")
 THINKING = ("reasoning_content", "reasoning", "thinking")
 ANSWERED = (*THINKING, "tool_calls")  # what a turn may say beside its content
-WEIGHTS = ("weight", "train", "training", "loss")  # 0 or false: a turn is not trained on
+WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight")
+"""Of a turn: 0 or false where it is not trained on."""
 OWN = ("role", "from", "content", "value", *WEIGHTS)  # what is understood here
-FIELDS = frozenset({*OWN, *ANSWERED, "function_call", "name", "tool_call_id"})
 REFUSED = {  # columns that change what a row means, and what to do about them
     "images": "only text is trained on",
     "image": "only text is trained on",
@@ -45,7 +46,10 @@ REFUSED = {  # columns that change what a row means, and what to do about them
     "functions": "name the column tools, and its calls tool_calls",
     "chat_template_kwargs": "set text.template_options, for all rows alike",
 }
-OTHERS = ("input", "context", "history", "tools", "label", "weight")
+ASIDE = ("input", "context", "choices", "options")  # more of the question, beside a prompt
+UNTOLD = ("train_detail", *REFUSED)  # of a turn
+FIELDS = frozenset({*OWN, *ANSWERED, *UNTOLD, "function_call", "name", "tool_call_id"})
+OTHERS = (*ASIDE, "history", "tools", "label", "weight")
 COLUMNS = frozenset({*sum(FORMATS, ()), *SYSTEM, *THINKING, *REFUSED, *OTHERS})
 """All columns that are looked at; others are not read."""
 PREFERRED = "rows of preferences: chosen is the demonstration, rejected is not read"
@@ -82,7 +86,8 @@ def conversation(row: Any, answers: bool = True, fields: Collection[str] = FIELD
         raise InputError(f"expected an object of columns, found {kind_of(row)}")
     columns = cast("dict[str, Any]", row)
     names = _format(columns, answers)
-    if names[-1] == "completion" and str(columns.get("label")).lower() == "false":
+    paired = names in (("prompt", "completion"), ("prompt", "response"))
+    if paired and str(columns.get("label")).lower() in ("false", "0"):
         return Conversation([], (), note=UNWANTED)  # TRL's unpaired preferences
     for name, hint in REFUSED.items():
         if columns.get(name):
@@ -91,7 +96,8 @@ def conversation(row: Any, answers: bool = True, fields: Collection[str] = FIELD
         raise InputError(f"column weight = {columns['weight']!r}: rows cannot be weighted")
     turns = _turns(columns, names, answers)
     messages, counted = _checked([*_before(columns, turns), *turns], answers, fields)
-    tools = _listed(columns.get("tools") or None, "tools", "descriptions")
+    tools = _listed(columns.get("tools") or None, "tools", "descriptions") or None
+    _check_whole(tools, "tools")
     note = PREFERRED if names[-1] == "chosen" else None
     return Conversation(messages, counted, tools, note)
 
@@ -135,10 +141,9 @@ def _before(columns: Mapping[str, Any], turns: list[Any]) -> list[Any]:
     found: list[Any] = []
     for name in SYSTEM:
         turn = {"role": "system", "content": columns.get(name)}
-        if turn["content"] and turn not in (*found, *turns[:1]):
+        if turn["content"] and _said(turn) not in map(_said, (*found, *turns[:1])):
             found.append(turn)
-    says = [cast("dict[str, Any]", t) for t in (*found, *turns[:1]) if isinstance(t, dict)]
-    if sum(turn.get("role", turn.get("from")) == "system" for turn in says) > 1:
+    if [_said(turn)["role"] for turn in (*found, *turns[:1])].count("system") > 1:
         raise InputError(f"two system turns: column {' or '.join(SYSTEM)}, and another")
     for turn in _listed(columns.get("history") or None, "history", "pairs") or []:
         pair = cast("list[Any]", turn)
@@ -149,6 +154,14 @@ def _before(columns: Mapping[str, Any], turns: list[Any]) -> list[Any]:
         else:
             raise InputError("history: expected pairs of question and answer, or turns")
     return found
+
+
+def _said(turn: Any) -> dict[str, Any]:
+    """Role and content of what may be a turn, to be compared."""
+    fields = cast("dict[str, Any]", turn) if isinstance(turn, dict) else {}
+    role, content = (fields.get(one, fields.get(other)) for one, other in SPELT)
+    content = content.strip() if isinstance(content, str) else content
+    return {"role": SHAREGPT_ROLES.get(str(role), role), "content": content}
 
 
 def _turns(columns: Mapping[str, Any], names: tuple[str, ...], answers: bool) -> list[Any]:
@@ -169,10 +182,14 @@ def _turns(columns: Mapping[str, Any], names: tuple[str, ...], answers: bool) ->
         turns = turns_of(columns[rest[0]], "assistant")
         if isinstance(columns[rest[0]], str):
             return [*prompt, turns[0] | thinking]
-        start = cast("dict[str, Any]", turns[0]) if turns and isinstance(turns[0], dict) else {}
-        # TRL's implicit prompts: the whole conversation, whatever `prompt` repeats of it.
-        implicit = start.get("role", start.get("from")) not in ("assistant", "gpt")
-        turns = turns if rest == ["chosen"] and start and implicit else prompt + turns
+        # TRL's implicit prompts: the whole conversation, which `prompt` repeats or begins.
+        if rest == ["chosen"] and turns and _said(turns[0])["role"] != "assistant":
+            whole, start = ([_said(turn) for turn in one] for one in (turns, prompt))
+            repeated = all(turn in whole for turn in start)
+            if not repeated and any(turn in whole or turn["role"] == "user" for turn in start[-1:]):
+                raise InputError("prompt and chosen: both have the prompt, and not the same one")
+            prompt = [] if repeated else prompt
+        turns = prompt + turns
     if thinking:
         raise InputError(f"column {min(thinking)}: put it into the turn to which it belongs")
     return turns
@@ -180,8 +197,9 @@ def _turns(columns: Mapping[str, Any], names: tuple[str, ...], answers: bool) ->
 
 def _asked(columns: Mapping[str, Any], first: str) -> Any:
     """The prompt of a format of two columns, with what stands in others."""
-    if columns.get("context"):
-        raise InputError("column context: cannot be honoured: put it into the prompt")
+    for name in ASIDE[first == "instruction" :]:
+        if columns.get(name):
+            raise InputError(f"column {name}: cannot be honoured: put it into the prompt")
     if first != "instruction" or not columns.get("input"):
         return columns[first]
     return "\n\n".join(_text(columns[name], name) for name in (first, "input"))
@@ -220,9 +238,17 @@ def _checked(
             for key, value in fields.items()
             if value is not None and key in kept and key not in OWN
         }
-        if calls := message.get("tool_calls"):
+        for name in UNTOLD:
+            if message.get(name):
+                raise InputError(f"turn {number}: {name}: cannot be honoured")
+        for name in THINKING:
+            if message.get(name):
+                _text(message[name], f"turn {number}: {name}")
+        if calls := message.pop("tool_calls", None):
             listed = _listed(calls, f"turn {number}: tool_calls", "calls") or []
-            message["tool_calls"] = [_call(call, number) for call in listed]
+            if calls := [_call(call, number) for call in listed]:
+                message["tool_calls"] = calls
+        _check_whole(calls, f"turn {number}: tool_calls")
         if message.get("function_call"):
             raise InputError(f"turn {number}: function_call: write it as tool_calls")
         content = fields.get("content", fields.get("value"))
@@ -292,6 +318,12 @@ def _content(value: Any, what: str) -> str:
             raise InputError(f"{what}: a part of type {kind!r}: only text is trained on")
         texts.append(_text(fields.get("text"), f"{what}: a part of its content"))
     return "".join(texts)
+
+
+def _check_whole(value: Any, what: str) -> None:
+    """Whether all texts in a value of JSON are whole."""
+    if value:
+        _text(json.dumps(value, ensure_ascii=False, default=str), what)
 
 
 def _text(value: Any, what: str) -> str:

@@ -1,8 +1,8 @@
 """Settings of the data."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from alphaspin.foundation.paths import place
 from alphaspin.foundation.section import Fraction, PositiveInt, Section
@@ -34,6 +34,15 @@ class TextConfig(Section):
     """Share of demonstrations that `overlong: error` lets be cut."""
     too_long: Literal["error", "drop"] = "error"
     """A prompt beyond `max_prompt_tokens` is an error, or its row is dropped (and counted)."""
+
+    @field_validator("template_options")
+    @classmethod
+    def _meant(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Refuse texts that look like booleans: to Jinja each is true."""
+        for name, value in options.items():
+            if str(value).lower() in ("on", "off", "yes", "no") or value in ("true", "false"):
+                raise ValueError(f"{name} is text, which is true to a template: true or false")
+        return options
 
     def free(self) -> set[str]:
         """Settings that tell no two runs apart.

@@ -7,6 +7,7 @@ with one entry per iteration whose last entry repeats; a single number means the
 import difflib
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -95,6 +96,7 @@ class Section(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what would be taken for something else than it says."""
         field = cls.model_fields[str(info.field_name)]
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if info.context is RECORDED or value is field.default:
             return value
         for part in value if isinstance(value, list | tuple) else [value]:

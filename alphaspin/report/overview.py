@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Measures
+from alphaspin.foundation.paths import for_others
 from alphaspin.foundation.runs import write_atomically
 from alphaspin.foundation.section import flat
 from alphaspin.report.page import (
@@ -89,7 +90,8 @@ def settings(summaries: Sequence[Summary]) -> list[Setting]:
         if not summary.rows:
             raise InputError(f"{summary.name}: was not evaluated, there is nothing to compare")
         namesakes = [d for s, d in zip(summaries, described, strict=True) if s.name == summary.name]
-        label = ", ".join([summary.name, *_differences(about, namesakes)])
+        names = flat(for_others(summary.config).identity())
+        label = ", ".join([summary.name, *_differences(about, namesakes, names)])
         group = found.setdefault(json.dumps(about, sort_keys=True), {})
         for control in (False, True):
             rows = [r for r in summary.rows if r.control == control and r.name != "base"]
@@ -132,7 +134,7 @@ def write(folders: Sequence[Path], page: Path) -> Path:
         "panels": panels,
         "duration": duration,
         "runs": [
-            (folder, s.name, s.config.seed, sum(s.seconds.values()), s.alarms)
+            (folder.absolute().name, s.name, s.config.seed, sum(s.seconds.values()), s.alarms)
             for folder, s in zip(folders, summaries, strict=True)
         ],
     }
@@ -166,10 +168,16 @@ def plot(found: Sequence[Setting], title: str, curves: Curves) -> Markup:
     return draw(title, paint)
 
 
-def _differences(about: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings in which `about` differs from one of the others."""
+def _differences(
+    about: dict[str, Any], others: Sequence[dict[str, Any]], names: dict[str, Any]
+) -> list[str]:
+    """The settings in which `about` differs from one of the others, as `names` has them."""
+
+    def shown(value: Any) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
     return [
-        f"{key} = {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        f"{key} = {shown(names.get(key))}"
         for key, value in about.items()
         if any(other.get(key) != value for other in others)
     ]
