@@ -71,7 +71,10 @@ setup(
         *find_packages("kernels"),
     ],
     package_data={
-        "alphaspin": ["report/*.html.jinja", *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES)]
+        "alphaspin": [
+            *("report/*.html.jinja", "report/*.js"),
+            *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES),
+        ]
     },
     **extension_arguments(),
 )
