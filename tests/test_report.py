@@ -441,6 +441,8 @@ def test_shares_of_equal_pairs(tmp_path: Path) -> None:
     records = [step(t, s, **{"pairs/informative": 0.75 - t / 2}) for t in (0, 1) for s in (1, 2)]
     text = page(tmp_path, summary(), records)
     assert "0 37.123 22.3 ± 2.1 26.8 ± 3.1 +1.234 57.7 ± 1.9 25 1 34.123" in plain(text)
+    assert "<code>--control sft</code>" not in text  # there is one
+    assert "<code>evaluate.prompts</code>" in page(tmp_path, summary(rows=[]), [])
     assert "Pairs of equal answers, which teach nothing: 25 % at first, 75 %" in plain(text)
     absolute = summary()
     absolute["config"] |= {"loss": {"kind": "space"}, "reference": {"alpha": 1}}

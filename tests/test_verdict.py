@@ -41,6 +41,7 @@ def facts(
     rows = [
         Measures.model_validate(
             {"name": name, "kl": 0.1 * k, "length": 10.0, measure: float(values[k].mean())}
+            | ({} if measure == "judged" else {"nll": 2.0})
             | ({"sampled": 0.0} if measure == "preferred" else {})
             | (changes or {}).get(name, {})
         )
@@ -128,7 +129,7 @@ JUDGED = {"method": "sppo"}
         (  # prompts alone: the judge's word is all there is
             facts({"base": 0.5, "0": 0.6, "1": 0.7}, "judged", (0.2, 0.3), settings=JUDGED),
             ["Yes.", "Not tried.", "Yes.", "No sign of it.", "against an even 50 %"],
-            ["demonstration", "likelihood"],
+            ["demonstration", "likelihood", "--control sft"],
         ),
         (  # ... which likes length
             facts(
@@ -197,7 +198,12 @@ def test_second_measures_are_told_where_they_are_beyond_luck() -> None:
         row.model_copy(update={"nll": float(values.mean())})
         for row, values in zip(given.rows, nll, strict=True)
     ]
-    assert "it is also worse in the likelihood" in verdict(given)[0].why
+    answers = verdict(given)
+    assert "it is worse in the likelihood" in answers[0].why
+    assert "gives the demonstrations less likelihood" in answers[3].why
+    given.rows[1] = given.rows[1].model_copy(update={"entropy": 0.4})
+    given.rows[0] = given.rows[0].model_copy(update={"entropy": 1.0})
+    assert "entropy is less than half" not in verdict(given)[3].why  # answers became better
 
 
 def test_runs_of_earlier_versions_have_their_own_errors() -> None:

@@ -221,7 +221,7 @@ def render(template: str, parts: Mapping[str, Any]) -> str:
 
 def code(text: str) -> Markup:
     """Text with what stands between backticks as code."""
-    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", escape(text)))
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:

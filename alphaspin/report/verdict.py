@@ -5,7 +5,6 @@ by the primary measure (`paired.primary`); a difference counts where its 95 % in
 whatever is picked after looking (the best iterate, second measures) gets a wider one.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +53,10 @@ class Answer(NamedTuple):
     short: str
     why: str
     mood: str
+
+
+UNKNOWN = ("Unknown.", "No measure of quality is known with its error.", "open")
+"""The rest of an answer where nothing can be said."""
 
 
 @dataclass
@@ -124,9 +127,7 @@ def better_than_base(facts: Facts) -> Answer:
     t = f"t = {facts.rows[facts.last].iteration}"
     gain = facts.gain(measure, facts.last, 0) if measure else None
     if not measure or not gain:
-        return Answer(
-            question, "Unknown.", "No measure of quality is known with its error.", "open"
-        )
+        return Answer(question, *UNKNOWN)
     where = f" of {facts.known.prompts} held-out prompts" if facts.known else " of held-out prompts"
     share = facts.said(measure, facts.last)
     if measure == "sampled":
@@ -146,18 +147,13 @@ def better_than_base(facts: Facts) -> Answer:
 
 def better_than_control(facts: Facts) -> Answer:
     """Than plain SFT, where it was trained."""
-    question, measure, control = (
-        "Better than plain SFT at equal cost?",
-        facts.measure,
-        facts.control(),
-    )
+    question, measure = "Better than plain SFT at equal cost?", facts.measure
+    control = facts.control()
     if control is None:
         return Answer(question, "Not tried.", "There was no control to compare with.", "open")
     gain = facts.gain(measure, facts.last, control) if measure else None
     if not measure or not gain:
-        return Answer(
-            question, "Unknown.", "No measure of quality is known with its error.", "open"
-        )
+        return Answer(question, *UNKNOWN)
     own = facts.gain(measure, control, 0)
     does = DOES[measure].format(facts.said(measure, control))
     why = f"SFT {does}; self-play differs from it by {points(gain)}{luck(gain)}."
@@ -175,9 +171,7 @@ def improving(facts: Facts) -> Answer:
         return Answer(question, "Unknown.", "One iteration shows no trend.", "open")
     gain = facts.gain(measure, facts.last, facts.plays[-2]) if measure else None
     if not measure or not gain:
-        return Answer(
-            question, "Unknown.", "No measure of quality is known with its error.", "open"
-        )
+        return Answer(question, *UNKNOWN)
     why = f"The last iteration changed this by {points(gain)}{luck(gain)}."
     names = {k: f"t = {facts.rows[k].iteration}" for k in facts.plays}
     best, lead = top(facts)
@@ -203,7 +197,7 @@ def top(facts: Facts) -> tuple[int, Difference | None]:
     """The iterate with the highest value, the latest of equals; and its lead over the last."""
     measure = facts.measure
     assert measure
-    best = max(facts.plays, key=lambda k: (value(facts.rows[k], measure) or -math.inf, k))
+    best = max(facts.plays, key=lambda k: (value(facts.rows[k], measure) or 0, k))
     return best, facts.gain(measure, best, facts.last, len(facts.plays) - 1)
 
 
@@ -239,6 +233,13 @@ def symptoms(facts: Facts) -> list[str]:
     if apart and apart.sign and base.length and abs(apart.value) > LONGER * base.length:
         more = 100 * apart.value / base.length
         found.append(f"Answers became {abs(more):.0f} % {'longer' if more > 0 else 'shorter'}")
+    gain = facts.gain(facts.measure, facts.last, 0) if facts.measure else None
+    idle = not gain or gain.sign < 1
+    if idle and base.entropy and now.entropy is not None and now.entropy < base.entropy / 2:
+        found.append("Its entropy is less than half of the base's, for no better answers")
+    unlikely = facts.gain("nll", facts.last, 0, 3)
+    if not facts.config.preference.judged and unlikely and unlikely.sign < 0:
+        found.append("It gives the demonstrations less likelihood than the base does")
     if hollow(facts):
         ends = (now.controlled, now.controlled_low, now.controlled_high)
         at, low, high = (f"{100 * (share or 0):.1f}" for share in ends)
@@ -301,10 +302,11 @@ def suggestions(facts: Facts) -> list[str]:
         )
     if hollow(facts):
         found.append("A judge that is not swayed by length would tell more.")
-    if control is None and config.control == "none" and not fell(facts):
+    demonstrated = facts.rows[0].nll is not None
+    if control is None and config.control == "none" and demonstrated and not fell(facts):
         found.append("The same command with `--control sft` tells whether plain SFT does as well.")
     if gain and gain.sign == 0:
-        most = points_of(max(gain.high - gain.value, gain.value - gain.low))
+        most = f"{50 * (gain.high - gain.low):.1f} points"
         found.append(
             f"Differences below about {most} are lost in luck here: measure on more held-out "
             "prompts (`evaluate.prompts`)."
@@ -327,12 +329,7 @@ def other_measures(facts: Facts, other: int) -> str:
         for word, sign in (("better", 1), ("worse", -1))
         if (found := [m for m, gain in gains.items() if gain and gain.sign == sign])
     ]
-    return f" Beyond luck it is also {', but '.join(parts)}." if parts else ""
-
-
-def points_of(share: float) -> str:
-    """A difference of shares, without a sign."""
-    return f"{100 * share:.1f} points"
+    return f" Beyond luck it is {', but '.join(parts)}." if parts else ""
 
 
 def points(gain: Difference) -> str:
