@@ -132,7 +132,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     content["samples"] += [sample, *([sample | {"prompt": "needle"}] * 9)]
     make_run(place / "all", content, [*STEPS, *(step(t, 1) for t in range(2, 30))])
     bare = summary(rows=[], samples=[], adapters={}, seconds={}, environment={})
-    found = [report.write(place / "all"), report.write(make_run(place / "bare", bare, []))]
+    small = {"rewards/chosen": 0.001, "learning_rate": 0.000125}
+    records = [step(0, s, **small, **{"rewards/rejected": -0.003 * s}) for s in range(1, 6)]
+    found = [report.write(place / "all"), report.write(make_run(place / "bare", bare, records))]
     runs: list[Path] = []
     for k in range(11):
         one = summary(name="many")

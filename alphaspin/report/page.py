@@ -560,15 +560,24 @@ def key(css: str) -> Markup:
     )
 
 
+def tick(y: float) -> str:
+    """A number on an axis, for which there is room for seven characters."""
+    text = f"{y:g}"
+    if len(text) > 7:
+        digits, _, power = f"{y:.2e}".partition("e")
+        text = f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+    return text.replace("-", "\u2212")
+
+
 def draw(title: str, paint: Callable[[Axes], None]) -> Markup:
     """Axes as an SVG element that takes its width, font and colours from the page."""
     salt = {"svg.hashsalt": title}  # ids are random without it, and equal in all plots with one
     with matplotlib.style.context(["default", STYLE, salt]):
         figure = Figure(figsize=(4.4, 2.5))
         figure.patch.set_visible(False)
-        axes = figure.add_axes((0.12, 0.17, 0.87, 0.75))
+        axes = figure.add_axes((0.145, 0.17, 0.845, 0.75))
         axes.patch.set_visible(False)
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "\u2212"))
+        axes.yaxis.set_major_formatter(lambda y, _: tick(y))
         paint(axes)
         text = StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
