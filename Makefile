@@ -24,6 +24,7 @@ test: .venv/installed  ## tests, linters, types: what CI runs
 	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 test-all: .venv/installed  ## the same tests with more kill points and all model families
+	@command -v chromium || command -v google-chrome || echo "no chromium: tests/test_browser.py is skipped"
 	ALPHASPIN_SWEEP=1 ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 gpu:  ## on a CUDA machine: kernel tests, benchmarks, a profile, into $(OUT); 9 minutes at most

@@ -73,7 +73,7 @@ setup(
     package_data={
         "alphaspin": [
             "py.typed",
-            "report/*.html.jinja",
+            *("report/*.html.jinja", "report/*.js"),
             *(f"recipes/**/*.{kind}" for kind in RECIPE_FILES),
         ],
         "alphaspin_kernels": ["py.typed"],

@@ -135,7 +135,13 @@ def test_every_method_runs(folder: Path, tmp_path: Path, alphaspin: Any, variant
     assert abs(first["rewards/margins"]) < tolerance
     if variant in {"spin", "alpha", "base-dpo", "filters"}:
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert (run / "report.html").stat().st_size > 10_000
+    assert {"nll", "sampled", "greedy", "preferred"} < {*summary["paired"]["covariance"]}
+    for measure, covariance in summary["paired"]["covariance"].items():  # by prompt, as the rows
+        errors = [row[f"{measure}_se"] for row in summary["rows"]]
+        assert [covariance[k][k] ** 0.5 for k in range(3)] == pytest.approx(errors, abs=1e-9)
+    assert all(("entropy" in row) == (variant != "filters") for row in summary["rows"])
+    assert sum(summary["became"].values()) == summary["paired"]["prompts"]
+    assert "Better than the base?" in (run / "report.html").read_text()
 
 
 def test_adapters_load_in_peft_alone(folder: Path, finished: Path) -> None:

@@ -181,6 +181,9 @@ def test_a_run_says_what_it_did(world: tuple[Path, dict[str, str]]) -> None:
         assert 0 <= row["judged"] <= 1 and 1 <= row["length"] <= 8
         assert math.isfinite(row["kl"])
     assert summary["rows"][0]["judged"] == 0.5 and summary["rows"][0]["kl"] == 0
+    judged = summary["paired"]["covariance"]["judged"]
+    errors = [row["judged_se"] for row in summary["rows"]]
+    assert [judged[k][k] ** 0.5 for k in range(3)] == pytest.approx(errors, abs=1e-9)
     for pairs in summary["pairs"]:
         assert pairs["prompts"] == PROMPTS == pairs["pairs"] + pairs["ties"]
         assert pairs["p_best"] > 0.5 > pairs["p_worst"]

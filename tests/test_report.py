@@ -1,5 +1,7 @@
 """The report is read by people and mailed around: its numbers, its safety and its size count."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -123,11 +125,15 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "link", "img", "br"}:
+        if tag not in {"meta", "link", "img", "br", "input"}:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    @property
+    def plots(self) -> int:
+        return sum(name == "svg" and "aria-label" in attrs for name, attrs in self.tags)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -151,11 +157,11 @@ def test_says_what_was_done_and_where(usual: str) -> None:
     assert (
         "probe 2 iterations of α-SPIN on tiny: logistic (DPO) loss with β = 0.25, 5; reference "
         "α = 0.95 (geometric); opponents from the last 3 iterates (history 3); LoRA of rank 7 with "
-        "alpha 14; plain further SFT at equal cost as control. cuda NVIDIA H100 · torch 2.99.0"
+        "alpha 14; plain further SFT at equal cost as control. "
     ) in text
     assert "opponents 1 h 02 min train 1 min 00 s evaluate 2 min 00 s all 1 h 05 min" in text
     assert f"train/1 train/0 {'a1' * 32} control/0 the base {'c0' * 32}" in text
-    assert "history: 3 " in text and "No alarms." in text
+    assert "history: 3 " in text and "No alarms in training." in text
 
 
 def test_other_losses_are_described_too() -> None:
@@ -175,9 +181,15 @@ def test_text_of_others_stays_text(tmp_path: Path) -> None:
     content["adapters"] = {"train/0": EVIL}
     content["config"]["model"] = EVIL
     content["seconds"] = {EVIL: 1.0}
-    elements = Elements(page(tmp_path, content, []))
-    names = {name for name, _ in elements.tags}
-    assert not names & {"script", "img", "iframe", "object", "embed", "link"}
+    text = page(tmp_path, content, [])
+    elements = Elements(text)
+    names = [name for name, _ in elements.tags]
+    assert not {*names} & {"img", "iframe", "object", "embed", "link"}
+    # The one script is ours, and the only one that the browser is allowed to run.
+    own = (Path(report.__file__).parent / "search.js").read_text()
+    assert names.count("script") == 1 and f"<script>{own}</script>" in text
+    digest = base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'\"" in text
     assert not any(key.startswith("on") for _, attrs in elements.tags for key in attrs)
 
 
@@ -195,7 +207,7 @@ def test_is_whole_and_fetches_nothing(usual: str) -> None:
     assert len(ids) == len(set(ids))
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", text))
     assert used and used <= set(ids)
-    assert sum(name == "svg" for name, _ in elements.tags) == 9
+    assert elements.plots == 9
 
 
 def test_plots_use_the_colours_of_the_page(usual: str) -> None:
@@ -222,7 +234,8 @@ def test_tick_labels_keep_their_digits(tmp_path: Path) -> None:
 
 
 def test_exact_matches_are_marked_and_odd_characters_seen(tmp_path: Path, usual: str) -> None:
-    assert "t = 1 ✓ it is 2 " in plain(usual)
+    assert "t = 1 ✓ no␀␛ it is 2 " in plain(usual)
+    assert "<del>no␀␛</del><ins>it  is 2</ins>" in usual
     assert usual.count('<tr class="same">') == 1
     assert "no␀␛" in usual and "t = 0 (empty)" in plain(usual)
     assert "what is 1 + 1?" in usual
@@ -283,8 +296,8 @@ def test_comparisons_and_tasks(tmp_path: Path) -> None:
     assert "0.5 ± 0.25 0.5 ± 0.25" in text
     elements = Elements(page)
     assert elements.open in ([], ["html"])
-    assert not {name for name, _ in elements.tags} & {"script", "img", "iframe"}
-    assert sum(name == "svg" for name, _ in elements.tags) == 11
+    assert not {name for name, _ in elements.tags} & {"img", "iframe"}
+    assert elements.plots == 11
     (place / "10" / "evaluation.json").write_text("{}")
     assert report.write(tmp_path).read_text(encoding="utf-8").count("[55.0, 65.0]") == 3
     (place / "about.json").unlink()
@@ -295,7 +308,7 @@ def test_comparisons_and_tasks(tmp_path: Path) -> None:
 def test_works_without_evaluation(tmp_path: Path) -> None:
     text = page(tmp_path, summary(rows=[], samples=[], alarms=[], adapters={}, seconds={}))
     assert "this run was not evaluated" in text and "Sample answers" not in text
-    assert text.count("<svg") == 7 and "nan" not in plain(text)
+    assert text.count("<svg viewBox") == 7 and "nan" not in plain(text)
 
 
 def test_works_with_one_iteration_and_no_control(tmp_path: Path) -> None:
@@ -404,7 +417,7 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert "probe, reference.alpha = 0.5 1 45.123 ± 0.457 42.123 39.123" in words
     assert "probe, reference.alpha = 0.5 1 11.2 ± 2.1 22.3 ± 2.1 33.5 ± 2.1" in words
     assert "Judge's win rate" not in words  # these runs had no judge
-    assert sum(name == "svg" for name, _ in elements.tags) == 3
+    assert elements.plots == 3
     assert set(re.findall(r"var\(--(\w+)\)", text)) <= set(re.findall(r"--(\w+):", text))
     overview.write(folders, path)
     assert path.read_text(encoding="utf-8") == text
@@ -417,6 +430,37 @@ def test_a_page_about_several_runs_has_no_paths(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / str(k), content) for k, content in enumerate(contents)]
     text = overview.write(folders, tmp_path / "all.html").read_text(encoding="utf-8")
     assert "model = sft-a" in text and "/secret" not in text and str(tmp_path) not in text
+
+
+def test_settings_are_told_apart_by_more_than_hue() -> None:
+    found = [overview.Setting("x", control) for _ in range(24) for control in (False, True)]
+    looks = [report.look(overview.style(found, number)) for number in range(48)]
+    shapes = {str([(k, v) for k, v in one.items() if k != "color"]) for one in looks}
+    assert len(shapes) == 48
+    hollow = [one["markerfacecolor"] == report.COLOURS["page"] for one in looks]
+    assert hollow == [False, True] * 24
+    assert all(
+        one["color"] == other["color"] for one, other in zip(looks[::2], looks[1::2], strict=True)
+    )
+    curves = {json.dumps([str(v) for v in report.look(letter).values()]) for letter in "abcdefgh"}
+    assert len(curves) == len({str(marker) for marker in report.MARKERS.values()}) == 8
+
+
+def test_shares_of_equal_pairs(tmp_path: Path) -> None:
+    records = [step(t, s, **{"pairs/informative": 0.75 - t / 2}) for t in (0, 1) for s in (1, 2)]
+    text = page(tmp_path, summary(), records)
+    assert "0 37.123 22.3 ± 2.1 26.8 ± 3.1 +1.234 57.7 ± 1.9 25 1 34.123" in plain(text)
+    assert "<code>--control sft</code>" not in text  # there is one
+    assert "<code>evaluate.prompts</code>" in page(tmp_path, summary(rows=[]), [])
+    assert "Pairs of equal answers, which teach nothing: 25 % at first, 75 %" in plain(text)
+    absolute = summary()
+    absolute["config"] |= {"loss": {"kind": "space"}, "reference": {"alpha": 1}}
+    # It learns from them too, so nothing is known.
+    assert "equal pairs" not in plain(page(tmp_path, absolute, records))
+    judged = summary(pairs=[{"iteration": 1, "prompts": 8, "pairs": 6, "ties": 2}])
+    judged["config"] = Config.model_validate({"method": "sppo"}).model_dump(mode="json")
+    text = plain(page(tmp_path, judged, records))
+    assert "equal pairs %" in text and "prompts whose responses all tie" in text
 
 
 def test_several_runs_must_be_comparable(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from alphaspin.data.demonstrations import (
 from alphaspin.data.files import is_one
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
+from alphaspin.evaluation.paired import by_prompt, chosen, kinds, paired
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.openai_api import key_of
@@ -426,7 +427,9 @@ def summarise(
             seconds[phase] = round(seconds.get(phase, 0) + value, 3)
         else:
             tokens[kind] = tokens.get(kind, 0) + int(value)
-    shown = range(min(config.evaluate.show, len(heldout)))
+    values = by_prompt(rows, [demo.answer for demo in heldout], config.evaluate.answer)
+    known = paired(values)
+    became = kinds(rows, values) if rows else []
     return {
         "name": config.name,
         "config": config.model_dump(mode="json"),
@@ -434,6 +437,7 @@ def summarise(
         "environment": folder.manifest["environment"],
         "adapters": folder.manifest["adapters"],
         "rows": [row.numbers() for row in rows],
+        "paired": known and known.model_dump(),
         "seconds": seconds,
         "trained_tokens": tokens,
         "pairs": [
@@ -449,7 +453,9 @@ def summarise(
                 "prompt": chat.tokenizer.decode(heldout[i].prompt),
                 "demonstration": heldout[i].answer,
                 "answers": {row.name: row.answers[i] for row in rows},
+                "became": became[i],
             }
-            for i in shown
+            for i in chosen(became, config.evaluate.show)
         ],
+        "became": {kind: became.count(kind) for kind in ("better", "worse", "other", "same")},
     }

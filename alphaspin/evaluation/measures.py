@@ -176,10 +176,9 @@ def evaluate(
     texts = [chat.decode(answer.tokens) for answer in sampled]
     greedy_texts = [chat.decode(answer.tokens) for answer in greedy]
 
-    divergence = np.zeros(len(heldout))  # of the base from itself
-    if adapter is not None:
-        own = [Tree(prompt, (y.tokens,)) for prompt, y in zip(prompts, sampled, strict=True)]
-        divergence = (scores(adapter, own) - scores(None, own))[:, 0]
+    own = [Tree(prompt, (y.tokens,)) for prompt, y in zip(prompts, sampled, strict=True)]
+    said = scores(adapter, own)[:, 0]
+    divergence = said - (said if adapter is None else scores(None, own)[:, 0])
     measured: dict[str, Any] = dict.fromkeys(OF_DEMONSTRATIONS)
     scored = np.zeros((0, 2))
     if len(gold) == len(heldout):
@@ -198,7 +197,11 @@ def evaluate(
     evaluation = Evaluation(
         name=name,
         **measured,
-        **(_mean("kl", divergence.tolist()) if bench.sampling.untouched else {}),
+        **(
+            {**_mean("kl", divergence.tolist()), **_mean("entropy", (-said).tolist())}
+            if bench.sampling.untouched
+            else {}
+        ),
         **_mean("length", [float(len(answer.tokens)) for answer in sampled]),
         distinct_1=distinct(texts, 1),
         distinct_2=distinct(texts, 2),

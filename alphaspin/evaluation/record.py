@@ -18,7 +18,8 @@ class Measures(BaseModel):
     β [(lp_t - lp_base)(demonstration) - (lp_t - lp_base)(base's sampled answer)] where they differ.
     preferred: share of prompts on which the sampled answer is preferred to the base's, ties counted
     half. kl: mean of lp_t - lp_base of the sampled answers, an unbiased estimate of KL(π_t‖π_base),
-    nats per answer; None where answers are not drawn from π_t itself (temperature, top_p, top_k).
+    nats per answer, and entropy: of -lp_t, which estimates π_t's entropy; both None where answers
+    are not drawn from π_t itself (temperature, top_p, top_k); earlier versions had no entropy.
     length: mean tokens of the sampled answers. distinct_1 to 3, self_bleu: diversity of the sampled
     answers, see `diversity`. Of prompts without demonstrations nll, sampled, greedy, margin and
     preferred are None.
@@ -43,6 +44,8 @@ class Measures(BaseModel):
     preferred_se: float | None = None
     kl: float | None = None
     kl_se: float | None = None
+    entropy: float | None = None
+    entropy_se: float | None = None
     length: float | None = None
     length_se: float | None = None
     distinct_1: float | None = None

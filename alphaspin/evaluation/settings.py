@@ -24,5 +24,6 @@ class EvaluateConfig(Section):
     overlap: Literal["error", "drop", "keep"] = "error"
     """Held-out prompts that are also trained on are an error, are not trained on (`drop`), or are
     measured all the same (`keep`)."""
-    show: PositiveInt = 8
-    """Held-out prompts whose sampled answers are shown in the report."""
+    show: PositiveInt = 24
+    """Held-out prompts whose sampled answers are shown in the report, first those on which base and
+    last iterate differ."""

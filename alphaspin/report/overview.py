@@ -130,6 +130,7 @@ def write(folders: Sequence[Path], page: Path) -> Path:
         "settings": found,
         "length": max(len(setting.rows[0]) for setting in found),
         "measures": {measure: MEASURES[measure] for measure in shown},
+        "css": {s.label: style(found, k) for k, s in enumerate(found)},
         "plot": partial(plot, found),
         "panels": panels,
         "duration": duration,
@@ -143,9 +144,15 @@ def write(folders: Sequence[Path], page: Path) -> Path:
 
 
 def style(found: Sequence[Setting], number: int) -> str:
-    """CSS classes of a setting: a colour, dashed for controls and from the ninth setting on."""
-    dashed = found[number].control or number >= len(LETTERS)
-    return LETTERS[number % len(LETTERS)] + " dashed" * dashed
+    """CSS classes of a setting: colour and marker, of which there are eight, then other lines.
+
+    A control has those of its self-play, which it stands behind, dashed and hollow.
+    """
+    setting = found[number]
+    group = sum(not one.control for one in found[: number + 1]) - 1
+    letter, line = LETTERS[group % len(LETTERS)], group // len(LETTERS)
+    kinds = ["dashed"] * setting.control + [("", "dotted", "dashdot")[line % 3]]
+    return " ".join([letter, *filter(None, kinds)])
 
 
 def plot(found: Sequence[Setting], title: str, curves: Curves) -> Markup:
@@ -154,12 +161,12 @@ def plot(found: Sequence[Setting], title: str, curves: Curves) -> Markup:
     def paint(axes: Axes) -> None:
         for number, (setting, (measure, _, css)) in enumerate(zip(found, curves, strict=True)):
             mean, error = setting.mean(measure), setting.error(measure)
-            shift = 0.03 * (number - (len(curves) - 1) / 2)  # keeps bars from covering each other
+            # Keeps bars from covering each other.
+            shift = min(0.03, 0.3 / len(curves)) * (number - (len(curves) - 1) / 2)
             axes.errorbar(
                 np.arange(-1, len(mean) - 1) + shift,
                 mean,
                 error,
-                marker="o",
                 capsize=1.5,
                 **look(css),
             )

@@ -5,10 +5,13 @@ and opened offline. It is a function of the run folder alone: the same run gives
 Nothing here needs torch, so that a report is quick to write afresh.
 """
 
+import base64
+import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -18,16 +21,18 @@ import matplotlib.style
 import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import MaxNLocator
 from pydantic import BaseModel, ValidationError
 
 from alphaspin.config import Config
 from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
+from alphaspin.evaluation.paired import AGAINST_BASE, Difference, Paired, difference
 from alphaspin.evaluation.record import Measures
 from alphaspin.foundation.paths import for_others, published, refuse_links
 from alphaspin.foundation.runs import (
@@ -39,12 +44,44 @@ from alphaspin.foundation.runs import (
     write_atomically,
 )
 from alphaspin.foundation.section import RECORDED, refusals
+from alphaspin.report.verdict import Facts, signed, verdict
 
-COLOURS = {"ink": "#010101", "grid": "#020202", "alarm": "#050505"} | {
+COLOURS = {"ink": "#010101", "grid": "#020202", "page": "#030303", "alarm": "#050505"} | {
     name: f"#{number:02x}0101" for number, name in enumerate("abcdefgh", start=16)
 }
 """Stand-ins that the plots are drawn with. In the SVG they become CSS variables, so that the page's
 light, dark and print colours apply."""
+
+MARKERS = {
+    letter: (sides, kind, angle)
+    for letter, sides, kind, angle in [
+        ("a", 24, 0, 0),
+        ("b", 4, 0, 45),
+        ("c", 3, 0, 0),
+        ("d", 4, 0, 0),
+        ("e", 3, 0, 180),
+        ("f", 5, 1, 0),
+        ("g", 4, 1, 45),
+        ("h", 3, 0, 90),
+    ]
+}
+"""Markers by CSS class, which tell curves apart where colours do not: sides of a polygon (0) or
+star (1), and its angle. Those of a control are hollow."""
+
+DASHES = {"dashed": (5, 2.5), "dotted": (1.2, 2), "dashdot": (7, 2, 1.2, 2)}
+"""Lines by CSS class, in widths of the line; others are solid."""
+
+COLUMNS = [
+    ("nll", "NLL per answer", "%.3f", 1),
+    ("sampled", "sampled %", "%.1f", 100),
+    ("greedy", "greedy %", "%.1f", 100),
+    ("margin", "margin", "%+.3f", 1),
+    ("preferred", "preferred to base %", "%.1f", 100),
+    ("judged", "judged better than base %", "%.1f", 100),
+    ("kl", "KL to base", "%.3f", 1),
+    ("length", "tokens", "%.1f", 1),
+]
+"""The table by iteration: measure, title, form, factor."""
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -86,6 +123,7 @@ class Sample(BaseModel):
     prompt: str | None = None
     demonstration: str | None = None
     answers: dict[str, str]
+    became: str | None = None
 
 
 class Comparison(BaseModel):
@@ -106,6 +144,9 @@ class Summary(BaseModel):
     environment: dict[str, str]
     adapters: dict[str, str]
     rows: list[Measures]
+    paired: Paired | None = None
+    pairs: list[dict[str, float]] = []
+    became: dict[str, int] = {}
     seconds: dict[str, float]
     trained_tokens: dict[str, int] = {}
     alarms: list[str]
@@ -129,8 +170,20 @@ def write(folder: Path) -> Path:
     summary, records = read(folder)
     steps = training_steps(records)
     alarms, marks = find_alarms(summary, records)
+    equal = equal_pairs(summary, steps)
+    rows, known = summary.rows, summary.paired
+    if known and any(len(matrix) != len(rows) for matrix in known.covariance.values()):
+        raise InputError(f"{folder / 'summary.json'}: paired: is not of these rows")
     parts = {
         "s": summary,
+        "verdict": verdict(Facts(rows, known, equal, summary.config)),
+        "columns": [c for c in COLUMNS if any(getattr(row, c[0]) is not None for row in rows)],
+        "all_columns": COLUMNS,
+        "against_base": AGAINST_BASE,
+        "equal": {str(t): share for t, share in equal.items()},
+        "apart": differences(rows, known),
+        "signed": signed,
+        "changed": changed,
         "deed": describe(summary.config),
         "alarms": alarms,
         "steps": sum(map(len, steps.values())),
@@ -160,7 +213,15 @@ def render(template: str, parts: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=lambda value: value.translate(UNSEEN) if isinstance(value, str) else value,
     )
-    return environment.get_template(template).render(parts)
+    script = Markup((Path(__file__).parent / "search.js").read_text(encoding="utf-8"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.filters |= {"key": key, "code": code}
+    return environment.get_template(template).render(parts, script=script, digest=digest)
+
+
+def code(text: str) -> Markup:
+    """Text with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
@@ -280,6 +341,61 @@ def training_steps(records: Sequence[dict[str, Any]]) -> Steps:
     return {t: dict(sorted(found[t].items())) for t in sorted(found)}
 
 
+def equal_pairs(summary: Summary, steps: Steps) -> dict[int, float]:
+    """Iteration → share of the pairs that teach nothing, as their answers are equal or tie.
+
+    Of losses that learn from such pairs too, nothing is known.
+    """
+    if summary.config.preference.judged:
+        return {
+            int(one["iteration"]): one["ties"] / one["prompts"]
+            for one in summary.pairs
+            if one.get("prompts")
+        }
+    config = summary.config
+    if config.method == "spin" and not config.loss.ignores_equal_pairs():
+        return {}
+    taught = {
+        t: [values["pairs/informative"] for values in of.values() if "pairs/informative" in values]
+        for t, of in steps.items()
+    }
+    return {t: 1 - float(np.mean(shares)) for t, shares in taught.items() if shares}
+
+
+def differences(
+    rows: Sequence[Measures], known: Paired | None
+) -> list[tuple[str, str, list[Difference | None]]]:
+    """Each iterate beside the base, the control and the iterate before, by `COLUMNS`."""
+    names = {row.name: k for k, row in enumerate(rows)}
+    found: list[tuple[str, str, list[Difference | None]]] = []
+    for row in rows if known else []:
+        t = row.iteration
+        others = ["base"] if row.control else ["base", str(t - 1) * (t > 0), f"sft {t}"]
+        for other in others if row.name != "base" else []:
+            if other in names:
+                pair = names[row.name], names[other]
+                values = [
+                    difference(rows, known, m, *pair) if known and m in known.covariance else None
+                    for m, *_ in COLUMNS
+                ]
+                found.append((row.name, other, values))
+    return found
+
+
+def changed(answer: str, base: str) -> Markup:
+    """An answer, with the words that the base's does not have, and those it had, marked."""
+    before, after = (re.findall(r"\s+|\S+", text) for text in (base, answer))
+    parts: list[Markup] = []
+    for kind, i, j, k, n in SequenceMatcher(None, before, after).get_opcodes():
+        old, new = (escape("".join(words)) for words in (before[i:j], after[k:n]))
+        if kind == "equal":
+            parts.append(new)
+            continue
+        parts += [Markup("<del>{}</del>").format(old)] * bool(old.strip())
+        parts.append(Markup("<ins>{}</ins>").format(new) if new.strip() else new)
+    return Markup("").join(parts)
+
+
 def find_alarms(
     summary: Summary, records: Sequence[dict[str, Any]]
 ) -> tuple[list[str], list[tuple[int, int]]]:
@@ -349,7 +465,6 @@ def plot_iterates(rows: Sequence[Measures], title: str, curves: Curves) -> Marku
                 [row.iteration + shift for row in line],
                 [scale * getattr(row, measure) for row in line],
                 scale * np.array([bar(row, measure) for row in line]).T,
-                marker="o",
                 capsize=2,
                 **look(css),
             )
@@ -375,7 +490,12 @@ def plot_steps(
     lengths = {t: max(steps[t]) for t in steps}
     starts = {t: sum(lengths[k] for k in steps if k < t) for t in steps}
     bins = max(2, POINTS // len(steps))
-    named = list(steps)[:: math.ceil(len(steps) / 8)]
+    total = sum(lengths.values())
+    named: list[int] = []  # where there is room for it
+    for t in steps:
+        last = starts[named[-1]] if named else -total
+        if starts[t] - last >= total / 8 and starts[t] <= 0.9 * total:
+            named.append(t)
 
     def paint(axes: Axes) -> None:
         for t, start in starts.items():
@@ -389,8 +509,12 @@ def plot_steps(
                 points = [(start + s, v[metric]) for s, v in steps[t].items() if metric in v]
                 parts = np.array_split(np.array(points), min(len(points), bins)) if points else []
                 x = [part[:, 0].mean() for part in parts]
-                marker = "o" if len(points) < 20 else ""
-                axes.plot(x, [part[:, 1].mean() for part in parts], marker=marker, **look(css))
+                every = max(1, len(parts) // 15)
+                y = [part[:, 1].mean() for part in parts]
+                style = look(css)
+                if len(curves) < 2 and len(points) >= 20:
+                    style["marker"] = ""
+                axes.plot(x, y, markevery=every, **style)
                 if len(points) > bins:
                     low, high = ([f(part[:, 1]) for part in parts] for f in (np.min, np.max))
                     # The edge has a width so that a single outlier is seen.
@@ -399,7 +523,7 @@ def plot_steps(
             if t in starts:
                 axes.axvline(starts[t] + step, color=COLOURS["alarm"], lw=0.9, linestyle=":")
         axes.set_xlabel("optimiser step")
-        axes.set_xlim(0.5, sum(lengths.values()) + 0.5)
+        axes.set_xlim(0.5, total + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
     return draw(title, paint)
@@ -407,7 +531,42 @@ def plot_steps(
 
 def look(css: str) -> dict[str, Any]:
     """CSS classes of a curve as arguments of matplotlib."""
-    return {"color": COLOURS[css[0]], "linestyle": "--" if "dashed" in css else "-"}
+    letter, *kinds = css.split()
+    colour, hollow = COLOURS[letter], "dashed" in kinds
+    return {
+        "color": colour,
+        "linestyle": (0, DASHES[kinds[-1]]) if kinds else "-",
+        "marker": MARKERS[letter],
+        "markerfacecolor": COLOURS["page"] if hollow else colour,
+        "markeredgewidth": 0.9,
+    }
+
+
+def key(css: str) -> Markup:
+    """A curve's line and marker, for legends."""
+    letter, *kinds = css.split()
+    mark = MarkerStyle(MARKERS[letter])
+    path = mark.get_path().transformed(mark.get_transform())
+    points = np.array(path.vertices) * (6.5, -6.5) + (16, 6)
+    return Markup(
+        '<svg class="key" viewBox="0 0 32 12" aria-hidden="true" stroke="var(--{0})">'
+        '<path d="M0 6H32" stroke-width="1.7" stroke-dasharray="{1}"/>'
+        '<polygon points="{2}" fill="var(--{3})" stroke-width="1.2"/></svg>'
+    ).format(
+        letter,
+        " ".join(f"{1.7 * dash:.3g}" for dash in DASHES[kinds[-1]]) if kinds else "none",
+        " ".join(f"{x:.1f},{y:.1f}" for x, y in points),
+        "page" if "dashed" in kinds else letter,
+    )
+
+
+def tick(y: float) -> str:
+    """A number on an axis, for which there is room for seven characters."""
+    text = f"{y:g}"
+    if len(text) > 7:
+        digits, _, power = f"{y:.2e}".partition("e")
+        text = f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+    return text.replace("-", "\u2212")
 
 
 def draw(title: str, paint: Callable[[Axes], None]) -> Markup:
@@ -416,9 +575,9 @@ def draw(title: str, paint: Callable[[Axes], None]) -> Markup:
     with matplotlib.style.context(["default", STYLE, salt]):
         figure = Figure(figsize=(4.4, 2.5))
         figure.patch.set_visible(False)
-        axes = figure.add_axes((0.12, 0.17, 0.87, 0.75))
+        axes = figure.add_axes((0.145, 0.17, 0.845, 0.75))
         axes.patch.set_visible(False)
-        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "\u2212"))
+        axes.yaxis.set_major_formatter(lambda y, _: tick(y))
         paint(axes)
         text = StringIO()
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
