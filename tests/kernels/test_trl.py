@@ -183,7 +183,11 @@ def test_kto(tmp_path: Path, lora: bool) -> None:
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("settings", [{}, {"entropy_coef": 0.2}, {"top_entropy_quantile": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"entropy_coef": 0.2}, {"top_entropy_quantile": 0.5}, {"cast_lm_head_to_fp32": True}],
+    ids=lambda settings: "".join(settings) or "plain",
+)
 def test_grpo(tmp_path: Path, lora: bool, settings: dict[str, Any]) -> None:
     """A temperature, the reference by adapters disabled or a model, and uses of the entropy."""
     trainer = nudge(grpo(tmp_path, model_of(tmp_path, "llama", lora), **settings))
@@ -332,6 +336,16 @@ def test_an_adapter_on_the_head(tmp_path: Path) -> None:
         trainer = cpo(tmp_path, model)
         _, gradients, _ = step(trainer, batch_of(trainer))
     assert any("lm_head.lora_B" in name for name in gradients)
+
+
+def test_a_head_of_the_adapters_own(tmp_path: Path) -> None:
+    """modules_to_save: the policy's head is trained, the reference's is the base's."""
+    model = model_of(tmp_path, "llama", False)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trainer = nudge(dpo(tmp_path, get_peft_model(model, lora)))
+    batch = batch_of(trainer)
+    assert_same(trainer, batch)
+    assert any("lm_head" in name for name in step(trainer, batch)[1])
 
 
 def test_checking_a_head_leaves_the_model_as_it_was(tmp_path: Path) -> None:

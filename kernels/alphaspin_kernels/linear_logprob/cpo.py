@@ -16,8 +16,10 @@ def with_fused_head(init: Any, utils: Any) -> Any:
     @functools.wraps(init)
     def with_head(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
-        self._alphaspin = not (self.is_encoder_decoder or self.aux_loss_enabled)
-        if not self._alphaspin:
+        # Liger, asked for here, takes the model's forward when training starts.
+        others = self.is_encoder_decoder or self.aux_loss_enabled or self.args.use_liger_kernel
+        self._alphaspin = not others
+        if others:
             return
         model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         forward = model.__dict__.get("forward")

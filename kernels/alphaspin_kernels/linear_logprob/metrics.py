@@ -36,16 +36,17 @@ def metrics_from_row(
     included, are scored once more.
     """
     dtype = accumulation_dtype(hidden_NH.dtype)
-    product_N = torch.linalg.vecdot(hidden_NH.to(dtype), row_NH.to(dtype))
+    wide_NH, wide_row_NH = hidden_NH.to(dtype), row_NH.to(dtype)
+    product_N = torch.linalg.vecdot(wide_NH, wide_row_NH)
     found: dict[str, Tensor] = {}
     if "entropy" in wanted:
         found["entropy"] = (product_N - logp_N).clamp_(min=0.0)
     if "mean_logits" in wanted:
         mean_H = weight_VH.mean(0, dtype=dtype) / temperature
-        found["mean_logits"] = hidden_NH.to(dtype) @ mean_H
+        found["mean_logits"] = wide_NH @ mean_H
     if "is_top1" in wanted:
         # Cauchy-Schwarz bounds what rounding the row can have done to the product.
-        sizes_N = hidden_NH.to(dtype).norm(dim=1) * row_NH.to(dtype).norm(dim=1)
+        sizes_N = wide_NH.norm(dim=1) * wide_row_NH.norm(dim=1)
         slack_N = 1e-4 + torch.finfo(row_NH.dtype).eps * sizes_N
         top_N = logp_N > math.log(0.5) + 1e-4
         open_U = (~top_N & (product_N > -slack_N)).nonzero()[:, 0]

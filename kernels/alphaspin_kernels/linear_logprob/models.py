@@ -129,11 +129,13 @@ def plain_head(model: Any) -> Any:
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not isinstance(head, torch.nn.Linear) or not torch.is_floating_point(weight):  # type: ignore[arg-type]
+    # PEFT's modules_to_save: a whole head for each adapter, and `weight` is that of the active one.
+    plain = isinstance(head, torch.nn.Linear) or type(head).__name__ == "ModulesToSaveWrapper"
+    if not plain or weight is None or not torch.is_floating_point(weight):
         raise ValueError(
             f"the head of {type(model).__name__} is a {type(head).__name__}, and log-probs are "
-            "taken from the weight of an nn.Linear: leave it out of PEFT's target_modules and "
-            "modules_to_save, and out of quantisation"
+            "taken from the weight of an nn.Linear: leave it out of PEFT's target_modules (or name "
+            "it in modules_to_save) and out of quantisation"
         )
     return head
 

@@ -46,7 +46,7 @@ def patch_trl() -> ExitStack:
 
     What stays TRL's own: devices other than CPU and CUDA, logits scaled by a factor that is not
     positive, the gradient of the entropy (``entropy_coef``); in CPO, encoder-decoders, auxiliary
-    losses of experts, and models that are refused elsewhere (with a warning).
+    losses of experts, ``use_liger_kernel``, and (with a warning) models that are refused elsewhere.
 
     CPO logs ``logits/chosen`` and ``logits/rejected`` over labelled tokens, as TRL's DPO does, not
     over prompts and padding too.
