@@ -142,7 +142,12 @@ def test_what_is_refused() -> None:
         patch_model(model)
 
     model = helpers.make_model("llama")
-    model.loss_function = lambda *_, **__: torch.zeros(())
+    model.loss_function = lambda *_, **__: torch.ones(())
+    with pytest.raises(ValueError, match="loss of its own"):
+        patch_model(model)
+
+    # BART scores each token under its own position.
+    model = helpers.make_model("bart", d_model=32, decoder_ffn_dim=48, decoder_attention_heads=4)
     with pytest.raises(ValueError, match="loss of its own"):
         patch_model(model)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from alphaspin_kernels import patch_trl
-from alphaspin_kernels.linear_logprob.models import check_fused_head
+from alphaspin_kernels.linear_logprob.probe import check_fused_head
 from alphaspin_kernels.linear_logprob.trl import _Patched
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model

@@ -1,24 +1,19 @@
 """transformers' causal models with their training loss by `linear_logprob`, without logits.
 
-Shape suffixes: B rows, S positions, N = B S, H hidden size, V vocabulary.
+Shape suffixes: B rows, S positions, N = B S, H hidden size.
 """
 
 import functools
 import importlib
 import inspect
-import math
-import warnings
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alphaspin_kernels.linear_logprob import linear_logprob
-
-PROBE = 6  # tokens of the text that a head is tried on
-LARGE = 64.0  # to which logits are scaled for it: a cap hardly shows in small ones
+from alphaspin_kernels.linear_logprob.probe import plain_head, probing, scale_and_cap, tolerance
 
 
 def patch_model(model: Any) -> ExitStack:
@@ -48,15 +43,13 @@ def patch_model(model: Any) -> ExitStack:
     name = own.__name__
     if getattr(model.config, "is_encoder_decoder", False) or model.base_model is model:
         raise ValueError(f"{name} is no decoder below a head: use the model without patch_model")
-    loss = getattr(model, "loss_function", None)
-    if getattr(loss, "__name__", "") != "ForCausalLMLoss":
-        raise ValueError(f"{name} has a loss of its own ({loss}): use it without patch_model")
     if "forward" in vars(model):
         raise ValueError(
             f"{name}.forward is patched already, by Liger or a trainer: call patch_model first, or "
             "load the model again"
         )
     scale, softcap = scale_and_cap(model)
+    _check_loss(model, scale, softcap)
     signature = inspect.signature(own.forward)
     output: Any = importlib.import_module("transformers.modeling_outputs").CausalLMOutputWithPast
 
@@ -83,11 +76,9 @@ def patch_model(model: Any) -> ExitStack:
         items = given.pop("num_items_in_batch", None)
         outputs = self.base_model(**given)
         hidden_BSH = outputs.last_hidden_state
-        labels_BS = torch.nn.functional.pad(labels_BS, (0, 1), value=-100)[:, 1:]
-        labels_N = labels_BS.flatten().to(hidden_BSH.device)
-        logps_N = _head_logps(plain_head(self), hidden_BSH.flatten(0, 1), labels_N, scale, softcap)
+        loss = _loss(self, hidden_BSH, labels_BS, items, scale, softcap)
         return output(
-            loss=-logps_N.sum() / ((labels_N != -100).sum() if items is None else items),
+            loss=loss,
             past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -100,9 +91,17 @@ def patch_model(model: Any) -> ExitStack:
     return undo
 
 
-def _head_logps(
-    head: Any, hidden_NH: Tensor, labels_N: Tensor, scale: float, softcap: float | None
+def _loss(
+    model: Any,
+    hidden_BSH: Tensor,
+    labels_BS: Tensor,
+    items: Tensor | int | None,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
+    """Cross-entropy of the next token, as transformers' ForCausalLMLoss takes it."""
+    head, hidden_NH = plain_head(model), hidden_BSH.flatten(0, 1)
+    labels_N = torch.nn.functional.pad(labels_BS, (0, 1), value=-100)[:, 1:].flatten()
     device = hidden_NH.device.type
     dtype = hidden_NH.dtype
     if torch.is_autocast_enabled(device):
@@ -110,7 +109,7 @@ def _head_logps(
     weight, bias = head.weight, head.bias
     if hasattr(weight, "full_tensor"):  # FSDP2
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    return linear_logprob(
+    logps_N = linear_logprob(
         hidden_NH.to(weight.device, dtype),
         weight.to(dtype),
         labels_N.to(weight.device),
@@ -119,111 +118,18 @@ def _head_logps(
         softcap=None if softcap is None else softcap / scale,
         temperature=1 / scale,
     )
+    return -logps_N.sum() / ((labels_N != -100).sum() if items is None else items)
 
 
-def plain_head(model: Any) -> Any:
-    """Return the head of a causal model.
-
-    Raises:
-        ValueError: it is no ``nn.Linear`` with weights in floating point.
-    """
-    head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    # PEFT's modules_to_save: a whole head for each adapter, and `weight` is that of the active one.
-    plain = isinstance(head, torch.nn.Linear) or type(head).__name__ == "ModulesToSaveWrapper"
-    if not plain or weight is None or not torch.is_floating_point(weight):
-        raise ValueError(
-            f"the head of {type(model).__name__} is a {type(head).__name__}, and log-probs are "
-            "taken from the weight of an nn.Linear: leave it out of PEFT's target_modules (or name "
-            "it in modules_to_save) and out of quantisation"
-        )
-    return head
-
-
-def scale_and_cap(model: Any) -> tuple[float, float | None]:
-    """Return c and the cap in softcap(c (W h + b)), fitted to the model's own logits.
-
-    Raises:
-        ValueError: the logits are not of that form, or c is not positive.
-    """
-    head, config = plain_head(model), model.config.get_text_config()
+def _check_loss(model: Any, scale: float, softcap: float | None) -> None:
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return  # the experts' part is in it, and the model's own forward runs
     with probing(model) as ids_1S:
-        logits = model(input_ids=ids_1S, use_cache=False).logits.double()
-        hidden = model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state
-        z = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-    z, rounding = z.double(), torch.finfo(head.weight.dtype).eps
-    numbers = {
-        key: float(value)
-        for key, value in config.to_dict().items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and value
-    }
-    caps = {value for key, value in numbers.items() if "cap" in key and value > 0}
-    best: tuple[float, float, float | None] = (math.inf, 1.0, None)
-    for cap in (None, *sorted(caps)):
-        bent = (logits / (cap or math.inf)).abs() < 0.9  # where tanh can be undone
-        inner = cap * torch.atanh(logits[bent] / cap) if cap else logits[bent]
-        scale = float((z[bent] * inner).sum() / z[bent].square().sum())
-        near = [c for v in {1.0, *numbers.values()} for c in (v, 1 / v)]
-        near = [c for c in near if abs(c / scale - 1) < 64 * rounding] if scale else []
-        scale = min(near, key=lambda c: abs(c - scale), default=scale)
-        mine = cap * torch.tanh(scale * z / cap) if cap else scale * z
-        error = float((mine - logits).abs().max() / logits.abs().max())
-        best = min(best, (error, scale, cap), key=lambda item: item[0])
-    error, scale, cap = best
-    if not (error < _tolerance(head) and scale > 0):
+        expected = float(model(input_ids=ids_1S, labels=ids_1S, use_cache=False).loss)
+        hidden_1SH = model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state
+        found = float(_loss(model, hidden_1SH, ids_1S, None, scale, softcap))
+    if not abs(found - expected) < tolerance(model.get_output_embeddings()) * max(1, expected):
         raise ValueError(
-            f"the logits of {type(model).__name__} are not softcap(c (W h + b)) with positive c "
-            f"(relative difference {error:.2g}): use the model without patch_model"
+            f"{type(model).__name__} has a loss of its own, {expected:.5g} where the cross-entropy "
+            f"of the next token is {found:.5g}: use the model without patch_model"
         )
-    return scale, cap
-
-
-def check_fused_head(model: Any, temperature: float) -> None:
-    """Hold TRL's fused head of a model against log_softmax of the model's own logits.
-
-    Raises:
-        ValueError: they differ, or the head is no plain linear layer.
-    """
-    head, name = plain_head(model), type(model).__name__
-    if not head.weight.numel() or head.weight.is_meta or hasattr(head.weight, "full_tensor"):
-        warnings.warn(f"{name} is sharded: its fused head goes unchecked", stacklevel=3)
-        return
-    with probing(model) as ids_1S:
-        logits = model(input_ids=ids_1S, use_cache=False).logits[:, :-1].float()
-        found = model(input_ids=ids_1S, labels=ids_1S, fused_lm_head=True).log_probs
-    expected = (logits / temperature).log_softmax(-1).gather(2, ids_1S[:, 1:, None])[..., 0]
-    error = float((found - expected).abs().max() * temperature / logits.abs().max())
-    if not error < _tolerance(head):
-        raise ValueError(
-            f"TRL's fused head is wrong for {name}: its log-probs differ from those of the model's "
-            f"own logits (by {error:.2g} of the largest logit), which are not softcap(c (W h + b)) "
-            "with c and the cap that TRL reads from the configuration. TRL without patch_trl would "
-            "go on with them; train this model with a trainer that builds logits"
-        )
-
-
-def _tolerance(head: Any) -> float:
-    return 0.02 if head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
-
-
-@contextmanager
-def probing(model: Any) -> Generator[Tensor]:
-    """Give a few tokens [1, S]; meanwhile the model evaluates, with a head that gives large logits.
-
-    The head is scaled by a power of 2, which rounds nothing, and back.
-    """
-    weight: Tensor = model.get_output_embeddings().weight
-    ids_1S = (torch.arange(PROBE, device=weight.device)[None] * 37 + 11) % len(weight)
-    modes = [(module, module.training) for module in model.modules()]
-    factor = 1.0
-    with torch.no_grad():
-        model.eval()
-        try:
-            size = float(model(input_ids=ids_1S, use_cache=False).logits.abs().max())
-            factor = 2.0 ** max(0, math.ceil(math.log2(LARGE / max(size, 1e-6))))
-            weight.mul_(factor)
-            yield ids_1S
-        finally:
-            weight.div_(factor)
-            for module, training in modes:
-                module.training = training

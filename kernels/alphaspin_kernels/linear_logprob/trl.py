@@ -28,7 +28,7 @@ from torch import Tensor
 from alphaspin_kernels.linear_logprob import _linear_logprob, _linear_logprob_backward
 from alphaspin_kernels.linear_logprob.cpo import with_fused_head, without_logits
 from alphaspin_kernels.linear_logprob.metrics import metrics_from_row, metrics_from_tiles
-from alphaspin_kernels.linear_logprob.models import check_fused_head
+from alphaspin_kernels.linear_logprob.probe import check_fused_head
 
 ARGUMENTS = (
     *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
