@@ -29,7 +29,7 @@ from test_self_play import ALPHA, ITERATIONS, RUNS, SEEDS, settings
 from alphaspin.commands.job import load_data, run
 from alphaspin.commands.played import Played
 from alphaspin.config import Config
-from alphaspin.foundation.runs import TEMPORARY
+from alphaspin.foundation.artefacts import TEMPORARY
 from alphaspin.methods.session import load_answers
 from alphaspin.model.scoring import logps
 from alphaspin.model.tree import Tree

@@ -15,6 +15,7 @@ from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration
 from alphaspin.errors import InputError
 from alphaspin.foundation import runs
+from alphaspin.foundation.artefacts import SEAL
 from alphaspin.foundation.paths import packaged
 from alphaspin.methods.spin import Pair, telling_start
 from alphaspin.report import page
@@ -183,7 +184,7 @@ def test_a_run_whose_template_prints_the_date_goes_on_tomorrow(tmp_path, monkeyp
     assert manifest["identity"]["clock"] == "2026-01-31T12:00:00"
     if not recorded:  # as versions before this one left it
         del manifest["identity"]["clock"]
-        del manifest[runs.SEAL]
+        del manifest[SEAL]
         file.write_text(json.dumps(manifest))
     monkeypatch.setattr(Tomorrow, "days", 1)
     if recorded:

@@ -24,7 +24,8 @@ from test_resume import child, result, settings
 from torch.distributed.tensor import DTensor
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
-from alphaspin.foundation.runs import TEMPORARY, Metrics, Run
+from alphaspin.foundation.artefacts import TEMPORARY
+from alphaspin.foundation.runs import Metrics, Run
 from alphaspin.losses.dpo import DPO
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate

@@ -18,7 +18,7 @@ from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import hold_out, load_demonstrations
 from alphaspin.errors import JudgeError
-from alphaspin.foundation.runs import file_hash
+from alphaspin.foundation.artefacts import file_hash
 from alphaspin.judges.base import Prompt
 from alphaspin.judges.matrix import pick_pair, win_probabilities
 from alphaspin.judges.models import PairRMJudge, RewardModelJudge

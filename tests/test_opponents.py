@@ -14,7 +14,7 @@ from alphaspin.commands import job
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import load_demonstrations
-from alphaspin.foundation.runs import file_hash
+from alphaspin.foundation.artefacts import file_hash
 from alphaspin.methods.spin import contraction_note
 from alphaspin.model.backbone import Backbone, average_adapters
 from alphaspin.model.batching import Segment

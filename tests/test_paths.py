@@ -20,7 +20,8 @@ from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetR
 from alphaspin.commands.played import Played
 from alphaspin.config import Config, load_config, recipe_names
 from alphaspin.errors import EXIT_INPUT, InputError
-from alphaspin.foundation.runs import Run, relocated, sealed
+from alphaspin.foundation.artefacts import sealed
+from alphaspin.foundation.runs import Run, relocated
 from alphaspin.judges.function import Function
 from alphaspin.judges.server import Server
 

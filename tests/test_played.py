@@ -29,8 +29,9 @@ from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.diversity import distinct, self_bleu
 from alphaspin.evaluation.winrate import at_equal_length, win_rate
+from alphaspin.foundation.artefacts import sealed, verifies
 from alphaspin.foundation.paths import for_others, packaged
-from alphaspin.foundation.runs import Run, sealed, verifies
+from alphaspin.foundation.runs import Run
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig

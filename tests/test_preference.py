@@ -27,7 +27,8 @@ from alphaspin.config import Config, explain, load_config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import hold_out, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, InputError
-from alphaspin.foundation.runs import HASHES, TEMPORARY, Run, file_hash
+from alphaspin.foundation.artefacts import HASHES, TEMPORARY, file_hash
+from alphaspin.foundation.runs import Run
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import mixture

@@ -23,8 +23,8 @@ from alphaspin.commands.job import run
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError, ServerError
+from alphaspin.foundation.artefacts import file_hash
 from alphaspin.foundation.paths import packaged
-from alphaspin.foundation.runs import file_hash
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.load import load_base
 from alphaspin.model.settings import LoraConfig

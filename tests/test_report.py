@@ -13,7 +13,7 @@ import pytest
 
 from alphaspin.config import Config
 from alphaspin.errors import InputError
-from alphaspin.foundation.runs import commit
+from alphaspin.foundation.artefacts import commit
 from alphaspin.report import overview
 from alphaspin.report import page as report
 

@@ -24,7 +24,7 @@ from faults.forks import fork
 from helpers import arithmetic, save_model, write_rows
 
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
-from alphaspin.foundation.runs import HASHES, file_hash, sealed
+from alphaspin.foundation.artefacts import HASHES, file_hash, sealed
 
 
 def settings(folder: Path, run: Path, **changes: str) -> list[str]:

@@ -20,8 +20,9 @@ from alphaspin.commands.played import Played
 from alphaspin.config import Config, load_config
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError, JudgeError
+from alphaspin.foundation.artefacts import sealed
 from alphaspin.foundation.paths import for_others, published
-from alphaspin.foundation.runs import Run, sealed
+from alphaspin.foundation.runs import Run
 from alphaspin.foundation.section import flat
 from alphaspin.model.load import load_base
 from alphaspin.report import page as report

@@ -25,15 +25,8 @@ from alphaspin.evaluation import measures
 from alphaspin.evaluation.measures import Bench
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.runs import (
-    Run,
-    SignalGuard,
-    commit,
-    make_folder,
-    stands,
-    verifies,
-    write_atomically,
-)
+from alphaspin.foundation.artefacts import commit, make_folder, stands, verifies, write_atomically
+from alphaspin.foundation.runs import Run, SignalGuard
 from alphaspin.judges.cache import CachedJudge
 from alphaspin.judges.shared import TeamJudge
 from alphaspin.model.backbone import Backbone

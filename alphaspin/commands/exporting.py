@@ -27,8 +27,8 @@ from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
+from alphaspin.foundation.artefacts import commit, stands
 from alphaspin.foundation.paths import for_others, published
-from alphaspin.foundation.runs import commit, stands
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.report.page import describe
 

@@ -12,8 +12,9 @@ from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import fingerprint, load_demonstrations
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
+from alphaspin.foundation.artefacts import file_hash, write_atomically
 from alphaspin.foundation.paths import check_there, packaged
-from alphaspin.foundation.runs import Metrics, Run, SignalGuard, clock, file_hash, write_atomically
+from alphaspin.foundation.runs import Metrics, Run, SignalGuard, clock
 from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.distributed import Team, repeatable
 from alphaspin.model.load import load_base

@@ -22,7 +22,8 @@ from alphaspin.commands.played import Played, Policy
 from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
-from alphaspin.foundation.runs import SignalGuard, commit, folder_hash, stands
+from alphaspin.foundation.artefacts import commit, folder_hash, stands
+from alphaspin.foundation.runs import SignalGuard
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Segment
 from alphaspin.report import page as report

@@ -36,6 +36,7 @@ from alphaspin.evaluation import measures
 from alphaspin.evaluation.paired import by_prompt, chosen, kinds, paired
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
+from alphaspin.foundation.artefacts import run_id, write_atomically
 from alphaspin.foundation.openai_api import key_of
 from alphaspin.foundation.paths import check_there, for_others, packaged
 from alphaspin.foundation.runs import (
@@ -46,8 +47,6 @@ from alphaspin.foundation.runs import (
     clock,
     differences,
     relocated,
-    run_id,
-    write_atomically,
 )
 from alphaspin.foundation.section import check_installed, flat
 from alphaspin.judges.cache import CachedJudge

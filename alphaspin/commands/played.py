@@ -18,8 +18,9 @@ from alphaspin.config import Config, explain
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
+from alphaspin.foundation.artefacts import fault, file_hash, read_manifest
 from alphaspin.foundation.paths import check_there, refuse_links
-from alphaspin.foundation.runs import clock, fault, file_hash, read_manifest
+from alphaspin.foundation.runs import clock
 from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.load import load_base

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast, get_
 from pydantic import Field, TypeAdapter, ValidationError, ValidationInfo, create_model
 
 from alphaspin.errors import InputError
+from alphaspin.foundation.artefacts import file_hash
 from alphaspin.foundation.paths import Place
-from alphaspin.foundation.runs import file_hash
 from alphaspin.foundation.section import RECORDED, Section, nearest, no_effect
 
 K = TypeVar("K", bound="Kind")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from alphaspin.foundation.runs import write_atomically
+from alphaspin.foundation.artefacts import write_atomically
 from alphaspin.judges.base import Comparison, Judge, checked_verdicts, key_of
 
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from alphaspin.data.rows import Messages
 from alphaspin.errors import InputError
-from alphaspin.foundation.runs import folder_hash
+from alphaspin.foundation.artefacts import folder_hash
 from alphaspin.judges.base import Comparison, plain_text
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.runs import commit, recorded, stands
+from alphaspin.foundation.artefacts import commit, recorded, stands
 from alphaspin.methods.base import Sections
 from alphaspin.methods.reference import reference_mode
 from alphaspin.methods.session import Session

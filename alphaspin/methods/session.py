@@ -20,8 +20,9 @@ from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration
 from alphaspin.evaluation.measures import Bench
 from alphaspin.foundation import console
+from alphaspin.foundation.artefacts import commit, intact, recorded, remove, stands
 from alphaspin.foundation.batched import batched
-from alphaspin.foundation.runs import Metrics, Run, commit, intact, recorded, remove, stands
+from alphaspin.foundation.runs import Metrics, Run
 from alphaspin.judges.shared import TeamJudge
 from alphaspin.losses.reference import mixture_reference
 from alphaspin.methods.base import Sections

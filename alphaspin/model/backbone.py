@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
-from alphaspin.foundation.runs import file_hash
+from alphaspin.foundation.artefacts import file_hash
 from alphaspin.model.attention import TREES, Places
 from alphaspin.model.batching import Batch, Segment
 from alphaspin.model.head import head_product, numbers, scale_and_cap

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from alphaspin.errors import InputError
+from alphaspin.foundation.artefacts import folder_hash
 from alphaspin.foundation.paths import packaged
-from alphaspin.foundation.runs import folder_hash
 from alphaspin.foundation.section import check_installed
 from alphaspin.model import caches
 from alphaspin.model.backbone import Backbone

@@ -18,8 +18,8 @@ from alphaspin_kernels import sequence_logprob
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from alphaspin.foundation.artefacts import commit, stands
 from alphaspin.foundation.batched import batched
-from alphaspin.foundation.runs import commit, stands
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
 from alphaspin.model.tree import Tokens, Tree

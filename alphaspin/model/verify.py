@@ -27,7 +27,7 @@ from torch import Tensor
 
 from alphaspin import __version__
 from alphaspin.errors import InputError
-from alphaspin.foundation.runs import write_atomically
+from alphaspin.foundation.artefacts import write_atomically
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
 from alphaspin.model.caches import CACHES, give_up

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Measures
+from alphaspin.foundation.artefacts import write_atomically
 from alphaspin.foundation.paths import for_others
-from alphaspin.foundation.runs import write_atomically
 from alphaspin.foundation.section import flat
 from alphaspin.report.page import (
     SHARES,

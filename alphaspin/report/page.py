@@ -34,15 +34,9 @@ from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
 from alphaspin.evaluation.paired import AGAINST_BASE, Difference, Paired, difference
 from alphaspin.evaluation.record import Measures
+from alphaspin.foundation.artefacts import MANIFEST, read_manifest, run_id, stands, write_atomically
 from alphaspin.foundation.paths import for_others, published, refuse_links
-from alphaspin.foundation.runs import (
-    MANIFEST,
-    Metrics,
-    read_manifest,
-    run_id,
-    stands,
-    write_atomically,
-)
+from alphaspin.foundation.runs import Metrics
 from alphaspin.foundation.section import RECORDED, refusals
 from alphaspin.report.verdict import Facts, signed, verdict
 

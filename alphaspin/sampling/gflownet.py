@@ -42,8 +42,9 @@ from torch import Tensor
 
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
+from alphaspin.foundation.artefacts import commit, remove, stands
 from alphaspin.foundation.batched import batched
-from alphaspin.foundation.runs import Metrics, commit, remove, stands
+from alphaspin.foundation.runs import Metrics
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team

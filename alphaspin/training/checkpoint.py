@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alphaspin.foundation.runs import commit, remove, stands
+from alphaspin.foundation.artefacts import commit, remove, stands
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.routing import POLICY
 

@@ -19,7 +19,7 @@ from helpers import arithmetic, save_model, write_rows
 from test_resume import finish, settings
 
 from alphaspin.errors import EXIT_INPUT
-from alphaspin.foundation.runs import TEMPORARY
+from alphaspin.foundation.artefacts import TEMPORARY
 from faults import disk
 
 SWEEP = bool(os.environ.get("ALPHASPIN_SWEEP"))

@@ -1,0 +1,256 @@
+"""Durable artefacts of a run, and its manifest.
+
+An artefact is a folder. It is written under a temporary name, its files are hashed into
+`hashes.json`, everything is flushed to disk, and the folder is renamed; only then does it exist.
+A reader accepts a folder whose files have the recorded hashes and nothing else, so a process killed
+at any instant leaves either the whole artefact or none. `hashes.json` also says where the artefact
+belongs: the run, its place there (with the kind and the iteration), and what it was made from; so
+one that was copied from elsewhere does not count. Nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from alphaspin.errors import InputError
+from alphaspin.foundation import console
+
+HASHES = "hashes.json"
+MANIFEST = "manifest.json"
+SEAL = "sha256"
+TEMPORARY = ".tmp-"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path, patterns: Sequence[str]) -> str:
+    """SHA-256 over the sorted names and hashes of a folder's files that match a pattern."""
+    names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    lines = [f"{path.relative_to(folder)} {file_hash(path)}\n" for path in names]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Make a file or folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder and its parents so that they survive a power cut."""
+    missing = [folder, *folder.parents]
+    missing = [path for path in missing if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        flush(path.parent)
+    return folder
+
+
+@contextlib.contextmanager
+def _safetensors_as_os_errors() -> Generator[None]:
+    """safetensors reports a full disk in an exception of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if not found:
+            raise
+        code = int(found.group(1))
+        raise OSError(code, os.strerror(code)) from None
+
+
+@contextlib.contextmanager
+def commit(folder: Path, inputs: Mapping[str, str] | None = None) -> Generator[Path]:
+    """Write an artefact: the body fills the yielded temporary folder, which then becomes `folder`.
+
+    An exception in the body, a full disk for instance, leaves nothing behind. A folder already
+    there is replaced; callers get here only when it does not verify. `inputs`: hashes of what it is
+    made from, by name, where run and place do not say it all.
+    """
+    make_folder(folder.parent)
+    temporary = folder.with_name(TEMPORARY + folder.name)
+    remove(temporary)
+    temporary.mkdir()
+    try:
+        with _safetensors_as_os_errors():
+            yield temporary
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        hashes = {path.relative_to(temporary).as_posix(): file_hash(path) for path in files}
+        record = {"of": _whose(folder)[0], "inputs": inputs or {}, "files": hashes}
+        (temporary / HASHES).write_text(json.dumps(record, indent=1))
+        for path in [*files, temporary / HASHES, temporary]:
+            flush(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    remove(folder)
+    temporary.rename(folder)
+    flush(folder.parent)
+
+
+def remove(folder: Path) -> None:
+    """Delete an artefact. It loses its name first, so that half of it is never found under it."""
+    if folder.exists():
+        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name.removeprefix(TEMPORARY)}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _whose(folder: Path) -> tuple[dict[str, str], bool]:
+    """The run that a folder is in and its place there, and whether all artefacts there say so."""
+    for root in folder.absolute().parents:
+        if (root / MANIFEST).is_file() and (manifest := _manifest(root / MANIFEST)):
+            place = folder.absolute().relative_to(root).as_posix()
+            return {"run": run_id(manifest), "place": place}, SEAL in manifest
+    return {}, False
+
+
+def run_id(manifest: dict[str, Any]) -> str:
+    """What a run's artefacts call it: the hash of all that decides its result."""
+    return _hash_of(manifest["identity"])
+
+
+def _hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """Hashes of an artefact's files by name, as they were when it was made."""
+    record: dict[str, Any] = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+    return record.get("files", record)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str]:
+    """What `hashes.json` records, and what is wrong with the files, or nothing."""
+    try:
+        record: dict[str, Any] = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+        files: dict[str, str] = record.get("files", record)
+        wrong = [name for name, digest in files.items() if file_hash(folder / name) != digest]
+        extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+        extra -= {*files, HASHES}
+    except FileNotFoundError as error:
+        return {}, f"{error.filename} is missing"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return {}, f"{folder / HASHES} cannot be read ({error})"
+    if extra:
+        raise InputError(
+            f"{folder / min(extra)}: does not belong to this artefact; move it elsewhere, or "
+            "delete the whole folder, which is then made again"
+        )
+    if wrong or not files:
+        return {}, f"{folder / min(wrong, default=HASHES)} is damaged"
+    return record, ""
+
+
+def intact(folder: Path) -> bool:
+    """Whether an artefact is as it was written, wherever it belongs; raises what `fault` does."""
+    return not _read(folder)[1]
+
+
+def fault(folder: Path, inputs: Mapping[str, str] | None = None) -> str:
+    """What is wrong with an artefact, or nothing.
+
+    Artefacts of versions that did not write down where they belong count in the runs that these
+    began, and wherever no run is around.
+
+    Args:
+        folder: the artefact.
+        inputs: see `commit`; None where the caller does not know them.
+
+    Raises:
+        InputError: it holds a file that does not belong to it.
+    """
+    record, wrong = _read(folder)
+    if wrong:
+        return wrong
+    (here, sealed), known = _whose(folder), record.get("of")
+    if not isinstance(known, dict):
+        return "it does not say what it is of" if sealed else ""
+    if here and known != here:
+        other = "" if known.get("run") == here["run"] else " of another run"
+        return f"it is {known.get('place', 'an artefact')}{other}"
+    if inputs is not None and record.get("inputs") != inputs:
+        return "it was made from other " + ", ".join(sorted(inputs))
+    return ""
+
+
+def verifies(folder: Path, inputs: Mapping[str, str] | None = None) -> bool:
+    """Whether `folder` is a whole artefact, and the one that belongs there; see `fault`."""
+    return not fault(folder, inputs)
+
+
+def stands(
+    folder: Path, inputs: Mapping[str, str] | None = None, *, otherwise: str = "made again"
+) -> bool:
+    """The same; says why one that is there does not stand, and what is done about it."""
+    found = fault(folder, inputs)
+    if found and folder.exists():
+        console.note(f"{folder} is {otherwise}: {found}")
+    return not found
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file as a whole, durably."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """A run's manifest; nothing where the file is something else.
+
+    Raises:
+        InputError: it is not as it was written.
+    """
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not ("identity" in manifest and isinstance(manifest["adapters"], dict)):
+            return {}
+    except (ValueError, TypeError, LookupError):
+        return {}
+    if SEAL in manifest and manifest != sealed(manifest):
+        raise InputError(
+            f"{path}: was edited, but is a record and no place for settings; restore it, or choose "
+            "another --output"
+        )
+    return manifest
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the hash of all else that it says."""
+    rest = {key: value for key, value in manifest.items() if key != SEAL}
+    return {**rest, SEAL: _hash_of(rest)}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A run's `manifest.json`.
+
+    Raises:
+        InputError: it is damaged or edited.
+    """
+    if not (manifest := _manifest(path)):
+        raise InputError(f"{path}: damaged; restore it, or choose another --output")
+    return manifest
