@@ -116,8 +116,7 @@ class ChatFormat:
             texts = Rendered(prompt, PROBE + full.rpartition(PROBE)[2])
         else:
             texts = chat.render(hello)
-        special = set(tokenizer.all_special_ids)
-        special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = _special(tokenizer)
         ids = chat._tokens([texts.response.rpartition(PROBE)[2]])[0]
         ends = [i for i in ids if i in stops][:1] or [i for i in ids if i in special][-1:]
         end = ends[0] if ends else eos
@@ -159,6 +158,10 @@ class ChatFormat:
             )
         note = self._check_prompt(messages[:-1], prompt, tools)
         return Rendered(prompt, response, self._check_fields(messages, full, tools) or note)
+
+    def special_texts(self) -> list[str]:
+        """What becomes a special token wherever it is written, in a user's text too."""
+        return sorted(filter(str.strip, _special(self.tokenizer).values()))
 
     @property
     def source(self) -> str:
@@ -372,6 +375,13 @@ class ChatFormat:
     def _text(self, ids: Sequence[int], skip: bool = True) -> str:
         options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
         return self.tokenizer.decode(list(ids), **options)
+
+
+def _special(tokenizer: Any) -> dict[int, str]:
+    """Special tokens and their texts, by id."""
+    known = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    added = tokenizer.added_tokens_decoder.items()
+    return known | {i: token.content for i, token in added if token.special}
 
 
 def _lost(content: str, text: str) -> str | None:

@@ -22,6 +22,7 @@ from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.int32]]
+POSING = "prompts have the text {!r}, which becomes a special token as the template's own do"
 LONG_PROMPT = "rows dropped: the prompt is longer than text.max_prompt_tokens"
 LONG_RESPONSE = "rows dropped: the response is longer than text.max_response_tokens"
 
@@ -90,6 +91,7 @@ def load_demonstrations(
     notes: Counter[str] = Counter()
     rows = load_conversations(source, split, answers=answers, fields=chat.fields, notes=notes)
     widest = max(map(len, chat.tokenizer.get_vocab()))  # characters of a token, or more
+    special = chat.special_texts()
     turns = _demonstrated(rows, text, widest, notes)
     while batch := list(islice(turns, 1024)):  # fast tokenizers work on a batch in parallel
         rendered: list[Rendered] = []
@@ -97,6 +99,9 @@ def load_demonstrations(
             with located(origin):
                 one = _rendered(chat, row, end)
             notes.update(filter(None, [one.note]))
+            asked = "\n".join(turn["content"] for turn in row.messages[:end])
+            # A user's <|im_end|> closes the turn, and what follows it may pose as another's.
+            notes.update(POSING.format(text) for text in special if text in asked)
             room = 2 * widest * (text.max_response_tokens + 1)
             rendered.append(one._replace(response=one.response[:room]))
         tokens = chat.tokenise([one.texts for one in rendered])
