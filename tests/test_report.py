@@ -14,7 +14,7 @@ import pytest
 from alphaspin.config import Config
 from alphaspin.errors import InputError
 from alphaspin.foundation.artefacts import commit
-from alphaspin.report import overview
+from alphaspin.report import overview, plots
 from alphaspin.report import page as report
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)>"
@@ -352,7 +352,7 @@ def test_long_runs_are_thinned_and_their_extremes_kept(tmp_path: Path) -> None:
     text = page(tmp_path, summary(rows=[]), records)
     assert len(text) < 1_000_000
     points = [len(re.findall("[ML]", d)) for d in re.findall(r' d="([^"]*)"', text)]
-    assert 100 <= max(points) <= 2 * report.POINTS  # a band goes there and back
+    assert 100 <= max(points) <= 2 * plots.POINTS  # a band goes there and back
     plot = text[text.index('aria-label="Gradient norm') :].split("</svg>")[0]
     assert "800" in re.findall(r">([^<]*)</text>", plot)  # the axis reaches the one outlier
     assert "drawn as their mean" in text
@@ -434,16 +434,16 @@ def test_a_page_about_several_runs_has_no_paths(tmp_path: Path) -> None:
 
 def test_settings_are_told_apart_by_more_than_hue() -> None:
     found = [overview.Setting("x", control) for _ in range(24) for control in (False, True)]
-    looks = [report.look(overview.style(found, number)) for number in range(48)]
+    looks = [plots.look(overview.style(found, number)) for number in range(48)]
     shapes = {str([(k, v) for k, v in one.items() if k != "color"]) for one in looks}
     assert len(shapes) == 48
-    hollow = [one["markerfacecolor"] == report.COLOURS["page"] for one in looks]
+    hollow = [one["markerfacecolor"] == plots.COLOURS["page"] for one in looks]
     assert hollow == [False, True] * 24
     assert all(
         one["color"] == other["color"] for one, other in zip(looks[::2], looks[1::2], strict=True)
     )
-    curves = {json.dumps([str(v) for v in report.look(letter).values()]) for letter in "abcdefgh"}
-    assert len(curves) == len({str(marker) for marker in report.MARKERS.values()}) == 8
+    curves = {json.dumps([str(v) for v in plots.look(letter).values()]) for letter in "abcdefgh"}
+    assert len(curves) == len({str(marker) for marker in plots.MARKERS.values()}) == 8
 
 
 def test_shares_of_equal_pairs(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def child(
 
     from alphaspin import cli
     from alphaspin.model import scoring
-    from alphaspin.report import page as report
+    from alphaspin.report import plots
     from alphaspin.sampling import decode as sampling
 
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def child(
     seen: Counter[str] = Counter()
     run = Path(next((a[9:] for a in arguments if a.startswith("--output=")), ""))
     if (run / "lock").exists():  # figures of metrics that a run which was not resumed has drawn
-        report.draw = lambda *_: ""
+        plots.draw = lambda *_: ""
 
     def count(kind: str) -> None:
         seen[kind] += 1

@@ -493,9 +493,5 @@ def _problem(backbone: Backbone, kept: Slots | Own | Recomputed) -> str:
         ids_S = torch.cat([torch.from_numpy(texts[pick]).long(), tail_3]).to(backbone.device)
         expected.append(backbone.plain_hidden(ids_S[None])[0, -1])
     found_3H = hidden_RH[[row for (row,) in rows]]
-    return unlike(
-        backbone,
-        found_3H.float(),
-        torch.stack(expected).float(),
-        "tokens with its cache and without",
-    )
+    expected_3H = torch.stack(expected).float()
+    return unlike(backbone, found_3H.float(), expected_3H, "tokens with its cache and without")

@@ -22,17 +22,8 @@ from alphaspin.evaluation.record import Measures
 from alphaspin.foundation.artefacts import write_atomically
 from alphaspin.foundation.paths import for_others
 from alphaspin.foundation.section import flat
-from alphaspin.report.page import (
-    SHARES,
-    Curves,
-    Summary,
-    by_iteration,
-    draw,
-    duration,
-    look,
-    read,
-    render,
-)
+from alphaspin.report.page import Summary, duration, read, render
+from alphaspin.report.plots import SHARES, Curves, by_iteration, draw, look
 
 MEASURES = {
     "nll": "NLL of the demonstrations, nats per answer",
