@@ -1,6 +1,7 @@
 """A server may be anybody's: what it does ends in a retry or in one line, and no key leaves."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,17 @@ def direct(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
 
 
+def read_request(connection: socket.socket) -> None:
+    """All of it: what is left unread makes closing a reset, which overtakes the reply."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    (length,) = re.findall(rb"(?i)content-length: *(\d+)", head)
+    while len(body) < int(length):
+        body += connection.recv(65536)
+
+
 @pytest.fixture
 def raw() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
     """Start a server that answers each connection, once asked, as `reply` does."""
@@ -44,7 +56,7 @@ def raw() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
                     return
                 with connection:
                     try:
-                        connection.recv(65536)
+                        read_request(connection)
                         reply(connection)
                     except OSError:
                         pass
