@@ -20,7 +20,7 @@ from helpers import arithmetic, make_tokenizer, save_model, write_rows
 from peft import PeftModel
 from safetensors.numpy import load_file
 from test_preference_losses import BASE, NASH, P, regularised_nash
-from test_theory import BASE_POLICY, TARGET, best_response
+from test_theory import BASE_POLICY, TARGET, best_response, minimum
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -283,29 +283,6 @@ def triplets(alpha: float, beta: float) -> Iteration:
         return minimum(value, previous)
 
     return step
-
-
-def minimum(value: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """The log-policy of least value, over softmax logits."""
-    logits = start.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits],
-        max_iter=2000,
-        tolerance_grad=1e-13,
-        tolerance_change=1e-16,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        found = value(logits.log_softmax(0))
-        found.backward()
-        return found
-
-    for _ in range(3):
-        optimizer.step(closure)
-    return logits.detach().log_softmax(0)
 
 
 @pytest.mark.parametrize(

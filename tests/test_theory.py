@@ -6,6 +6,7 @@ The total variation to p after 1, 2, 3 and 12 iterations is known in closed form
 """
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,11 +23,9 @@ BASE_POLICY = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
 PAIRS = torch.tensor(list(itertools.product(range(4), range(4))))  # (winner, loser)
 
 
-def best_response(loss: Loss, iteration: int, reference: Tensor, losers: Tensor) -> Tensor:
-    """Minimiser of E_{w~p, l~q} loss over all log-policies, from the project's own loss."""
-    logits = reference.clone().requires_grad_()
-    weights = TARGET[PAIRS[:, 0]] * losers[PAIRS[:, 1]]
-    lengths = torch.ones(len(PAIRS), 2)
+def minimum(value: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The log-policy of least value, over softmax logits."""
+    logits = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits],
         max_iter=2000,
@@ -38,14 +37,24 @@ def best_response(loss: Loss, iteration: int, reference: Tensor, losers: Tensor)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        policy = logits.log_softmax(0)
-        value = (weights * loss(policy[PAIRS], reference[PAIRS], lengths, iteration)).sum()
-        value.backward()
-        return value
+        found = value(logits.log_softmax(0))
+        found.backward()
+        return found
 
     for _ in range(3):
         optimizer.step(closure)
     return logits.detach().log_softmax(0)
+
+
+def best_response(loss: Loss, iteration: int, reference: Tensor, losers: Tensor) -> Tensor:
+    """Minimiser of E_{w~p, l~q} loss over all log-policies, from the project's own loss."""
+    weights = TARGET[PAIRS[:, 0]] * losers[PAIRS[:, 1]]
+    lengths = torch.ones(len(PAIRS), 2)
+
+    def value(policy: Tensor) -> Tensor:
+        return (weights * loss(policy[PAIRS], reference[PAIRS], lengths, iteration)).sum()
+
+    return minimum(value, reference)
 
 
 def self_play(

@@ -52,13 +52,7 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         config.model, dtype=config.dtype, device=accelerator.device, longest=config.text.longest
     )
     now = clock(Path(config.output))
-    chat = ChatFormat.create(
-        tokenizer,
-        config.text.template,
-        backbone.stop_ids,
-        options=config.text.template_options,
-        clock=now,
-    )
+    chat = ChatFormat.of(config.text, tokenizer, backbone.stop_ids, now)
     path = str(packaged("tiny/train.jsonl")) if config.data == "tiny" else config.data
     demonstrations, notes = load_demonstrations(
         path, chat, config.text, config.split, answers=False

@@ -133,13 +133,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             longest=config.text.longest,
         )
         backbone.use_layout(config.train.layout)
-        chat = ChatFormat.create(
-            tokenizer,
-            config.text.template,
-            backbone.stop_ids,
-            options=config.text.template_options,
-            clock=now,
-        )
+        chat = ChatFormat.of(config.text, tokenizer, backbone.stop_ids, now)
         demonstrations, heldout = load_data(config, chat)
         check_data(config, demonstrations, heldout)
         check_lengths(config, backbone, demonstrations + heldout)

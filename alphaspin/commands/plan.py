@@ -74,7 +74,7 @@ def gather(config: Config) -> PlanHints:
             with loading(config.model):
                 tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
             text = config.text
-            chat = ChatFormat.create(tokenizer, text.template, options=text.template_options)
+            chat = ChatFormat.of(text, tokenizer)
             demonstrations, heldout = load_data(config, chat)
             check_data(config, demonstrations, heldout)
             responses = [len(d.response) for d in demonstrations if d.answer is not None]

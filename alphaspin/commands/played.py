@@ -165,13 +165,7 @@ class Played:
                 "--model FOLDER"
             )
         text = self.config.text
-        chat = ChatFormat.create(
-            tokenizer,
-            text.template,
-            backbone.stop_ids,
-            options=text.template_options,
-            clock=clock(self.path),
-        )
+        chat = ChatFormat.of(text, tokenizer, backbone.stop_ids, clock(self.path))
         if sorted(chat.stop_token_ids) != identity["end_tokens"]:
             raise InputError(
                 f"model = {name}: end tokens {sorted(chat.stop_token_ids)}, in the run "

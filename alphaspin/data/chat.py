@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import jinja2
 
 from alphaspin.data.rows import ANSWERED, FIELDS, THINKING, TOOL_ROLES, Messages, turns_of
+from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,18 @@ class ChatFormat:
     options: str = ""  # sets the template's variables
     words: frozenset[str] = frozenset()  # all names that the template may look at, and more
     dates: str = ""  # tells a template that asks for the date what the date is
+
+    @classmethod
+    def of(
+        cls,
+        text: TextConfig,
+        tokenizer: Any,
+        extra_stop_ids: Iterable[int] = (),
+        clock: str | None = None,
+    ) -> "ChatFormat":
+        """The format that settings say; see `create`."""
+        options = text.template_options
+        return cls.create(tokenizer, text.template, extra_stop_ids, options=options, clock=clock)
 
     @classmethod
     def create(
