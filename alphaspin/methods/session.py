@@ -272,11 +272,13 @@ class Session:
 
         def look() -> bool:
             adapter = folder / "adapter"
-            if stage in self.run.manifest["adapters"] and intact(adapter):
+            known = stage in self.run.manifest["adapters"]
+            if known and intact(adapter):
                 self.run.record_adapter(stage, adapter / WEIGHTS)  # an exchanged one is refused
             if not stands(adapter):
                 return False
-            self.run.record_adapter(stage, adapter / WEIGHTS)
+            if not known:
+                self.run.record_adapter(stage, adapter / WEIGHTS)
             remove(folder / "checkpoints")
             return True
 
