@@ -18,8 +18,9 @@ from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.distributed import Team, repeatable
+from alphaspin.model.distributed import Team
 from alphaspin.model.load import choose_bf16
+from alphaspin.model.repeatable import repeatable
 from alphaspin.model.routing import POLICY
 from alphaspin.model.stepper import Stepper
 

@@ -16,8 +16,9 @@ from alphaspin.foundation.artefacts import file_hash, write_atomically
 from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import Metrics, Run, SignalGuard, clock
 from alphaspin.model.backbone import WEIGHTS
-from alphaspin.model.distributed import Team, repeatable
+from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
+from alphaspin.model.repeatable import repeatable
 from alphaspin.model.verify import Verdict, verify
 from alphaspin.sampling import mixture
 from alphaspin.sampling.answer import Draw

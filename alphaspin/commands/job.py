@@ -54,8 +54,9 @@ from alphaspin.judges.shared import TeamJudge
 from alphaspin.methods.selfplay import Callback, play, teller
 from alphaspin.methods.session import Session
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.distributed import Team, repeatable
+from alphaspin.model.distributed import Team
 from alphaspin.model.load import base_hash, choose_bf16, load_base
+from alphaspin.model.repeatable import repeatable
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import ReferenceCache
 from alphaspin.model.verify import Verdict, verify

@@ -226,21 +226,3 @@ class Team:
         found = torch.tensor([int(flag)])
         self._wait(dist.all_reduce(found, dist.ReduceOp.MAX, self._line, async_op=True))
         return bool(found)
-
-
-@contextmanager
-def repeatable() -> Generator[None]:
-    """Operators of torch that give the same numbers again; its settings are put back at the end."""
-    memory: Any = torch.utils.deterministic
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        memory.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = before[2]
