@@ -38,6 +38,7 @@ from alphaspin.model.attention import TREES, Places
 from alphaspin.model.batching import Batch, Segment
 from alphaspin.model.head import head_product, numbers, scale_and_cap
 from alphaspin.model.layout import pin_positions, why_not_joint, why_not_packed
+from alphaspin.model.repeatable import lenient
 from alphaspin.model.routing import (
     NOT_JOINT,
     POLICY,
@@ -180,7 +181,7 @@ class Backbone(nn.Module):
         model: Any = self._causal_lm
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.2x
         (enable or model.gradient_checkpointing_enable)(
-            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._attending_trees())}
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._again())}
         )
 
     # Adapters
@@ -569,6 +570,12 @@ class Backbone(nn.Module):
         """The decoder, for code that calls it itself (sampling); `segments` cover all rows."""
         self.route.segments = tuple(segments)
         return self.decoder
+
+    @contextmanager
+    def _again(self) -> Generator[None]:
+        """What a backward pass computes again is computed as it was."""
+        with self._attending_trees(), lenient():
+            yield
 
     @contextmanager
     def _attending_trees(self) -> Generator[None]:

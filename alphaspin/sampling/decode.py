@@ -68,7 +68,7 @@ def filtered(
         probs_NV = probs_NV.masked_fill(probs_NV < kth, 0)
     if config.top_p < 1:
         ordered, order = probs_NV.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered
+        before = running(ordered) - ordered
         keep = before < config.top_p * ordered.sum(-1, keepdim=True)
         probs_NV = torch.zeros_like(probs_NV).scatter(1, order, ordered * keep)
     return probs_NV
@@ -85,15 +85,25 @@ def invert(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     spans_NBS = probs_NV[:, : whole * size].unflatten(1, (whole, size))
     rest_NS = probs_NV[:, whole * size :]
     sums = (spans_NBS.sum(-1, dtype=torch.float64), rest_NS.sum(1, True, dtype=torch.float64))
-    total_NB = torch.cat(sums, 1).cumsum(1)
+    total_NB = running(torch.cat(sums, 1))
     threshold_N1 = uniform_N[:, None] * total_NB[:, -1:]
     span_N1 = _passed(total_NB, threshold_N1)
     below_N1 = torch.nn.functional.pad(total_NB, (1, 0)).gather(1, span_N1)
     token_NS = span_N1 * size + torch.arange(size, device=probs_NV.device)
     inside_NS = probs_NV.gather(1, token_NS.clamp(max=probs_NV.shape[1] - 1)).double()
     inside_NS *= token_NS < probs_NV.shape[1]
-    within_N1 = _passed(inside_NS.cumsum(1), threshold_N1 - below_N1)
+    within_N1 = _passed(running(inside_NS), threshold_N1 - below_N1)
     return (span_N1 * size + within_N1)[:, 0]
+
+
+def running(share_NK: Tensor) -> Tensor:
+    """Running sums along rows of numbers that are not negative and add up to less than 2.
+
+    A GPU's own depend on how its blocks are timed (pytorch 75240): there in whole 2^-62, float64.
+    """
+    if not share_NK.is_cuda:
+        return share_NK.cumsum(1)
+    return (share_NK.double() * 2.0**62).round_().long().cumsum(1).double() * 2.0**-62
 
 
 def _passed(total_NK: Tensor, threshold_N1: Tensor) -> Tensor:

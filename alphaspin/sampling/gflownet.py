@@ -48,6 +48,7 @@ from alphaspin.foundation.runs import Metrics
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
+from alphaspin.model.repeatable import backward
 from alphaspin.model.routing import POLICY
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy
@@ -444,7 +445,7 @@ def accumulate(
             config.lam,
         )
         share = pair_weight([_states(t) for t in batch], config.lam) / weight
-        (share * value).backward()
+        backward(share * value, backbone)
         loss += share * value.item()
         tokens += len(log_q_NK)
         gap_N = (log_r_NK - log_q_NK.detach())[:, 0].double()

@@ -26,6 +26,7 @@ from alphaspin.foundation.section import at
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
+from alphaspin.model.repeatable import backward
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import OnlineReference, sequence_logps
 from alphaspin.training.example import REMEDY, Example, Objective
@@ -151,7 +152,7 @@ def accumulate_gradients(
         policy_BK, reference_BK = policy.view(-1, width), reference.view(-1, width)
         extras = torch.tensor([e.extras for e in part], device=device).unbind(1)
         loss_B = objective(policy_BK, reference_BK, lengths_BK, *extras)
-        (loss_B.sum() / len(examples) * counts).backward()
+        backward(loss_B.sum() / len(examples) * counts, backbone)
         if counts:
             sums_S += _statistics(loss_B, policy_BK, reference_BK, lengths_BK, job.beta)
     stop = torch.tensor([float(team.interrupted)], device=device)
