@@ -324,24 +324,31 @@ def lora_case(device: str, small: bool) -> Case:
     normal, _ = random(device)
     x, weight, grad = (normal(3 * segment, width, dtype=dtype) for _ in range(3))
     weight = normal(width, width, dtype=dtype).mul_(width**-0.5)
+    # In fp32 beside a base of any dtype, as PEFT keeps them and training runs; rounded once a step.
     adapters = [
         (
-            normal(rank, width, dtype=dtype).mul_(width**-0.5).requires_grad_(trained),
-            normal(width, rank, dtype=dtype).requires_grad_(trained),
+            normal(rank, width).mul_(width**-0.5).requires_grad_(trained),
+            normal(width, rank).requires_grad_(trained),
         )
         for trained in (True, False)
     ]
     segments, scaling = [segment] * 3, 2.0
+    near = [(a.detach().to(dtype), b.detach().to(dtype)) for a, b in adapters]
 
     def separate(x: Tensor) -> Tensor:
         parts = x.split(segments)
         return torch.cat(
-            [linear(p, weight) + scaling * (p @ a.T) @ b.T for p, (a, b) in zip(parts, adapters)]  # noqa: B905
+            [
+                linear(p, weight) + scaling * (p @ a.to(dtype).T) @ b.to(dtype).T
+                for p, (a, b) in zip(parts, adapters)  # noqa: B905
+            ]
             + [linear(parts[2], weight)]
         )
 
     def ours(x: Tensor) -> Tensor:
-        return alphaspin_kernels.segmented_lora(x, weight, [*adapters, None], segments, scaling)
+        return alphaspin_kernels.segmented_lora(
+            x, weight, [*adapters, None], segments, scaling, rounded=[*near, None]
+        )
 
     def step(function: Callable[[Tensor], Tensor]) -> Any:
         """Forward for all, and the gradients of the policy's rows and adapter."""
@@ -437,3 +444,7 @@ def test_kernel(name: str, measuring: bool, record: Callable[..., Path]) -> None
     if measuring and DEVICE == "cpu":
         measure.measure_cpu_memory(measured, [name])
     measure.finish(case, measured, record)
+
+
+if __name__ == "__main__":
+    print(*CASES)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from alphaspin_kernels import segmented_lora
+from alphaspin_kernels.segmented_lora import rounds
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -92,20 +94,26 @@ class RoutedLinear(LoraLinear):
         x_NI = x.reshape(-1, x.shape[-1])
         unit = self.route.units(len(x_NI), self.name)
         adapters: list[tuple[Tensor, Tensor] | None] = []
+        near: list[tuple[Tensor, Tensor] | None] | None = [] if rounds(x_NI) else None
         counts: list[int] = []
         scaling: list[float] = []
         if self.route.segments[0].adapter != POLICY:  # what is trained comes first
             adapters, counts, scaling = [None], [0], [0.0]
+            near = None if near is None else [None]
         for segment in self.route.segments:
             name = segment.adapter
             counts.append(unit * (segment.stop - segment.start))
             if name is None or name not in self.lora_A:
                 adapters.append(None)
                 scaling.append(0.0)
+                if near is not None:
+                    near.append(None)
                 continue
             layers = (self.lora_A[name], self.lora_B[name])
             down, up = (cast(nn.Linear, layer).weight for layer in layers)
             adapters.append((down, up))
+            if near is not None:
+                near.append(self._near(name, down, up, x.dtype))
             scaling.append(cast(float, self.scaling[name]))
         # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
         noise = self.lora_dropout[POLICY] if self.training and POLICY in self.lora_dropout else None
@@ -130,8 +138,22 @@ class RoutedLinear(LoraLinear):
             dropout=noise.p if isinstance(noise, nn.Dropout) else 0.0,
             seed=self.route.seed + self.number,
             again=again,
+            rounded=near,
         )
         return y_NO.view(*x.shape[:-1], -1)
+
+    def _near(
+        self, name: str, down: Tensor, up: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The adapter in the base's dtype, rounded once for all calls until it changes."""
+        kept: dict[str, Any] = vars(self).setdefault("rounded", {})
+        state = (down._version, up._version, down.data_ptr(), up.data_ptr(), dtype)
+        # An adapter of the same name, removed since, may have had the same memory.
+        if name not in kept or kept[name][0]() is not down or kept[name][1] != state:
+            for other in [n for n, (parameter, *_) in kept.items() if parameter() is None]:
+                del kept[other]
+            kept[name] = ref(down), state, (down.detach().to(dtype), up.detach().to(dtype))
+        return kept[name][2]
 
     def _plain(self, y: Tensor) -> Tensor:
         """PEFT's output, moved by one rounding of its size where `Route.rounding` asks for it.

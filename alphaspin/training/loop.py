@@ -125,6 +125,8 @@ def run(
             if loop.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters.values(), loop.clip, norm)
             optimizer.step()
+            # bitsandbytes writes past it: what was rounded from the weights is of the step before.
+            torch.autograd.graph.increment_version(parameters.values())
             step += 1
             values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - started)
             metrics.write(loop.stage, step, values)

@@ -217,70 +217,80 @@ def check_segmented_lora(
     dropout: float,
     seed: int,
 ) -> list[float]:
-    """Return one scaling per segment; raise ValueError, naming both sides, if something is off."""
-    if x_NI.dim() != 2 or weight_OI.dim() != 2 or x_NI.shape[1] != weight_OI.shape[1]:
+    """Return one scaling per segment; raise ValueError, naming both sides, if something is off.
+
+    Every linear of every pass comes through here: each attribute is asked for once.
+    """
+    shape, dtype, device = x_NI.shape, x_NI.dtype, x_NI.device
+    if len(shape) != 2 or weight_OI.dim() != 2 or shape[1] != weight_OI.shape[1]:
         raise ValueError(
-            "x must be [N, I] and weight [O, I], "
-            f"got {list(x_NI.shape)} and {list(weight_OI.shape)}"
+            f"x must be [N, I] and weight [O, I], got {list(shape)} and {list(weight_OI.shape)}"
         )
-    if x_NI.dtype not in _FLOATS:
-        raise ValueError(f"x must be one of {_FLOATS}, got {x_NI.dtype}")
-    (width_out, width_in), dtype = weight_OI.shape, x_NI.dtype
+    if dtype not in _FLOATS:
+        raise ValueError(f"x must be one of {_FLOATS}, got {dtype}")
+    width_out, width_in = weight_OI.shape
     if bias_O is not None and bias_O.shape != (width_out,):
         raise ValueError(f"bias must be [O] with O = {width_out}, got {list(bias_O.shape)}")
     if not segments or len(adapters) != len(segments):
         raise ValueError(f"{len(adapters)} adapters for {len(segments)} segments")
-    if min(segments) < 0 or sum(segments) != x_NI.shape[0]:
-        raise ValueError(f"segments {list(segments)} must be row counts that add up to {len(x_NI)}")
+    if min(segments) < 0 or sum(segments) != shape[0]:
+        raise ValueError(f"segments {list(segments)} must be row counts that add up to {shape[0]}")
     many = isinstance(scaling, Sequence)
     scalings = [float(value) for value in (scaling if many else [scaling] * len(segments))]
     if len(scalings) != len(segments):
         raise ValueError(f"{len(scalings)} scalings for {len(segments)} segments")
-    if not all(math.isfinite(value) for value in scalings):
+    if not all(map(math.isfinite, scalings)):
         raise ValueError(f"scaling must be finite, got {scaling}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    frozen: list[tuple[str, Tensor]] = [("weight", weight_OI)]
-    if bias_O is not None:
-        frozen.append(("bias", bias_O))
-    for name, tensor in frozen:
+    graded = torch.is_grad_enabled()
+    for name, tensor in (("weight", weight_OI), ("bias", bias_O)):
+        if tensor is None:
+            continue
         if tensor.dtype != dtype:
             raise ValueError(f"x is {dtype} but {name} is {tensor.dtype}")
-    named = list(frozen)
+        _check_frozen(name, tensor, device, graded)
     for s, pair in enumerate(adapters):
         if pair is None:
             continue
         a_RI, b_OR = pair
+        down, up, kind = a_RI.shape, b_OR.shape, a_RI.dtype
         if (
-            a_RI.dim() != 2
-            or a_RI.shape[0] == 0
-            or a_RI.shape[1] != width_in
-            or b_OR.shape != (width_out, a_RI.shape[0])
+            len(down) != 2
+            or down[0] == 0
+            or down[1] != width_in
+            or len(up) != 2
+            or up[0] != width_out
+            or up[1] != down[0]
         ):
             raise ValueError(
                 f"adapter {s} must be A [r, {width_in}] and B [{width_out}, r], "
-                f"got {list(a_RI.shape)} and {list(b_OR.shape)}"
+                f"got {list(down)} and {list(up)}"
             )
-        if a_RI.dtype != b_OR.dtype or a_RI.dtype not in (dtype, torch.float32):
+        if kind != b_OR.dtype or kind not in (dtype, torch.float32):
             raise ValueError(
-                f"adapter {s} must be {dtype} like x, or torch.float32, "
-                f"got {a_RI.dtype} and {b_OR.dtype}"
+                f"adapter {s} must be {dtype} like x, or torch.float32, got {kind} and {b_OR.dtype}"
             )
-        both = [(f"A of adapter {s}", a_RI), (f"B of adapter {s}", b_OR)]
-        named += both
-        frozen += both if s else []
-    for name, tensor in named:
-        if tensor.device != x_NI.device:
-            raise ValueError(f"x is on {x_NI.device} but {name} is on {tensor.device}")
-    for name, tensor in frozen:
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires grad but is frozen here: only x and the adapter of the first "
-                "segment, the policy, get gradients"
-            )
+        if graded and s and (a_RI.requires_grad or b_OR.requires_grad):
+            for name, tensor in (("A", a_RI), ("B", b_OR)):
+                _check_frozen(f"{name} of adapter {s}", tensor, device, graded)
+        if a_RI.device != device or b_OR.device != device:
+            other = a_RI.device if a_RI.device != device else b_OR.device
+            raise ValueError(f"x is on {device} but adapter {s} is on {other}")
     return scalings
+
+
+def _check_frozen(name: str, tensor: Tensor, device: torch.device, graded: bool) -> None:
+    """Raise ValueError if a tensor is elsewhere, or would need a gradient."""
+    if tensor.device != device:
+        raise ValueError(f"x is on {device} but {name} is on {tensor.device}")
+    if graded and tensor.requires_grad:
+        raise ValueError(
+            f"{name} requires grad but is frozen here: only x and the adapter of the first "
+            "segment, the policy, get gradients"
+        )
 
 
 def dropout_key(seed: int) -> int:

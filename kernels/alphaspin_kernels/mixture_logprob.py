@@ -169,6 +169,6 @@ def _empty_outputs(hidden_prev: Tensor, targets: Tensor, **_: object) -> tuple[T
     )
 
 
-_mixture_logprob = _dispatch.register(
+_mixture_logprob = _dispatch.Operator(
     "mixture_logprob", _portable, _empty_outputs, by="hidden_prev"
 )

@@ -5,7 +5,8 @@ Below both: ``_triton`` imports no operator, so that an operator can import its 
 Shape suffixes: R rows, K targets per row.
 """
 
-import itertools
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,22 @@ def segment_pairs(
     slots: list[int],
 ) -> list[tuple[slice, tuple[Tensor, Tensor] | None]]:
     """The rows and the adapter of each segment, from the arguments of the LoRA operator."""
-    pairs = [None if a is None or b is None else (a, b)]
-    pairs += [None if slot < 0 else (others_a[slot], others_b[slot]) for slot in slots[1:]]
-    stops = itertools.accumulate(segments)
-    rows = [slice(stop - count, stop) for stop, count in zip(stops, segments, strict=True)]
-    return list(zip(rows, pairs, strict=True))
+    pairs: list[tuple[slice, tuple[Tensor, Tensor] | None]] = []
+    start, pair = 0, None if a is None or b is None else (a, b)
+    for s, count in enumerate(segments):
+        if s:
+            pair = None if slots[s] < 0 else (others_a[slots[s]], others_b[slots[s]])
+        pairs.append((slice(start, start + count), pair))
+        start += count
+    return pairs
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For products in the dtypes of their factors; costs nothing where autocast is off."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def subtb_rates(lam: float) -> tuple[float, float]:

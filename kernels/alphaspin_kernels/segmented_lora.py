@@ -12,6 +12,11 @@ drop is the identity but for the policy. The policy is the first segment, and it
     dB = scaling dy^T (drop(x) A^T)
 
 over its rows, for which a copy of drop(x) is all that is kept; a view would keep every row of x.
+Where there are no other rows, x itself is kept, which the layers that share it share, and on a GPU
+its zeros, a hash, are computed again.
+
+Beside x in bf16 on a GPU all these products have factors in bf16, sums in fp32, and gradients of A
+and B in the dtype of A and B, as under autocast.
 
 One operator, ``alphaspin::segmented_lora``: the portable version below, Triton kernels for CUDA.
 
@@ -26,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from alphaspin_kernels import _dispatch
 from alphaspin_kernels.checks import (
@@ -35,7 +40,7 @@ from alphaspin_kernels.checks import (
     check_segmented_lora,
     dropout_mask,
 )
-from alphaspin_kernels.numerics import segment_pairs
+from alphaspin_kernels.numerics import segment_pairs, without_autocast
 
 TILE = 512  # columns of 16-bit results that are summed in fp32 at a time
 
@@ -51,6 +56,7 @@ def segmented_lora(
     dropout: float = 0.0,
     seed: int = 0,
     again: Callable[[], Tensor] | None = None,
+    rounded: Sequence[Adapter] | None = None,
 ) -> Tensor:
     """Apply a frozen linear layer to all rows, and to each segment's rows that segment's adapter.
 
@@ -71,6 +77,8 @@ def segmented_lora(
         seed: 64-bit; which entries are dropped is a function of (seed, row, column).
         again: makes `weight` once more, for the backward pass, which then does not keep it: for a
             weight that is stored in another form, such as 4 bits.
+        rounded: where :func:`rounds` says so, the adapters in the dtype of x, of a caller who
+            rounds them once for many calls. They are multiplied, `adapters` get the gradients.
 
     Returns:
         [N, O], dtype of x. Differentiable once, in x (0 for rows after the policy's) and in the
@@ -87,15 +95,20 @@ def segmented_lora(
     scalings = check_segmented_lora(x, weight, adapters, segments, scaling, bias, dropout, seed)
     policy = adapters[0]
     a, b = (None, None) if policy is None else policy
+    trained = policy is not None and (policy[0].requires_grad or policy[1].requires_grad)
+    near: list[Tensor] = []
+    if rounds(x):
+        adapters = [_rounded(s, pair, x.dtype, rounded) for s, pair in enumerate(adapters)]
+        near = list(adapters[0] or ())
     others = [pair for pair in adapters[1:] if pair is not None]
     slots = itertools.count()
-    trained = policy is not None and any(matrix.requires_grad for matrix in policy)
     inputs = (
         x,
         weight,
         bias,
         a,
         b,
+        near,
         [pair[0] for pair in others],
         [pair[1] for pair in others],
         list(segments),
@@ -103,11 +116,37 @@ def segmented_lora(
         [float(value) for value in scalings],
         float(dropout) if a is not None else 0.0,
         seed,
-        # Without other rows and noise, x itself can be kept.
-        torch.is_grad_enabled() and trained and (len(segments) > 1 or dropout > 0),
+        # Without other rows x itself can be kept, if its zeros can be had again for little.
+        trained
+        and torch.is_grad_enabled()
+        and (len(segments) > 1 or (dropout > 0 and not _on_gpu(x))),
     )
     y_NO, _ = _segmented_lora(*inputs) if again is None else _Remade.apply(*inputs, again)
     return y_NO
+
+
+def rounds(x: Tensor) -> bool:
+    """Whether the adapters of x are rounded to its dtype, bf16."""
+    return x.dtype == torch.bfloat16 and _on_gpu(x)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda or (not torch.compiler.is_compiling() and _dispatch.interpreting())
+
+
+def _rounded(s: int, pair: Adapter, dtype: torch.dtype, given: Sequence[Adapter] | None) -> Adapter:
+    """Adapter s in the dtype of x, from the caller or made here."""
+    if pair is None:
+        return None
+    if given is None:
+        return (pair[0].detach().to(dtype), pair[1].detach().to(dtype))
+    near = given[s]
+    if near is None or any(
+        n.shape != m.shape or n.dtype != dtype or n.device != m.device
+        for n, m in zip(near, pair, strict=True)
+    ):
+        raise ValueError(f"rounded[{s}] must be adapter {s} in {dtype}")
+    return near
 
 
 def _portable(
@@ -116,6 +155,7 @@ def _portable(
     bias: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
+    near: list[Tensor],
     others_a: list[Tensor],
     others_b: list[Tensor],
     segments: list[int],
@@ -127,17 +167,20 @@ def _portable(
 ) -> tuple[Tensor, Tensor]:
     """Portable version. Returns (y [N, O], the policy's x with 0 where dropped [P, I] or [0, I]).
 
-    `a` and `b` are the policy's; `slots` says which of the others a segment has, or -1.
+    `a` and `b` are the policy's, `near` what is multiplied in their place, if not they themselves;
+    `slots` says which of the others a segment has, or -1.
     The division by 1 - dropout is left to scalar factors, so that what is kept is not rounded.
     """
+    a, b = near or (a, b)
     dtype, (height, width) = accumulation_dtype(x.dtype), weight.shape
     kept_PI = x.new_empty((segments[0] if keep else 0, width))
+    alone = len(segments) == 1
     updates: list[tuple[slice, Tensor, Tensor]] = []  # rows, scaling drop(x) A^T, B
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         native = multiplies_natively(x)
         wide_NI = x if native else x.to(dtype)
         for s, (rows, pair) in enumerate(segment_pairs(a, b, others_a, others_b, segments, slots)):
-            x_SI, factor = wide_NI[rows], scaling[s]
+            x_SI, factor = wide_NI if alone else wide_NI[rows], scaling[s]
             if s == 0 and dropout:
                 mask_SI = dropout_mask(len(x_SI), range(width), dropout, seed, x.device)
                 x_SI, factor = x_SI.where(mask_SI, 0.0), factor / (1 - dropout)
@@ -150,7 +193,7 @@ def _portable(
             y_NO = linear(x, weight, bias)
             for rows, low_SR, b_OR in updates:
                 if x.dtype == dtype:
-                    y_NO[rows].addmm_(low_SR, b_OR.T)
+                    (y_NO if alone else y_NO[rows]).addmm_(low_SR, b_OR.T)
                 else:
                     for y_TO, low_TR in zip(
                         y_NO[rows].split(TILE), low_SR.split(TILE), strict=True
@@ -191,11 +234,7 @@ def _empty_outputs(
     )
 
 
-_segmented_lora = _dispatch.register("segmented_lora", _portable, _empty_outputs, by="x")
-
-
-@torch.library.custom_op("alphaspin::segmented_lora_backward", mutates_args=())
-def _segmented_lora_backward(
+def _portable_backward(
     grad: Tensor,
     kept: Tensor,
     weight: Tensor,
@@ -205,63 +244,75 @@ def _segmented_lora_backward(
     scaling: float,
     dropout: float,
     seed: int,
+    dropped: bool,
+    wide: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dA, dB) from the gradient of y's first `rows` rows; empty where not needed."""
+    """(dx, dA, dB) from the gradient of y's first `rows` rows; empty where not needed.
+
+    `dropped` says whether `kept` has the zeros of dropout already, `wide` whether the gradients of
+    a and b are in fp32.
+    """
     needs_x, needs_a, needs_b = needs
     dtype, factor = accumulation_dtype(grad.dtype), scaling / (1 - dropout)
-    dx_NI, da_RI, db_OR = _empty_gradients(grad, weight, a, b, needs)
-    dy_PO, low_PR = grad[:rows], None
-    with torch.autocast(grad.device.type, enabled=False):
+    dy_PO, low_PR = grad if rows == len(grad) else grad[:rows], None
+    dx_NI = da_RI = db_OR = None
+    with without_autocast(grad):
         if a is not None and b is not None:
+            result = torch.float32 if wide else a.dtype
             wide_PO, wide_RI = dy_PO.to(dtype), a.to(dtype)
             low_PR = (wide_PO @ b.to(dtype)).mul_(factor)
+            if dropout and not dropped and (needs_a or needs_b):
+                mask_PI = dropout_mask(rows, range(kept.shape[1]), dropout, seed, kept.device)
+                kept = kept.where(mask_PI, 0.0)
             if needs_a:
-                da_RI.copy_(low_PR.T @ kept.to(dtype))
+                da_RI = (low_PR.T @ kept.to(dtype)).to(result)
             if needs_b:
-                db_OR.copy_((wide_PO.T @ (kept.to(dtype) @ wide_RI.T)).mul_(factor))
+                up_PR = kept.to(dtype) @ wide_RI.T
+                db_OR = (wide_PO.T @ up_PR).mul_(factor).to(result)
         if needs_x:
-            dx_NI[rows:] = 0
-            input_gradient = _dispatch.version("input_gradient", _input_gradient, grad)
-            input_gradient(dx_NI[:rows], dy_PO, weight, low_PR, a, dropout, seed)
-    return dx_NI, da_RI, db_OR
-
-
-@_segmented_lora_backward.register_fake
-def _backward_fake(
-    grad: Tensor, kept: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, needs = options
-    return _empty_gradients(grad, weight, a, b, needs)
+            dx_NI = _input_gradient(dy_PO, weight, low_PR, a, dropout, seed)
+            if rows < len(grad):
+                dx_NI = pad(dx_NI, (0, 0, 0, len(grad) - rows))
+    dx, da, db = (grad.new_empty((0,)) if g is None else g for g in (dx_NI, da_RI, db_OR))
+    return dx, da, db
 
 
 def _empty_gradients(
-    grad_NO: Tensor, weight_OI: Tensor, a: Tensor | None, b: Tensor | None, needs: list[bool]
+    grad: Tensor,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    wide: bool,
+    needs: list[bool],
+    **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is not needed is empty."""
 
     def like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return grad_NO.new_empty((0,)) if tensor is None or not needed else torch.empty_like(tensor)
+        if tensor is None or not needed:
+            return grad.new_empty((0,))
+        return tensor.new_empty(tensor.shape, dtype=torch.float32 if wide else tensor.dtype)
 
     needs_x, needs_a, needs_b = needs
-    x_shape = (grad_NO.shape[0], weight_OI.shape[1])
-    dx_NI = grad_NO.new_empty(x_shape if needs_x else (0,))
+    x_shape = (grad.shape[0], weight.shape[1])
+    dx_NI = grad.new_empty(x_shape if needs_x else (0,))
     return dx_NI, like(a, needs_a), like(b, needs_b)
 
 
 def _input_gradient(
-    dx_PI: Tensor,
     dy_PO: Tensor,
     weight_OI: Tensor,
     low_PR: Tensor | None,
     a_RI: Tensor | None,
     dropout: float,
     seed: int,
-) -> None:
-    """Portable version: dx <- dy W + mask (low A), rounded once; low = scaling dy B / (1 - p)."""
-    dtype = accumulation_dtype(dx_PI.dtype)
+) -> Tensor:
+    """dy W + mask (low A) [P, I], rounded once; low = scaling dy B / (1 - p)."""
+    dtype, width = accumulation_dtype(dy_PO.dtype), weight_OI.shape[1]
     factor_PO = dy_PO if multiplies_natively(dy_PO) else dy_PO.to(dtype)
-    for start in range(0, weight_OI.shape[1], TILE):
+    tiles: list[Tensor] = []
+    for start in range(0, max(width, 1), TILE):
         tile = slice(start, start + TILE)
         dx_PT = (factor_PO @ weight_OI[:, tile].to(factor_PO.dtype)).to(dtype)
         if low_PR is not None and a_RI is not None:
@@ -272,17 +323,24 @@ def _input_gradient(
                 dx_PT += (low_PR @ a_RT).where(mask_PT, 0.0)
             else:
                 dx_PT.addmm_(low_PR, a_RT)
-        dx_PI[:, tile] = dx_PT
+        tiles.append(dx_PT.to(dy_PO.dtype))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
+
+
+_segmented_lora_backward = _dispatch.Operator(
+    "segmented_lora_backward", _portable_backward, _empty_gradients, by="grad"
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, a, b, others, _, segments, _, scaling, ctx.dropout, ctx.seed, _ = inputs
+    x, weight, _, a, b, near, others, _, segments, _, scaling, ctx.dropout, ctx.seed, keep = inputs
     kept = output[1]
     ctx.mark_non_differentiable(kept)
-    ctx.rows, ctx.scaling, ctx.others = segments[0], scaling[0], len(others)
-    if len(segments) == 1 and not ctx.dropout and any(ctx.needs_input_grad[3:5]):
+    ctx.rows, ctx.scaling, ctx.lists = segments[0], scaling[0], (len(near), len(others))
+    ctx.dropped, ctx.wide = keep, bool(near) and a.dtype == torch.float32
+    if not keep and any(ctx.needs_input_grad[3:5]):
         kept = x
-    ctx.save_for_backward(kept, weight, a, b)
+    ctx.save_for_backward(kept, weight, *(near or (a, b)))
 
 
 # A second differentiation would take what was kept for a constant; better an error than that.
@@ -293,7 +351,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = ctx.again()
     needs = [bool(ctx.needs_input_grad[index]) for index in (0, 3, 4)]
     gradients = _segmented_lora_backward(
-        grad, kept, weight, a, b, ctx.rows, ctx.scaling, ctx.dropout, ctx.seed, needs
+        grad,
+        kept,
+        weight,
+        a,
+        b,
+        ctx.rows,
+        ctx.scaling,
+        ctx.dropout,
+        ctx.seed,
+        ctx.dropped,
+        ctx.wide,
+        needs,
     )
     return tuple(
         gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
@@ -302,11 +371,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     dx, da, db = _gradients(ctx, grad)
-    nothing = [None] * ctx.others
-    return dx, None, None, da, db, nothing, nothing, *[None] * 6
+    near, others = ([None] * length for length in ctx.lists)
+    return dx, None, None, da, db, near, others, others, *[None] * 6
 
 
-_segmented_lora.register_autograd(_backward, setup_context=_setup_context)
+_segmented_lora = _dispatch.Operator(
+    "segmented_lora",
+    _portable,
+    _empty_outputs,
+    by="x",
+    setup_context=_setup_context,
+    backward=_backward,
+)
 
 
 class _Remade(torch.autograd.Function):
@@ -322,4 +398,4 @@ class _Remade(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, da, db = _gradients(ctx, grads[0])
-        return dx, None, None, da, db, *[None] * 9
+        return dx, None, None, da, db, *[None] * 10

@@ -79,9 +79,6 @@ def _empty_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return values.new_empty((cu_seqlens.shape[0] - 1, values.shape[1]))
 
 
-_segment_sum = _dispatch.register("segment_sum", _portable, _empty_sums, by="values")
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, cu_seqlens = inputs
     ctx.rows = values.shape[0]
@@ -94,4 +91,11 @@ def _backward(ctx: Any, grad_BK: Tensor) -> tuple[Tensor, None]:
     return torch.repeat_interleave(grad_BK, lengths, dim=0, output_size=ctx.rows), None
 
 
-_segment_sum.register_autograd(once_differentiable(_backward), setup_context=_setup_context)
+_segment_sum = _dispatch.Operator(
+    "segment_sum",
+    _portable,
+    _empty_sums,
+    by="values",
+    setup_context=_setup_context,
+    backward=once_differentiable(_backward),
+)

@@ -140,9 +140,6 @@ def _empty_outputs(log_pf: Tensor, with_gradient: bool, **_: Any) -> tuple[Tenso
     )
 
 
-_subtb_loss = _dispatch.register("subtb_loss", _portable, _empty_outputs, by="log_pf")
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, g_BS, d_log_pf_BL = output
     ctx.mark_non_differentiable(g_BS, d_log_pf_BL)
@@ -163,4 +160,11 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None,
 
 
 # A second differentiation would take the saved gradients for constants; better an error than that.
-_subtb_loss.register_autograd(once_differentiable(_backward), setup_context=_setup_context)
+_subtb_loss = _dispatch.Operator(
+    "subtb_loss",
+    _portable,
+    _empty_outputs,
+    by="log_pf",
+    setup_context=_setup_context,
+    backward=once_differentiable(_backward),
+)

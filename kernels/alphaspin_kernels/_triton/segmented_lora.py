@@ -3,13 +3,11 @@
 The second kernel is a plain tiled product over the rows of all segments whose last step along the
 summed axis is the adapter's: low and B are one more pair of tiles. A block of rows never straddles
 a segment, so the whole block has one B. The gradient of x is cuBLAS's product dy W, to which a
-third kernel adds the low-rank part.
+third kernel adds the low-rank part; those of A and B are cuBLAS's, with sums in fp32.
 
 Shape suffixes: R rows, C columns out, K columns in and J ranks of a block, otherwise as in the
 portable version: N, P, S rows, I and O width in and out.
 """
-
-import itertools
 
 import torch
 import triton
@@ -23,10 +21,11 @@ from alphaspin_kernels._triton.common import (
     capability_of,
     dot,
     multiples_of_16,
+    multiply_add,
     processors,
     unit_stride,
 )
-from alphaspin_kernels.checks import dropout_key, dropout_threshold, signed
+from alphaspin_kernels.checks import dropout_key, dropout_threshold
 from alphaspin_kernels.numerics import segment_pairs
 
 SEGMENTS = 8  # per launch; their ends are arguments of the kernel
@@ -101,13 +100,23 @@ def _low_kernel(
     tl.store(low + row[:, None] * width + j[None, :], low_RJ, mask=inside_RJ)
 
 
-@Kernel("x weight low up y inputs outputs width x_stride weight_stride")
+@Kernel(
+    "x weight low up_0 up_1 up_2 up_3 up_4 up_5 up_6 up_7 y inputs outputs width x_stride"
+    " weight_stride"
+)
 def _linear_kernel(
     x,
     weight,
     bias,
     low,
-    up,
+    up_0,
+    up_1,
+    up_2,
+    up_3,
+    up_4,
+    up_5,
+    up_6,
+    up_7,
     y,
     row_blocks,
     stop_0,
@@ -118,7 +127,7 @@ def _linear_kernel(
     stop_5,
     stop_6,
     stop_7,
-    slots,
+    adapted,
     inputs,
     outputs,
     width,
@@ -131,9 +140,9 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """y = x W^T + bias + low up[slot]^T, for up to 8 segments that end at the rows stop_0 ...
+    """y = x W^T + bias + low up_s^T, for up to 8 segments that end at the rows stop_0 ...
 
-    `slots` has four bits per segment: 0 for no adapter, otherwise one more than its slot.
+    up_s is [outputs, width]; `adapted` has a bit for each segment that has one.
     """
     # Neighbouring programs: GROUP blocks of rows times a few columns.
     program = tl.program_id(0)
@@ -145,15 +154,17 @@ def _linear_kernel(
     left = within // size * BLOCK_C
 
     # The block's segment: its first row, where its segment ends, which adapter.
-    first, last, slot = 0, 0, 0
+    first, last, ranks, up = 0, 0, 0, up_0
     begin = 0
     stops = (stop_0, stop_1, stop_2, stop_3, stop_4, stop_5, stop_6, stop_7)
+    ups = (up_0, up_1, up_2, up_3, up_4, up_5, up_6, up_7)
     for s in tl.static_range(8):
         blocks = tl.cdiv(stops[s] - begin, BLOCK_R)
         here = (block >= 0) & (block < blocks)
         first = tl.where(here, begin + block * BLOCK_R, first)
         last = tl.where(here, stops[s], last)
-        slot = tl.where(here, (slots >> (4 * s)) & 15, slot)
+        ranks = tl.where(here, ((adapted >> s) & 1) * width, ranks)
+        up = tl.where(here, ups[s], up)
         block -= blocks
         begin = stops[s]
 
@@ -175,10 +186,8 @@ def _linear_kernel(
             y_RC = dot(part_RK, part_KC, y_RC)
     # Rows without an adapter have no low: it is not read.
     j = tl.arange(0, BLOCK_J)
-    offset = (tl.maximum(slot - 1, 0).to(tl.int64) * outputs + left) * width
     low_RJ = low + first_64 * width + row[:, None] * width + j[None, :]
-    up_JC = up + offset + column[None, :] * width + j[:, None]
-    ranks = tl.where(slot > 0, width, 0)
+    up_JC = up + left_64 * width + column[None, :] * width + j[:, None]
     for at in range(0, width, BLOCK_J):
         inside_J = at + j < ranks
         part_RJ = tl.load(low_RJ + at, mask=inside_J[None, :], other=0.0)
@@ -222,7 +231,10 @@ def _update_kernel(
         low_RJ = tl.load(low + row[:, None] * rank + j[None, :], mask=inside_J[None, :], other=0.0)
         a_JK = a + j[:, None] * a_stride + k[None, :]
         a_JK = tl.load(a_JK, mask=inside_J[:, None] & (k < inputs)[None, :], other=0.0)
-        sum_RK = dot(low_RJ.to(a_JK.dtype), a_JK, sum_RK)
+        near_RJ = low_RJ.to(a_JK.dtype)
+        sum_RK = dot(near_RJ, a_JK, sum_RK)
+        if a.dtype.element_ty != tl.float32:  # what the rounding took
+            sum_RK = dot((low_RJ - near_RJ.to(tl.float32)).to(a_JK.dtype), a_JK, sum_RK)
     if DROP:
         sum_RK = tl.where(_mask(start + r, k, key, threshold), sum_RK, 0.0)
     inside_RK = (start + r < rows)[:, None] & (k < inputs)[None, :]
@@ -273,6 +285,7 @@ def segmented_lora(
     bias: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
+    near: list[Tensor],
     others_a: list[Tensor],
     others_b: list[Tensor],
     segments: list[int],
@@ -283,6 +296,7 @@ def segmented_lora(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as the portable version."""
+    a, b = near or (a, b)
     x, weight = unit_stride(x), unit_stride(weight)
     y_NO = x.new_empty((len(x), len(weight)))
     kept_PI = x.new_empty((segments[0] if keep else 0, x.shape[1]))
@@ -351,23 +365,15 @@ def _linear(
     start, end = pairs[0][0].start, pairs[-1][0].stop
     if start == end or not len(weight):
         return
-    ups = [pair[1] for _, pair in pairs if pair is not None]
-    up = low
-    if ups:
-        up = low.new_zeros((len(ups), len(weight), low.shape[1]))
-        for slot, b_OR in enumerate(ups):
-            up[slot, :, : b_OR.shape[1]] = b_OR
+    # Where there is no adapter, `low` stands for a pointer that is not read.
+    ups = [low if pair is None else _filled(pair[1], low) for _, pair in pairs]
+    ups += [low] * (SEGMENTS - len(ups))
+    adapted = sum(1 << s for s, (_, pair) in enumerate(pairs) if pair is not None)
     stops = [rows.stop - start for rows, _ in pairs]
     stops += [end - start] * (SEGMENTS - len(stops))
-    used = itertools.accumulate(int(pair is not None) for _, pair in pairs)
-    slots = sum(
-        slot << 4 * s
-        for s, (slot, (_, pair)) in enumerate(zip(used, pairs, strict=True))
-        if pair is not None
-    )
     part, low_part, result = x[start:end], low[start:end], y[start:end]
     even = x.shape[1] % 64 == 0  # the largest BLOCK_K
-    even = even and multiples_of_16(part, weight, low_part, up, result, len(weight), low.shape[1])
+    even = even and multiples_of_16(part, weight, low_part, *ups, result, len(weight), low.shape[1])
     even = even and multiples_of_16(x.stride(0), weight.stride(0))
     for wide in (True, False):
         options = blocks(x.dtype, low.dtype, capability_of(x), even=even, wide=wide)
@@ -381,11 +387,11 @@ def _linear(
         weight,
         bias,
         low_part,
-        up,
+        *ups,
         result,
         count,
         *stops,
-        signed(slots),
+        adapted,
         x.shape[1],
         len(weight),
         low.shape[1],
@@ -397,7 +403,68 @@ def _linear(
     )
 
 
-def input_gradient(
+def _filled(b_OR: Tensor, low_NR: Tensor) -> Tensor:
+    """B as the kernel reads it: itself, unless its rank or dtype is not that of `low`."""
+    if b_OR.dtype == low_NR.dtype and b_OR.shape[1] == low_NR.shape[1] and b_OR.is_contiguous():
+        return b_OR
+    filled = low_NR.new_zeros((len(b_OR), low_NR.shape[1]))
+    filled[:, : b_OR.shape[1]] = b_OR
+    return filled
+
+
+def segmented_lora_backward(
+    grad: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    rows: int,
+    scaling: float,
+    dropout: float,
+    seed: int,
+    dropped: bool,
+    wide: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same arguments and results as the portable version: no copies of dy and x in fp32."""
+    needs_x, needs_a, needs_b = needs
+    factor, drop = scaling / (1 - dropout), 0.0 if dropped else dropout
+    dx, da, db = (grad.new_empty((0,)) for _ in needs)
+    low_PR = None
+    dy_PO = grad[:rows]
+    if a is not None and b is not None:
+        dtype = torch.float32 if wide else a.dtype
+        low_PR = _product(dy_PO, b).mul_(factor)
+        if needs_b or (needs_a and drop):
+            # Forward once more: scaling drop(x) A^T, and drop(x) where x was kept.
+            kept = unit_stride(kept)
+            zeroed = kept.new_empty(kept.shape) if needs_a and drop else None
+            width = 16 * triton.cdiv(len(a), 16)
+            up_PR = kept.new_empty((rows, width), dtype=a.dtype)
+            if rows:
+                _low(kept, a, up_PR, zeroed, factor, drop, seed)
+            kept = kept if zeroed is None else zeroed
+            if needs_b:
+                db = _product(dy_PO.T, up_PR[:, : len(a)]).to(dtype)
+        if needs_a:
+            da = _product(low_PR.to(a.dtype).T, kept).to(dtype)
+    if needs_x:
+        dx = grad.new_empty((len(grad), weight.shape[1]))
+        dx[rows:] = 0
+        _input_gradient(dx[:rows], dy_PO, weight, low_PR, a, dropout, seed)
+    return dx, da, db
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left right in fp32, summed in fp32; 16-bit factors as they are where both have 16 bits."""
+    if left.dtype != right.dtype:
+        left, right = left.float(), right.float()
+    sum_LR = left.new_empty((left.shape[0], right.shape[1]), dtype=torch.float32)
+    multiply_add(sum_LR, left, right, add=False)
+    return sum_LR
+
+
+def _input_gradient(
     dx_PI: Tensor,
     dy_PO: Tensor,
     weight_OI: Tensor,
@@ -406,7 +473,7 @@ def input_gradient(
     dropout: float,
     seed: int,
 ) -> None:
-    """Same arguments as the portable version; dy W is rounded before the low-rank part is added."""
+    """dx <- dy W, rounded, + mask (low A); low = scaling dy B / (1 - p)."""
     torch.mm(dy_PO, weight_OI, out=dx_PI)
     if low_PR is None or a_RI is None or not dx_PI.numel():
         return
@@ -466,12 +533,13 @@ def forms(
     """The three kernels for adapters of one dtype, with all options or without."""
     name, low = SIGNATURE[dtype], SIGNATURE[low_dtype]
     ends = " ".join(f"stop_{s}" for s in range(SEGMENTS))
+    ups = " ".join(f"up_{s}" for s in range(SEGMENTS))
     tile = blocks(dtype, low_dtype, capability, even=even, wide=wide)
     small = _small_blocks(low_dtype)
     types = [
         (f"*{name}", "x weight y dx" + " bias kept" * full),
-        (f"*{low}", "a low up"),
-        ("i32", f"row_blocks {ends} slots rows inputs outputs rank width"),
+        (f"*{low}", f"a low {ups}"),
+        ("i32", f"row_blocks {ends} adapted rows inputs outputs rank width"),
         ("i32", "x_stride weight_stride a_stride key threshold"),
         ("fp32", "scaling"),
     ]

@@ -199,9 +199,6 @@ def _empty_outputs(
     )
 
 
-_linear_logprob = _dispatch.register("linear_logprob", _portable, _empty_outputs, by="hidden")
-
-
 def _portable_backward(
     grad: Tensor,
     hidden: Tensor,
@@ -273,7 +270,7 @@ def _empty_gradients(
     )
 
 
-_linear_logprob_backward = _dispatch.register(
+_linear_logprob_backward = _dispatch.Operator(
     "linear_logprob_backward", _portable_backward, _empty_gradients, by="hidden"
 )
 
@@ -334,7 +331,14 @@ def _backward(ctx: Any, grad_NK: Tensor, *_: Tensor | None) -> tuple[Tensor | No
 
 
 # A second differentiation would take the saved row for a constant; better an error than that.
-_linear_logprob.register_autograd(once_differentiable(_backward), setup_context=_setup_context)
+_linear_logprob = _dispatch.Operator(
+    "linear_logprob",
+    _portable,
+    _empty_outputs,
+    by="hidden",
+    setup_context=_setup_context,
+    backward=once_differentiable(_backward),
+)
 
 
 def logit_tile(
