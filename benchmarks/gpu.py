@@ -2,45 +2,115 @@
 
     PYTHONPATH=.:kernels:tests python benchmarks/gpu.py OUT
 
-Kernel tests, the kernel benchmarks with the peers that import, the roofline, and a profile of the
-slowest of ours. A part that fails or runs out of time does not stop the next; the exit code is 1
+First a smoke test, under a minute: every operator and a tiny run of each method, all failures in
+one list, smoke.log. Then kernel tests, the kernel benchmarks with the peers that import, the
+roofline, and a profile of the slowest of ours. All are processes of their own: one that fails,
+crashes, poisons its CUDA context or runs out of time does not stop the next; the exit code is 1
 then, and 2 without a CUDA device. At most eight files, which is what some batch systems hand back:
 tables, numbers and plots travel as results.tar.gz, laid out like benchmarks/results.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# Seconds each part may take: together 510, which leaves half a minute for what is around them.
-TESTS, BENCHMARKS, PROFILE, ROOFLINE = 190, 250, 50, 20
+# Seconds each part may take: together 515, which leaves 25 for what is around them.
+SMOKE, TESTS, BENCHMARKS, PROFILE, ROOFLINE = 60, 160, 225, 50, 20
+SIDE_BY_SIDE = 8  # smoke tests at once; each loads torch and transformers
 # What runs on the CPU is tested on the CPU, and takes the time the GPU needs.
 ON_THE_GPU = "not [torch and not [csrc and not [packed"
 
 
-def part(name: str, command: list[str], seconds: int, log: Path) -> str | None:
-    """Run a command, its output to a file; return what is wrong with how it ended."""
-    print(f"{name}: at most {seconds} s, {log.name}", flush=True)
+def part(name: str, command: list[str], seconds: float, log: Path) -> str | None:
+    """Run a command, its output to the end of a file; return what is wrong with how it ended."""
+    print(f"{name}: at most {seconds:.0f} s, {log.name}", flush=True)
     start = time.monotonic()
-    with log.open("w") as file:
+    with log.open("a") as file:
         # A process group of its own, so that workers and compilers stop with it.
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            code = process.wait(seconds)
-            problem = f"exit code {code}" if code else None
+            problem = ending(process.wait(seconds))
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()
-            problem = f"stopped after {seconds} s"
+            problem = f"stopped after {seconds:.0f} s"
     print(f"{name}: {problem or 'done'}, {time.monotonic() - start:.0f} s", flush=True)
     return f"{name}: {problem}" if problem else None
+
+
+def listed(command: list[str], problems: list[str | None]) -> list[str]:
+    """The names that a process prints; none, and a problem more, where it does not end well."""
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if problem := ending(found.returncode):
+        problems.append(f"{' '.join(command[1:])}: {problem}: {found.stderr.strip()[-200:]}")
+        return []
+    return found.stdout.split()
+
+
+def smoke(python: str, log: Path, names: Sequence[str], seconds: int = SMOKE) -> list[str]:
+    """Run each of `tests/smoke.py` in a process of its own; return what is wrong with them.
+
+    The log has the problems first, a line each, and then what every failed one printed.
+    """
+    print(f"smoke: {len(names)} tests, at most {seconds} s, {log.name}", flush=True)
+    end = time.monotonic() + seconds
+    waiting, running, problems, said = [*names], dict[str, Any](), list[str](), list[str]()
+    with tempfile.TemporaryDirectory() as scratch:
+        while waiting or running:
+            late = time.monotonic() > end
+            while waiting and len(running) < SIDE_BY_SIDE and not late:
+                name = waiting.pop(0)
+                output = (Path(scratch) / f"{name}.log").open("w+")
+                folder = Path(scratch) / name
+                command = [python, "-X", "faulthandler", "tests/smoke.py", name, str(folder)]
+                running[name] = (
+                    output,
+                    subprocess.Popen(
+                        command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+                    ),
+                )
+            for name, (output, process) in list(running.items()):
+                if process.poll() is None and not late:
+                    continue
+                if process.poll() is None:
+                    os.killpg(process.pid, 9)
+                    process.wait()
+                    problem = f"stopped, {seconds} s were over"
+                else:
+                    problem = ending(process.returncode)
+                output.seek(0)
+                text = output.read()
+                output.close()
+                del running[name]
+                if problem:
+                    last = next(reversed(text.strip().splitlines()), "")
+                    problems.append(f"smoke {name}: {problem}: {last[:200]}")
+                    said.append(f"--- {name}\n{text}")
+            if late:
+                problems += [f"smoke {name}: not begun, {seconds} s were over" for name in waiting]
+                waiting = []
+            time.sleep(0.05)
+    log.write_text("\n".join([*(problems or ["every one right"]), *said]) + "\n")
+    left = seconds - (end - time.monotonic())
+    print(f"smoke: {len(problems)} of {len(names)} failed, {left:.0f} s", flush=True)
+    return problems
+
+
+def ending(code: int) -> str | None:
+    """What an exit code says of a process; None where all was well."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}" if code else None
 
 
 def versions() -> str:
@@ -71,23 +141,31 @@ def main(out: Path) -> int:
         print("make gpu: torch sees no CUDA device here; nothing was run", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    python, problems = sys.executable, []
+    for log in out.glob("*.log"):
+        log.unlink()
+    about, gpu = versions(), family()
+    python, problems = sys.executable, list[str | None]()
     folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
     os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONUNBUFFERED"] = "1"
+    names = listed([python, "tests/smoke.py"], problems)
+    problems += smoke(python, out / "smoke.log", names)
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch)
         os.environ["ALPHASPIN_RESULTS"] = scratch
         # Of whichever torch and Triton are there, what they deprecate is no failure of the kernels.
         pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default"]
-        tests = [*pytest, "tests/kernels", "-k", ON_THE_GPU, *workers(), "--durations=10"]
-        problems.append(part("tests", tests, TESTS, out / "tests.log"))
-        kernels = ["benchmarks/test_kernels.py", "--benchmark", "-s", "-v"]
-        log = out / "benchmarks.log"
-        problems.append(part("benchmarks", [*pytest, *kernels], BENCHMARKS, log))
+        suite = [*pytest, "tests/kernels", "-k", ON_THE_GPU, *workers(), "--durations=10"]
+        problems.append(part("tests", suite, TESTS, out / "tests.log"))
+        end = time.monotonic() + BENCHMARKS
+        for name in listed([python, "benchmarks/test_kernels.py"], problems):
+            case = f"benchmarks/test_kernels.py::test_kernel[{name}]"
+            command, log = [*pytest, case, "--benchmark", "-s", "-v"], out / "benchmarks.log"
+            left = max(1.0, end - time.monotonic())
+            problems.append(part(f"benchmark {name}", command, left, log))
         profile = [python, "benchmarks/profile_slowest.py", scratch]
         problems.append(part("profile", profile, PROFILE, out / "profile.txt"))
-        roofline = [python, "benchmarks/roofline.py", "--gpu", family(), "--hidden", "4096"]
+        roofline = [python, "benchmarks/roofline.py", "--gpu", gpu, "--hidden", "4096"]
         roofline += ["--vocabulary", "128256", "--tokens", "4096"]
         if numbers := sorted(map(str, results.rglob("*.json"))):
             roofline += ["--measured", *numbers]
@@ -97,7 +175,7 @@ def main(out: Path) -> int:
         with tarfile.open(out / "results.tar.gz", "w:gz") as archive:
             archive.add(results, "results")
     found = [problem for problem in problems if problem]
-    summary = versions() + ("\n".join(found) if found else "every part passed") + "\n"
+    summary = about + ("\n".join(found) if found else "every part passed") + "\n"
     (out / "summary.txt").write_text(summary)
     print(summary, end="")
     return 1 if found else 0
