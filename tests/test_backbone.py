@@ -119,15 +119,20 @@ def plain_logps(model: Any, trees: Sequence[Tree]) -> Tensor:
 
 
 def make_trees(count: int, seed: int) -> list[Tree]:
-    """One to three responses each, longer than the sliding window of 6 and shorter."""
+    """One to three responses each, longer than the sliding window of 6 and shorter.
+
+    They begin as the one before does, for any number of its tokens, and may be equal.
+    """
     random = np.random.default_rng(seed)
-    return [
-        Tree(
-            helpers.tokens(random, 1, 14),
-            tuple(helpers.tokens(random, 1, 20) for _ in range(1 + i % 3)),
-        )
-        for i in range(count)
-    ]
+    trees: list[Tree] = []
+    for i in range(count):
+        prompt, responses = helpers.tokens(random, 1, 14), [helpers.tokens(random, 1, 20)]
+        for _ in range(i % 3):
+            shared = responses[-1][: random.integers(0, len(responses[-1]) + 1)]
+            own = helpers.tokens(random, 0 if len(shared) else 1, 20 - len(shared))
+            responses.append(np.concatenate([shared, own]))
+        trees.append(Tree(prompt, tuple(responses)))
+    return trees
 
 
 def mixed_batch() -> tuple[Batch, dict[str | None, list[Tree]]]:
@@ -138,7 +143,6 @@ def mixed_batch() -> tuple[Batch, dict[str | None, list[Tree]]]:
         None: make_trees(4, 3),
     }
     batch = collate(list(groups.items()), layout="packed")
-    assert batch.input_ids.shape == (1, sum(t.size() for trees in groups.values() for t in trees))
     return batch, groups
 
 

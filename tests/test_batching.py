@@ -1,12 +1,14 @@
 """Packing: every token once, seeing exactly its own history."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alphaspin.model.attention import attend
+from alphaspin.model.attention import KEYS_ONLY, Keys, attend
 from alphaspin.model.batching import Batch, collate
 from alphaspin.model.tree import Tree
 
@@ -15,7 +17,10 @@ SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 @st.composite
 def forests(draw: st.DrawFn) -> list[Tree]:
-    """Trees whose tokens are all different numbers, so that each can be told from the others."""
+    """Trees whose tokens are different numbers, so that each can be told from the others.
+
+    Responses may begin as an earlier one of their tree does, end with it, or be it.
+    """
     number = 1
 
     def take(count: int) -> np.ndarray:
@@ -23,8 +28,17 @@ def forests(draw: st.DrawFn) -> list[Tree]:
         number += count
         return np.arange(number - count, number, dtype=np.int32)
 
+    def answers(lengths: list[int]) -> tuple[np.ndarray, ...]:
+        found = [take(lengths[0])]
+        for length in lengths[1:4]:
+            like = found[draw(st.integers(0, len(found) - 1))]
+            shared = draw(st.integers(0, len(like)))
+            own = length if not shared else draw(st.integers(0, length))
+            found.append(np.concatenate([like[:shared], take(own)]))
+        return tuple(found)
+
     shapes = draw(st.lists(st.tuples(st.integers(1, 4), SIZES), min_size=1, max_size=4))
-    return [Tree(take(p), tuple(take(r) for r in answers[:3])) for p, answers in shapes]
+    return [Tree(take(p), answers(lengths)) for p, lengths in shapes]
 
 
 def histories(batch: Batch, window: int | None) -> list[set[int]]:
@@ -66,14 +80,14 @@ def test_every_token_sees_its_own_history(trees: list[Tree], layout: str, window
         for answer in tree.responses
     ]
     assert batch.lengths.tolist() == [len(answer) for _, answer, _ in wanted]
-    assert batch.targets.tolist() == [int(t) for _, answer, _ in wanted for t in answer]
+    assert batch.targets[batch.entries].tolist() == [int(t) for _, y, _ in wanted for t in y]
     ids, position_ids = batch.input_ids.flatten(), batch.position_ids.flatten()
     full, windowed = histories(batch, None), histories(batch, window)
     cursor = 0
     for prompt, answer, name in wanted:
         history = [int(t) for t in prompt]
         for target in map(int, answer):
-            source = int(batch.source[cursor])
+            source = int(batch.source[batch.entries[cursor]])
             # The state that predicts a target has seen the prompt and the answer so far, no more.
             assert full[source] == set(history)
             assert windowed[source] == set(history[-window:])
@@ -83,6 +97,59 @@ def test_every_token_sees_its_own_history(trees: list[Tree], layout: str, window
             history.append(target)
             cursor += 1
     assert batch.segments[0].start == 0 and batch.segments[-1].stop == len(ids)
+    if layout == "packed":
+        # Nothing twice, and nothing that nobody needs.
+        prefixes = {
+            (i, *y[:n])
+            for i, tree in enumerate(trees)
+            for y in tree.responses
+            for n in range(1, len(y))
+        }
+        assert len(ids) == sum(len(tree.prompt) for tree in trees) + len(prefixes)
+        predictions = {
+            (i, *y[:n])
+            for i, tree in enumerate(trees)
+            for y in tree.responses
+            for n in range(1, len(y) + 1)
+        }
+        assert len(batch.targets) == len(predictions)
+
+
+@settings(max_examples=60, deadline=None)
+@given(forests(), st.integers(1, 6))
+def test_the_last_layer_asks_for_what_predicts(trees: list[Tree], window: int) -> None:
+    half = len(trees) // 2
+    groups = [("a", trees[:half]), (None, trees[half:])] if half else [(None, trees)]
+    batch = collate(groups, layout="packed")
+    expected, last = histories(batch, window), batch.last
+    if last is None:
+        assert {*batch.source.tolist()} == {*range(batch.input_ids.numel())}
+        return
+    seen, asking = last.seen.tokens.tolist(), last.asking.tokens.tolist()
+    assert {*batch.source.tolist()} == {*asking}
+    assert sorted(seen + asking) == [*range(batch.input_ids.numel())]
+    for part in (last.seen, last.asking):
+        for whole, mine in zip(batch.segments, part.segments, strict=True):
+            assert mine.adapter == whole.adapter
+            among = part.tokens[mine.start : mine.stop].tolist()
+            assert among == [t for t in part.tokens.tolist() if whole.start <= t < whole.stop]
+    values = torch.eye(len(seen + asking))[None, None]
+    flat = torch.zeros(1, 1, len(seen + asking), 4)
+    with pytest.raises(Keys) as keys:
+        silent = (flat[:, :, : len(seen)], values[:, :, : len(seen)])
+        attend(torch.nn.Identity(), flat[:, :, : len(seen)], *silent, None, places=KEYS_ONLY)
+    found, _ = attend(
+        torch.nn.Identity(),
+        flat[:, :, len(seen) :],
+        flat[:, :, len(seen) :],
+        values[:, :, len(seen) :],
+        None,
+        places=replace(last.places, before=keys.value.args),
+        sliding_window=window,
+    )
+    ids = batch.input_ids.flatten()[torch.tensor(seen + asking)]
+    for token, row in zip(asking, found[0, :, 0], strict=True):
+        assert set(ids[row > 0].tolist()) == expected[token]
 
 
 def test_nothing_to_train_is_an_error() -> None:
@@ -99,16 +166,17 @@ def test_an_empty_response_among_others_counts_no_token() -> None:
     assert histories(batch, None)[int(batch.source[-1])] == {0, 1, 2, 7}
 
 
-def test_packing_computes_a_prompt_once_and_no_padding() -> None:
+def test_packing_computes_nothing_twice_and_no_padding() -> None:
     prompt = np.arange(50, dtype=np.int32)
     trees = [Tree(prompt, tuple(np.arange(n, dtype=np.int32) for n in (5, 1, 9, 5)))] * 2
     packed, padded = (collate([(None, trees)], layout=layout) for layout in ("packed", "padded"))
-    assert packed.input_ids.shape == (1, 2 * 70)
-    assert padded.input_ids.shape == (8, 59)
-    assert torch.equal(packed.targets, padded.targets)
+    assert packed.input_ids.shape == (1, 2 * (50 + 8))
+    assert len(packed.targets) == 2 * 9
+    assert padded.input_ids.shape == (8, 58)
+    assert torch.equal(packed.targets[packed.entries], padded.targets)
 
 
 def test_sequences_of_unlike_length_are_not_padded_to_the_longest() -> None:
     trees = [Tree(np.arange(2, dtype=np.int32), (np.zeros(n, np.int32),)) for n in (3, 30, 200, 29)]
     places = collate([(None, trees)], layout="packed").places
-    assert places.buckets == ((1, 202), (2, 32), (1, 5))
+    assert places is not None and places.buckets == ((1, 201), (2, 31), (1, 4))

@@ -129,7 +129,7 @@ def test_tokens_that_each_mode_computes(mode: str, tmp_path: Path) -> None:
     """
     backbone = load(make_folder(tmp_path, "llama"), POLICY, PREVIOUS)
     trees = pairs(3)
-    size = sum(tree.size() for tree in trees)
+    size = collate([(POLICY, trees)], layout="packed").input_ids.numel()
     gradients(backbone, trees, mode)
     seen = {"layers": 0, "forward": 0, "backward": 0}
     first = cast(Any, backbone.decoder).layers[0]

@@ -1,8 +1,8 @@
-"""Attention of packed token trees: every response with its prompt, and nothing else.
+"""Attention of packed token trees: every response with what comes before it, and nothing else.
 
 A batch is one row of tokens without padding; all but attention works token by token. For
-attention alone each response is laid out with a copy of its prompt before it, sequences of similar
-length side by side, so that it is plain causal attention without a mask:
+attention alone each response is laid out with a copy of what it shares with others before it,
+sequences of similar length side by side, so that it is plain causal attention without a mask:
 
     row         p0 p1 p2 w0 w1 l0 l1 l2
     sequences   p0 p1 p2 w0 w1  .
@@ -11,13 +11,13 @@ length side by side, so that it is plain causal attention without a mask:
 transformers takes the function by its name (`AttentionInterface`), hands it the family's scaling,
 window and soft cap, and builds no mask for a name that has none.
 
-Shapes: T tokens of the row, M places of all sequences, E places of prompt copies; Q sequences of S
-places in a bucket; A heads (G for keys), D width of a head.
+Shapes: T tokens of the row, M places of all sequences, E places of copies; Q sequences of S places
+in a bucket; A heads (G for keys), D width of a head.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,39 +48,51 @@ class Places:
     """Where tokens stand in the sequences.
 
     token: [M] int64, the token at each place (any at a place left empty). home: [T] int64, the
-    place whose output is the token's. copies: [E] int64, places at which a prompt's token stands
-    again. buckets: (Q, S) each, M = Σ Q·S.
+    place whose output is the token's. copies: [E] int64, places at which a token stands again.
+    buckets: (Q, S) each, M = Σ Q·S.
+
+    Where only the last P of the tokens ask (`asking`), the layer is given these alone, `before` are
+    keys and values of the others, and `query` the token of them (from 0) at each place.
     """
 
     token: Tensor
     home: Tensor
     copies: Tensor
     buckets: tuple[tuple[int, int], ...]
+    query: Tensor | None = None
+    before: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device) -> "Places":
         """The same on `device`."""
         parts = (self.token.to(device), self.home.to(device), self.copies.to(device))
-        return Places(*parts, self.buckets)
+        query = None if self.query is None else self.query.to(device)
+        return Places(*parts, self.buckets, query)
+
+    def asking(self, silent: Tensor, asking: Tensor) -> "Places":
+        """The same for the tokens in another order: those [T - P] without a query come first."""
+        order = torch.cat([silent, asking])
+        token = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))[self.token]
+        query = (token - len(silent)).clamp(min=0)  # what is not asked for may be anything
+        return Places(token, self.home[order], self.copies, self.buckets, query)
 
 
-def lay_out(trees: Sequence[tuple[int, int, Sequence[int]]], tokens: int) -> Places:
+class Keys(Exception):
+    """Keys and values [R, G, S, D] of a layer that was given `KEYS_ONLY`."""
+
+
+KEYS_ONLY = object()
+"""In the place of `Places`: tokens that have keys and values in this layer and nothing more."""
+
+
+def lay_out(sequences: Sequence[tuple[NDArray[np.int64], int]], tokens: int) -> Places:
     """Places of a row's tokens.
 
     Args:
-        trees: (first token, tokens of the prompt, tokens of each response) of each tree.
-        tokens: T; tokens of no tree are padding and stand alone.
+        sequences: (its tokens, how many at its start are copies), each token once without copies.
+        tokens: T.
     """
-    home = np.full(tokens, -1, np.int64)
-    sequences: list[tuple[NDArray[np.int64], int]] = []  # its tokens, how many are copies
-    for first, prompt, responses in trees:
-        at = first + prompt
-        for number, length in enumerate(responses):
-            own = np.arange(at, at + length)
-            sequences.append((np.concatenate([first + np.arange(prompt), own]), number and prompt))
-            at += length
-        home[first:at] = 0
-    sequences += [(np.array([token]), 0) for token in np.flatnonzero(home < 0)]
-    sequences.sort(key=lambda sequence: -len(sequence[0]))
+    home = np.empty(tokens, np.int64)
+    sequences = sorted(sequences, key=lambda sequence: -len(sequence[0]))
     token: list[NDArray[np.int64]] = []
     copies: list[NDArray[np.int64]] = []
     buckets: list[tuple[int, int]] = []
@@ -118,20 +130,23 @@ class _Spread(torch.autograd.Function):
         return grad, None, None, None
 
 
-class _Collect(torch.autograd.Function):
-    """Places [M, …] to tokens [T, …]."""
-
+class _Pick(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, home: Tensor) -> Tensor:
-        ctx.places = len(y)
-        ctx.save_for_backward(home)
-        return y.index_select(0, home)
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.length = len(x)
+        ctx.save_for_backward(index)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (home,) = ctx.saved_tensors
-        grad = grads[0].new_zeros((ctx.places, *grads[0].shape[1:]))
-        return grad.index_copy_(0, home, grads[0]), None
+        (index,) = ctx.saved_tensors
+        grad = grads[0].new_zeros((ctx.length, *grads[0].shape[1:]))
+        return grad.index_copy_(0, index, grads[0]), None
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] of entries that are all different, so that the backward pass adds nothing up."""
+    return cast(Tensor, _Pick.apply(x, index))
 
 
 def attend(
@@ -141,7 +156,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    places: Places | None = None,
+    places: Any = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -156,7 +171,7 @@ def attend(
         key: [R, G, S, D], G a divisor of A.
         value: as `key`.
         attention_mask: None; the model makes none for this function, so that one is the layer's.
-        places: of the T tokens.
+        places: of the T tokens, or `KEYS_ONLY`.
         scaling: of the scores; 1/√D where not given.
         sliding_window: tokens see those less than it before them.
         softcap: bound c of the scores, c·tanh(score / c).
@@ -169,6 +184,7 @@ def attend(
 
     Raises:
         InputError: no places, or an argument that may change the result and is not known here.
+        Keys: `KEYS_ONLY` was given.
     """
     del module
     if places is None:
@@ -181,19 +197,26 @@ def attend(
         unset = argument is None or argument is False or (name == "dropout" and not argument)
         if name not in WITHOUT_EFFECT and not unset:
             raise InputError(f"its attention has an argument of its own, {name}")
+    if places is KEYS_ONLY:
+        raise Keys(key, value)
+    assert isinstance(places, Places)
     rows, heads, width = query.shape[:3]
+    if places.before is not None:
+        key, value = (torch.cat(x, 2) for x in zip(places.before, (key, value), strict=True))
+    home = places.home[len(places.home) - rows * width :]
+    everywhere = (places.token, places.home, places.copies)
+    asked = everywhere if places.query is None else (places.query, home, places.copies[:0])
     spread: list[tuple[Tensor, ...]] = []
     sizes = [count * length for count, length in places.buckets]
-    for x in (query, key, value):
-        x_TAD = x.transpose(1, 2).flatten(0, 1)
-        x_MAD = _Spread.apply(x_TAD, places.token, places.home, places.copies)
+    for x, where in ((query, asked), (key, everywhere), (value, everywhere)):
+        x_MAD = _Spread.apply(x.transpose(1, 2).flatten(0, 1), *where)
         spread.append(x_MAD.split(sizes))
     outputs: list[Tensor] = []
     for (count, length), *parts in zip(places.buckets, *spread, strict=True):
         q, k, v = (x.view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
         y_QASD = _causal(q, k, v, scaling, sliding_window, softcap, s_aux)
         outputs.append(y_QASD.transpose(1, 2).flatten(0, 1))
-    y_TAD = _Collect.apply(torch.cat(outputs), places.home)
+    y_TAD = pick(torch.cat(outputs), home)
     return y_TAD.view(rows, width, heads, -1), None
 
 

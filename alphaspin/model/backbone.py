@@ -14,7 +14,8 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.artefacts import file_hash
-from alphaspin.model.attention import TREES, Places
+from alphaspin.model.attention import KEYS_ONLY, TREES, Keys, Places, pick
 from alphaspin.model.batching import Batch, Segment
 from alphaspin.model.head import head_product, numbers, scale_and_cap
 from alphaspin.model.layout import pin_positions, why_not_joint, why_not_packed
@@ -53,6 +54,7 @@ from alphaspin.model.routing import (
 )
 from alphaspin.model.settings import LoraConfig
 
+SEEN = 2**62  # added to the seed of the noise on tokens that only have keys and values
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 WEIGHTS = "adapter_model.safetensors"
 
@@ -64,6 +66,8 @@ class Backbone(nn.Module):
     """How its tokens are laid out: what `collate` takes."""
     layout_reason: str
     """Why it is not `packed`, where it is not."""
+    whole_reason = ""
+    """Why the last layer computes all of all tokens, where it does (see `batching`)."""
     cache: Literal["slots", "own", "none"]
     """What the sampler keeps of a sequence: keys and values in slots of ours, the family's own
     cache, or nothing but its tokens (see `caches`)."""
@@ -181,8 +185,24 @@ class Backbone(nn.Module):
         model: Any = self._causal_lm
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name since 5.2x
         (enable or model.gradient_checkpointing_enable)(
-            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._again())}
+            {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._repeating())}
         )
+
+    def _repeating(self) -> AbstractContextManager[None]:
+        """For a layer's forward pass in the backward pass: tokens are routed as they are now."""
+        route, then = self.route, (self.route.segments, self.route.seed)
+
+        @contextmanager
+        def again() -> Generator[None]:
+            now = route.segments, route.seed
+            route.segments, route.seed = then
+            try:
+                with self._attending_trees(), lenient():
+                    yield
+            finally:
+                route.segments, route.seed = now
+
+        return again()
 
     # Adapters
 
@@ -377,8 +397,8 @@ class Backbone(nn.Module):
                 so that the layer's weights are gathered once for both, without a graph.
 
         Returns:
-            hidden_NH: [N, H] in the base's dtype, in the order of `batch.targets`; with `beside`,
-            that and the same for it.
+            hidden_NH: [N, H] in the base's dtype, of each prediction; with `beside`, that and the
+            same for it.
         """
         if beside is not None and not self._layers:
             raise InputError(f"{NOT_JOINT}: its layers are not a list")
@@ -406,7 +426,7 @@ class Backbone(nn.Module):
                     input_ids=ids, position_ids=position_ids, use_cache=False, places=batch.places
                 )
         finally:
-            route.segments, route.batch, route.beside = batch.segments, None, None
+            route.segments, route.beside = batch.segments, None
             route.dequantised, route.inside = None, False
         hidden_TH = cast(Tensor, output.last_hidden_state).flatten(0, 1)
         if beside is None:
@@ -481,43 +501,67 @@ class Backbone(nn.Module):
 
     def _both(self, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """A decoder layer's forward: the policy's tokens, then, without a graph, those beside."""
-        route, run = self.route, type(layer).forward  # also where FSDP has changed the class
+        route = self.route
         if route.beside is None:
-            return run(layer, hidden, *args, **kwargs)
+            return self._one(layer, route.batch, hidden, args, kwargs)
         assert route.batch is not None
-        whole, results, start = hidden.shape[:2], list[Tensor](), 0
-        if hidden.ndim != 3 or whole[0] != 1:
-            raise InputError(f"{NOT_JOINT}: its layers pass on hidden states {hidden.ndim}-fold")
-
-        def cut(value: Any, span: slice) -> Any:
-            if isinstance(value, tuple):
-                return tuple(cut(item, span) for item in cast(tuple[Any, ...], value))
-            if isinstance(value, Tensor) and whole[1] in value.shape:
-                if value.shape[:2] != whole:
-                    raise InputError(f"{NOT_JOINT}: its layers take a tensor {[*value.shape]}")
-                return value[:, span]
-            if value is None or isinstance(value, (Tensor, bool, int, float, str, Places)):
-                return value
-            raise InputError(
-                f"{NOT_JOINT}: its layers share a {type(value).__name__}, which the references "
-                "would overwrite"
-            )
-
+        results, start = list[Tensor](), 0
         route.dequantised, route.inside = {}, True
         for batch in (route.batch, route.beside):
             span = slice(start, start := start + batch.input_ids.numel())
             route.segments = batch.segments
-            mine = {key: cut(value, span) for key, value in kwargs.items()}
-            mine["places"] = batch.places
-            # A clone: the graph would keep a view, and with it the tokens beside.
-            part = hidden[:, span].clone()
+            try:
+                part, mine, given = _divided(hidden, args, kwargs, lambda x, s=span: x[:, s])
+            except InputError as error:
+                raise InputError(f"{NOT_JOINT}: {error}") from None
+            given["places"] = batch.places
             with torch.set_grad_enabled(torch.is_grad_enabled() and batch is route.batch):
-                output = run(layer, part, *cut(args, span), **mine)
+                # A clone: the graph would keep a view, and with it the tokens beside.
+                output = self._one(layer, batch, part.clone(), mine, given)
             if not isinstance(output, Tensor):
                 raise InputError(f"{NOT_JOINT}: its layers return more than hidden states")
             results.append(output)
         route.dequantised, route.inside = None, False
         return torch.cat(results, 1)
+
+    def _one(
+        self,
+        layer: nn.Module,
+        batch: Batch | None,
+        hidden: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The same for the tokens of one batch: in the last layer, 0 where nothing is predicted."""
+        route, run = self.route, type(layer).forward  # also where FSDP has changed the class
+        # Another batch, or none, where the sampler or a plain pass is at work.
+        last = batch.last if batch and kwargs.get("places") is batch.places else None
+        if last is None or self.whole_reason or layer is not self._layers[-1]:
+            return run(layer, hidden, *args, **kwargs)
+
+        def part(tokens: Tensor, places: Any) -> Any:
+            only = partial(_tokens_of, tokens)
+            mine, args_, kwargs_ = _divided(hidden, args, kwargs, only)
+            return run(layer, mine, *args_, **kwargs_ | {"places": places})
+
+        segments, seed, before = route.segments, route.seed, None
+        recompute = getattr(layer, "gradient_checkpointing", False)
+        try:
+            route.segments, route.seed = last.seen.segments, seed + SEEN
+            cast(Any, layer).gradient_checkpointing = False  # it would not survive the exception
+            try:
+                part(last.seen.tokens, KEYS_ONLY)
+            except Keys as keys:
+                before = cast(tuple[Tensor, Tensor], keys.args)
+            cast(Any, layer).gradient_checkpointing = recompute
+            route.segments, route.seed = last.asking.segments, seed
+            output = part(last.asking.tokens, replace(last.places, before=before))
+        finally:
+            cast(Any, layer).gradient_checkpointing = recompute
+            route.segments, route.seed = segments, seed
+        if before is None or not isinstance(output, Tensor):
+            raise InputError("its last layer is not attention and what comes after it")
+        return output.new_zeros(hidden.shape).index_copy(1, last.asking.tokens, output)
 
     def notes(self) -> list[str]:
         """What a user should know of how this model is served, a sentence each."""
@@ -526,6 +570,8 @@ class Backbone(nn.Module):
             found.append(
                 f"padded rows, one sequence each, slower than packed: {self.layout_reason}"
             )
+        elif self.whole_reason:
+            found.append(f"the whole last layer for all tokens: {self.whole_reason}")
         if self.cache_reason:
             instead = "each of its tokens" if self.cache == "none" else "the family's own cache"
             found.append(f"answers with {instead}, which is slower: {self.cache_reason}")
@@ -572,12 +618,6 @@ class Backbone(nn.Module):
         return self.decoder
 
     @contextmanager
-    def _again(self) -> Generator[None]:
-        """What a backward pass computes again is computed as it was."""
-        with self._attending_trees(), lenient():
-            yield
-
-    @contextmanager
     def _attending_trees(self) -> Generator[None]:
         """Attention by `attention.attend` instead of the family's own choice."""
         config: Any = self._causal_lm.config
@@ -586,6 +626,39 @@ class Backbone(nn.Module):
             yield
         finally:
             config._attn_implementation = usual
+
+
+def _divided(
+    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], only: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments for some of the tokens of its one row, which `only` takes.
+
+    Raises:
+        InputError: something in them may belong to tokens in a way that is not known here.
+    """
+    whole = hidden.shape[:2]
+    if hidden.ndim != 3 or whole[0] != 1:
+        raise InputError(f"its layers pass on hidden states {hidden.ndim}-fold")
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(cut, cast(tuple[Any, ...], value)))
+        if isinstance(value, Tensor) and whole[1] in value.shape:
+            if value.shape[:2] != whole:
+                raise InputError(f"its layers take a tensor {[*value.shape]}")
+            return only(value)
+        if value is None or isinstance(value, (Tensor, bool, int, float, str, Places)):
+            return value
+        raise InputError(
+            f"its layers share a {type(value).__name__}, which a second pass would overwrite"
+        )
+
+    return only(hidden), cut(args), {key: cut(value) for key, value in kwargs.items()}
+
+
+def _tokens_of(tokens: Tensor, x: Tensor) -> Tensor:
+    """Some of the tokens of a row, [1, n, …]."""
+    return pick(x[0], tokens)[None]
 
 
 def average_adapters(

@@ -85,6 +85,7 @@ class Served(Protocol):
 
     path: str
     layer_types: set[str]
+    whole_reason: str
 
     @property
     def family(self) -> str: ...  # noqa: D102
@@ -118,6 +119,8 @@ def why_not_packed(backbone: Served) -> str:
     unknown = backbone.layer_types - {"full_attention", "sliding_attention"}
     reason = f"it has layers of type {', '.join(sorted(unknown))}" if unknown else ""
     reason = reason or _differs(backbone, "packed")
+    if reason and not unknown:
+        backbone.whole_reason, reason = reason, _differs(backbone, "packed")
     if reason and (worse := _differs(backbone, "padded")):
         raise InputError(
             f"{backbone.path}: models of type {backbone.family} cannot be served here: {reason}, "
@@ -143,7 +146,8 @@ def _differs_once(backbone: Served, layout: Literal["packed", "padded"], seed: i
     trees = _trees(backbone, np.random.default_rng(seed), (3, 4, 2), (7, 12, 5))
     device = backbone.head.weight.device
     try:
-        found = backbone(collate([(None, trees)], layout=layout).to(device)).float()
+        batch = collate([(None, trees)], layout=layout).to(device)
+        found = backbone(batch).float()[batch.entries]
     except InputError as error:
         return str(error)
     except FAILS as error:
@@ -162,9 +166,14 @@ def _differs_once(backbone: Served, layout: Literal["packed", "padded"], seed: i
 def _trees(
     backbone: Served, random: np.random.Generator, *lengths: tuple[int, int, int]
 ) -> list[Tree]:
-    """Trees of a prompt and two responses of these lengths, with random tokens."""
+    """Trees of a prompt and two responses of these lengths, with random tokens.
+
+    The responses share what they begin with, but for the last tree's.
+    """
     tokens = backbone.ordinary_tokens[:64]
     drawn = [[random.choice(tokens, length) for length in each] for each in lengths]
+    for _, one, other in drawn[:-1]:
+        other[: len(one) // 2] = one[: len(one) // 2]
     return [Tree(prompt, tuple(responses)) for prompt, *responses in drawn]
 
 

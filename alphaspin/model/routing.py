@@ -34,11 +34,12 @@ class Route:
     """Which tokens of the batch in flight run under which adapter; one object for all layers.
 
     It stays in force until the next forward pass, because activation checkpointing runs layers
-    again during the backward pass. `seed` is that of the pass's dropout noise. `beside` is the
-    batch of frozen policies that goes through each layer right after `batch`, `inside` whether a
-    layer is at work on one of the two. `dequantised` holds the 4-bit weights, by the number of
-    their layer, that `batch` has used and `beside` is to use. `plain` leaves everything to PEFT's
-    active adapter, with `rounding`, if there is one, adding errors of one rounding to each output.
+    again during the backward pass; so does `batch`. `seed` is that of the pass's dropout noise.
+    `beside` is the batch of frozen policies that goes through each layer right after `batch`,
+    `inside` whether a layer is at work on one of the two. `dequantised` holds the 4-bit weights, by
+    the number of their layer, that `batch` has used and `beside` is to use. `plain` leaves
+    everything to PEFT's active adapter, with `rounding`, if there is one, adding errors of one
+    rounding to each output.
     """
 
     segments: tuple[Segment, ...] = ()

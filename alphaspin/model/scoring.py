@@ -38,12 +38,13 @@ def sequence_logps(backbone: Backbone, batch: Batch) -> Tensor:
 
 
 def hidden_logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
-    """The same from the hidden states that predict the targets."""
+    """The same from the hidden states [N, H] of the predictions."""
     return sequence_logprob(
         hidden_NH,
         backbone.head.weight,
         batch.targets,
         torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0)),
+        rows=batch.entries,
         bias=backbone.head.bias,
         softcap=backbone.softcap,
         temperature=1 / backbone.scale,

@@ -14,7 +14,3 @@ class Tree:
 
     prompt: Tokens
     responses: tuple[Tokens, ...]
-
-    def size(self) -> int:
-        """Tokens when the prompt stands once."""
-        return len(self.prompt) + sum(len(response) for response in self.responses)

@@ -113,7 +113,7 @@ def prefix_logps(
     stops_E = torch.tensor(sorted(stop_ids), device=backbone.device)
     targets_NK = torch.cat([batch.targets[:, None], stops_E.expand(len(batch.targets), -1)], 1)
     head = backbone.head
-    return linear_logprob(
+    logps_NK = linear_logprob(
         backbone(batch),
         head.weight,
         targets_NK,
@@ -121,6 +121,7 @@ def prefix_logps(
         softcap=backbone.softcap,
         temperature=1 / backbone.scale,
     )
+    return logps_NK[batch.entries]
 
 
 def tree_of(prompt: Tokens, answers: Sequence[Answer]) -> Tree:

@@ -25,6 +25,7 @@ def sequence_logprob(
     targets: Tensor,
     cu_seqlens: Tensor,
     *,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -40,6 +41,8 @@ def sequence_logprob(
         targets: [N] or [N, K] int64.
         cu_seqlens: [B + 1] int32 or int64, as FlashAttention's varlen functions take it: sequence b
             has the rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; from 0 to N. May be empty.
+        rows: [M] int64, where sequences share rows: sequence b then has those that `rows` has from
+            ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; from 0 to M.
         bias, softcap, temperature, ignore_index, skip_below, skipped_mass: as in
             :func:`linear_logprob`; ignored targets count 0.
 
@@ -51,6 +54,8 @@ def sequence_logprob(
         ValueError: as :func:`linear_logprob`, and for boundaries that do not rise from 0 to N.
     """
     check_cu_seqlens(hidden, cu_seqlens)
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ValueError(f"rows must be [M] torch.int64, got {[*rows.shape]} {rows.dtype}")
     logp = linear_logprob(
         hidden,
         weight,
@@ -62,6 +67,8 @@ def sequence_logprob(
         skip_below=skip_below,
         skipped_mass=skipped_mass,
     )
+    if rows is not None:
+        logp = logp[rows]
     if targets.dim() == 2:
         return _segment_sum(logp, cu_seqlens)
     return _segment_sum(logp[:, None], cu_seqlens)[:, 0]
