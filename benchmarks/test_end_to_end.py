@@ -126,12 +126,20 @@ class Ours(Variant):
     """The trainer's own step: `accumulate_gradients` and the optimiser."""
 
     def __init__(
-        self, folder: Path, micro: int, alpha: float = 1.0, mode: str = "cached", **train: Any
+        self,
+        folder: Path,
+        micro: int,
+        alpha: float = 1.0,
+        mode: str = "cached",
+        beta: float = BETA,
+        skip: bool = True,
+        **train: Any,
     ):
         self.backbone = base(folder)
         for name in (POLICY, PREVIOUS):
             self.backbone.load_adapter(name, folder / PREVIOUS)
         self.micro, self.alpha, self.mode, self.settings = micro, alpha, mode, train
+        self.beta, self.skip = beta, skip  # pairs with equal responses, as methods.spin does
         self.parameters = self.backbone.policy_parameters()
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=RATE, weight_decay=0.0)
 
@@ -152,7 +160,7 @@ class Ours(Variant):
         if self.mode != "cached":
             return
         cache = ReferenceCache()
-        score(self.backbone, cache, self.policies, self.trees, self.train)
+        score(self.backbone, cache, self.policies, self.trees, self.train.scored_together)
         ids = [self.backbone.adapter_ids[policy] for policy in self.policies]
         logps = [torch.tensor([cache.lookup(i, tree) for tree in self.trees]) for i in ids]
         self.references = [tuple(row) for row in self.mix(*logps).tolist()]
@@ -164,18 +172,21 @@ class Ours(Variant):
         if self.mode != "cached":
             online = OnlineReference(tuple(self.policies), self.mix, self.mode == "joint")
         job = Job(
-            objective=lambda policy, reference, lengths: DPO(beta=(BETA,))(
+            objective=lambda policy, reference, lengths: DPO(beta=(self.beta,))(
                 policy, reference, lengths, 0
             ),
             config=self.train,
-            beta=BETA,
+            beta=self.beta,
             iteration=0,
             seed=0,
             stage="benchmark",
             checkpoints=Path("unused"),
             online=online,
         )
-        examples = [Example(t, r) for t, r in zip(self.trees, self.references, strict=True)]
+        examples = [
+            Example(t, r, informative=not (self.skip and np.array_equal(*t.responses)))
+            for t, r in zip(self.trees, self.references, strict=True)
+        ]
         values = accumulate_gradients(Team(self.backbone.device), self.backbone, examples, job, 0)
         self.optimizer.step()
         return values["loss"]
@@ -241,7 +252,7 @@ class Trl(Variant):
     says that it ignores it.
     """
 
-    def __init__(self, folder: Path, micro: int):
+    def __init__(self, folder: Path, micro: int, beta: float = BETA):
         from trl import DPOConfig, DPOTrainer
 
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -255,7 +266,7 @@ class Trl(Variant):
             activation_checkpointing=False,
             max_length=None,
             report_to="none",
-            beta=BETA,
+            beta=beta,
         )
         # Text, because DPOTrainer tokenises for itself; the ids that it is given come below.
         text = {"prompt": "a", "chosen": " b", "rejected": " c"}
@@ -324,10 +335,10 @@ class Floor(Variant):
         ]
 
     def use(self, trees: list[Tree]) -> None:
-        self.tokens = sum(tree.size() for tree in trees)
         if not self.shared:
-            self.tokens += sum(len(t.prompt) * (len(t.responses) - 1) for t in trees)
-        self.targets = sum(len(y) for tree in trees for y in tree.responses)
+            trees = [Tree(tree.prompt, (y,)) for tree in trees for y in tree.responses]
+        batch = collate([(None, trees)], layout="packed")
+        self.tokens, self.targets = batch.input_ids.numel(), len(batch.targets)
 
     @torch.no_grad()
     def step(self) -> float:
@@ -375,7 +386,7 @@ FLOOR, OURS, TRL = "matrix products alone", "alphaspin, cached", "TRL DPOTrainer
 MIXTURE = "alphaspin, mixture"
 
 
-def throughput(vocabulary: int, pairs: int) -> Case:
+def throughput(vocabulary: int, pairs: int, **lengths: int) -> Case:
     """One reference against TRL's, and the mixture of two against three naive passes."""
     ways = {f"{pairs} pairs at once": pairs, "one pair at a time": 1}
     single: dict[str, Callable[[Path], Variant]] = {
@@ -411,7 +422,8 @@ def throughput(vocabulary: int, pairs: int) -> Case:
                 found.append(Goal(f"memory / TRL, {way}", mine / other, 1 / 3))
         return found
 
-    return Case(Size(vocabulary, pairs=pairs), [{FLOOR: Floor}, single, mixture], goals)
+    size = Size(vocabulary, pairs=pairs, **lengths)
+    return Case(size, [{FLOOR: Floor}, single, mixture], goals)
 
 
 def references(vocabulary: int, pairs: int) -> Case:
@@ -471,6 +483,7 @@ def sharing(vocabulary: int, pairs: int) -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "end-to-end-35m-32k": lambda: throughput(32_000, 8),
     "end-to-end-85m-128k": lambda: throughput(128_000, 4),
+    "end-to-end-gsm8k-lengths": lambda: throughput(32_000, 8, prompt=59, shortest=36, longest=106),
     "end-to-end-reference": lambda: references(32_000, 8),
     "end-to-end-sharing": lambda: sharing(32_000, 8),
 }

@@ -55,6 +55,10 @@ def recorded(self, *args, **kwargs):
 interpreter.GridExecutor.__call__ = recorded
 
 
+def size(tree: Tree) -> int:
+    return len(tree.prompt) + sum(map(len, tree.responses))
+
+
 def run(family: str, mode: str, device: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Metrics and gradients of a batch, with what there is for `device`."""
     model = helpers.make_model(family, num_hidden_layers=1)
@@ -64,7 +68,7 @@ def run(family: str, mode: str, device: str) -> tuple[dict[str, float], dict[str
         backbone.add_adapter(name, LoraConfig(r=4, alpha=6), seed=number, iteration=0)
         perturb(backbone, name, number)
         backbone.adapter_ids[name] = name
-    return gradients(backbone, sorted(pairs(9), key=Tree.size)[:2], mode)
+    return gradients(backbone, sorted(pairs(9), key=size)[:2], mode)
 
 
 for argument in sys.argv[1:]:

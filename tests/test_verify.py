@@ -36,7 +36,9 @@ def test_right_models_pass(family: str, tmp_path: Path) -> None:
     )
     torch.manual_seed(3)
     found = verify.verify(backbone, POLICY, longest=LONGEST)
-    assert not (found.packed or found.joint or found.slots)
+    assert not (found.packed or found.last or found.joint or found.slots)
+    if backbone.layout == "packed":  # Gemma 4's last layers look into those before them
+        assert bool(backbone.whole_reason) == (family == "gemma4_text")
     assert torch.initial_seed() == 3 and int(torch.randint(2**62, ())) == draw_after_seed(3)
     after = (
         backbone.layout,
@@ -91,6 +93,16 @@ def stale_cache(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(caches.SlotCache, "update", wrong)
 
 
+def wrong_last(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
+    """Of tokens that are only seen the keys are those of others, beyond a few of them."""
+    right = attention.Places.asking
+
+    def wrong(self: Any, seen: Any, asking: Any) -> Any:
+        return right(self, seen.flip(0) if len(seen) > 20 else seen, asking)
+
+    patch.setattr(attention.Places, "asking", wrong)
+
+
 def wrong_joint(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
     right = Backbone._both
 
@@ -106,7 +118,12 @@ def wrong_joint(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "finds"),
-    [(wrong_window, "packed"), (stale_cache, "slots"), (wrong_joint, "joint")],
+    [
+        (wrong_window, "packed"),
+        (wrong_last, "last"),
+        (stale_cache, "slots"),
+        (wrong_joint, "joint"),
+    ],
 )
 def test_a_wrong_way_is_found_and_replaced(
     fault: Callable[..., None], finds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,14 +132,19 @@ def test_a_wrong_way_is_found_and_replaced(
     assert backbone.layout == "packed" and backbone.joint_problem() is None
     fault(backbone, monkeypatch)
     found = verify.verify(backbone, POLICY, longest=LONGEST)
-    reasons = {"packed": found.packed, "joint": found.joint, "slots": found.slots}
-    implied = set(reasons) if finds == "packed" else {finds}
+    kinds = ("packed", "last", "joint", "slots")
+    reasons = {kind: getattr(found, kind) for kind in kinds}
+    implied = {"packed", "joint", "slots"} if finds == "packed" else {finds}
     assert {name for name, reason in reasons.items() if reason} == implied
     assert "nats a token, where rounding in this dtype explains" in reasons[finds]
     if finds == "packed":
         assert (backbone.layout, backbone.cache) == ("padded", "own")
         with pytest.raises(InputError, match="take auto or padded"):
             backbone.use_layout("packed")
+    elif finds == "last":
+        assert backbone.layout == "packed" and backbone.joint_problem() is None
+        assert any("the whole last layer for all tokens" in note for note in backbone.notes())
+        assert not verify.verify(backbone, POLICY, longest=LONGEST).last  # used no more
     elif finds == "slots":
         assert backbone.cache == "own"
         assert any("answers with the family's own cache" in note for note in backbone.notes())

@@ -119,8 +119,9 @@ def why_not_packed(backbone: Served) -> str:
     unknown = backbone.layer_types - {"full_attention", "sliding_attention"}
     reason = f"it has layers of type {', '.join(sorted(unknown))}" if unknown else ""
     reason = reason or _differs(backbone, "packed")
-    if reason and not unknown:
-        backbone.whole_reason, reason = reason, _differs(backbone, "packed")
+    if reason and not unknown:  # perhaps of the last layer's part alone (see `batching`)
+        backbone.whole_reason = reason
+        reason = _differs(backbone, "packed")
     if reason and (worse := _differs(backbone, "padded")):
         raise InputError(
             f"{backbone.path}: models of type {backbone.family} cannot be served here: {reason}, "

@@ -1,11 +1,12 @@
 """Start-up check: is every log-prob that this project computes the one that plain PEFT computes?
 
-Packed trees, a joint pass, a cache of slots: each is exact only for models whose layers do what it
-assumes. Instead of a list of such models, each way is tried on the model at hand, with random
-adapters on all adapted modules, at a short length and near the longest of the run, and held
-against plain passes of transformers and PEFT, one sequence at a time. What differs is not used:
-padded rows take the place of packed trees, the family's own cache that of ours, recomputation that
-of both, and where nothing is left the model is refused.
+Packed trees, a last layer that asks for what predicts only, a joint pass, a cache of slots: each is
+exact only for models whose layers do what it assumes. Instead of a list of such models, each way is
+tried on the model at hand, with random adapters on all adapted modules, at a short length and near
+the longest of the run, and held against plain passes of transformers and PEFT, one sequence at a
+time. What differs is not used: the whole last layer takes the place of its part, padded rows that
+of packed trees, the family's own cache that of ours, recomputation that of both, and where nothing
+is left the model is refused.
 
 How much may differ follows from the dtype: the plain passes are repeated with each adapted
 module's output moved by one rounding, and that moves the log-probs as far as other orders of the
@@ -57,6 +58,7 @@ class Verdict:
     about: dict[str, Any]
     longest: int
     packed: str = ""
+    last: str = ""
     joint: str = ""
     slots: str = ""
     own: str = ""
@@ -65,6 +67,7 @@ class Verdict:
         """Forbid what was found to be wrong."""
         if self.packed:
             backbone.layout, backbone.layout_reason = "padded", self.packed
+        backbone.whole_reason = backbone.whole_reason or self.last
         for cache, reason in (("slots", self.slots), ("own", self.own)):
             if backbone.cache == cache and reason:
                 give_up(backbone, reason)
@@ -114,6 +117,7 @@ def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None 
         "device": backbone.device.type,
         "longest": longest,
         "layout": backbone.layout,
+        "whole": backbone.whole_reason,
         "cache": backbone.cache,
         "targets": [str(lora.target_modules), str(lora.target_parameters), lora.r],
         "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
@@ -162,13 +166,16 @@ class _Trial:
         self.longest = max(8, min(longest, max(32, int(affordable))))
         half = self.longest // 2
 
-        def draw(count: int) -> NDArray[np.int32]:
-            return random.choice(tokens, count)
+        def draw(count: int, like: NDArray[np.int32] = tokens[:0]) -> NDArray[np.int32]:
+            drawn = random.choice(tokens, count)
+            drawn[: len(like)] = like
+            return drawn
 
         short = min(SHORT, self.longest) // 3
-        self.trees = [
-            Tree(draw(short), (draw(short + 1), draw(short - 1))),
-            Tree(draw(self.longest - half), (draw(half), draw(3))),
+        one, other = draw(short + 1), draw(half)
+        self.trees = [  # both begin alike; the second tree's other answer is such a beginning
+            Tree(draw(short), (one, draw(short - 1, one[: short // 2]))),
+            Tree(draw(self.longest - half), (other, other[: min(3, half)])),
         ]
         self.policies: tuple[str | None, ...] = (*NAMES, None)
         self.sequences = [
@@ -187,7 +194,8 @@ class _Trial:
         """
         backbone, cache, training = self.backbone, self.backbone.cache, self.backbone.training
         backbone.eval()
-        packed = joint = ""
+        packed = last = joint = ""
+        whole = backbone.whole_reason
         wrong = {"slots": "", "own": ""}
         try:
             for number, name in enumerate(NAMES):
@@ -195,6 +203,9 @@ class _Trial:
             self.plain, self.allowed = self._plain()
             if backbone.layout == "packed":
                 packed = self._differs(lambda: self._rows("packed"))
+                if packed and not whole:
+                    backbone.whole_reason = last = packed
+                    packed = self._differs(lambda: self._rows("packed"))
             if backbone.layout == "padded" or packed:
                 self._must(self._differs(lambda: self._rows("padded")), "padded rows")
             elif backbone.joint_problem() is None:
@@ -211,12 +222,13 @@ class _Trial:
                 if not wrong.get(kind):
                     break
         finally:
-            backbone.cache = cache
+            backbone.cache, backbone.whole_reason = cache, whole
             for name in NAMES:
                 if backbone.has_adapter(name):
                     backbone.remove_adapter(name)
             backbone.train(training)
-        return {"packed": packed, "joint": joint or packed, **wrong}
+        last = "" if packed else last  # then it is not that which is wrong
+        return {"packed": packed, "last": last, "joint": joint or packed, **wrong}
 
     def _must(self, reason: str, way: str) -> None:
         if reason:
@@ -274,9 +286,9 @@ class _Trial:
 
     def _logps(self, hidden_NH: Tensor, batch: Batch) -> list[Tensor]:
         """Token by token, with the kernel that training uses."""
-        each = replace(batch, lengths=torch.ones_like(batch.targets))
-        found_N = hidden_logps(hidden_NH, self.backbone, each)
-        return list(found_N.split(batch.lengths.tolist()))
+        each = replace(batch, lengths=torch.ones_like(batch.entries))
+        found_M = hidden_logps(hidden_NH, self.backbone, each)
+        return list(found_M.split(batch.lengths.tolist()))
 
     def _sampled(self) -> list[Tensor]:
         """Log-probs of the last STEPS tokens, decoded after what comes before them."""
