@@ -58,9 +58,11 @@ def perturb(backbone: Backbone, name: str, seed: int) -> None:
     backbone.set_adapter_state(name, moved)
 
 
-def make_folder(folder: Path, family: str, lora: LoraConfig = LORA) -> Path:
+def make_folder(
+    folder: Path, family: str, lora: LoraConfig = LORA, changes: dict[str, Any] | None = None
+) -> Path:
     """A base with the adapters `policy` and `previous` in folders of their own."""
-    helpers.save_model(folder, family, **MIXED_LAYERS.get(family, {}))
+    helpers.save_model(folder, family, **MIXED_LAYERS.get(family, {}) | (changes or {}))
     backbone = load(folder)
     for seed, name in enumerate((POLICY, PREVIOUS)):
         backbone.add_adapter(name, lora, seed=seed, iteration=0)
