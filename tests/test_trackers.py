@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import types
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,10 +156,11 @@ def test_a_run_goes_on_in_trackio(
 ) -> None:
     pytest.importorskip("trackio")
     storage: Any = importlib.import_module("trackio.sqlite_storage")
-    ids = stopped_and_finished(settings, "trackio")
-    runs = storage.SQLiteStorage.get_runs("mine")
+    project = f"mine-{uuid.uuid4().hex}"  # TRACKIO_DIR may hold earlier ones
+    ids = stopped_and_finished({**settings, "name": project}, "trackio")
+    runs = storage.SQLiteStorage.get_runs(project)
     assert runs == [f"run-{ids['trackio']}"]
-    logs = storage.SQLiteStorage.get_logs("mine", runs[0])
+    logs = storage.SQLiteStorage.get_logs(project, runs[0])
     assert len([log for log in logs if "train/loss" in log]) >= 2
 
 
