@@ -44,7 +44,7 @@ usage: alphaspin COMMAND …
   plan [RECIPE or FILE.yaml] [--KEY VALUE …]    what such a run will do; downloads nothing
   recipes [list | show NAME | copy NAME FILE]   the packaged recipes
   evaluate RUN [--KEY VALUE …]                  compare base and iterates, or run harness tasks
-  export RUN --to FOLDER (--merge | --vllm)     write an iterate for use elsewhere
+  export RUN (--to FOLDER | --push NAME)        write an iterate for use elsewhere, or to the hub
   gflownet --adapter FOLDER --output FOLDER …   train a sampler of the exact mixture with the base
   report RUN                                    write RUN/report.html afresh
   report RUN RUN … --to PAGE.html               compare runs; seeds of one setting together

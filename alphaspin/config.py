@@ -66,8 +66,9 @@ TABLES: tuple[Table[Any], ...] = (METHOD, OPPONENT, LOSS, JUDGE)
 class LogConfig(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Trackers to report to, as Accelerate names them; each must be installed."""
+    trackers: tuple[Literal["mlflow", "tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers to report to, as Accelerate names them; each must be installed. A run that is
+    stopped goes on in them as the same run."""
 
 
 class PlanHints(Section):

@@ -2,9 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from alphaspin.data.settings import TextConfig
+from alphaspin.errors import InputError
 from alphaspin.foundation.paths import Expanded, Place, Source
 from alphaspin.foundation.section import Fraction, Names, PositiveInt, Section
 from alphaspin.judges import JUDGE
@@ -95,22 +98,45 @@ class EvaluateOptions(Section):
         return [int(part) for part in self.iterations]
 
 
-class ExportOptions(Section):
-    """Write a policy for use elsewhere: `alphaspin export RUN --to FOLDER (--merge | --vllm)`."""
+def _repository(name: str) -> str:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"is no name of a repository: {error}") from None
+    return name
 
-    to: Expanded
+
+class ExportOptions(Section):
+    """Write a policy for use elsewhere: `alphaspin export RUN (--to FOLDER | --push NAME)`.
+
+    It is the adapter in PEFT's format, unless --merge is given.
+    """
+
+    to: Expanded | None = None
     """Folder to write, which must not exist."""
+    push: Annotated[str, AfterValidator(_repository)] | None = None
+    """Model repository of the Hugging Face Hub to upload it to, `user/name` or a `name` of your
+    own, made where there is none; weights, JSON files and templates of an earlier push go."""
+    private: bool = False
+    """With --push: make a repository that only its owners see."""
+    license: Annotated[str, Field(pattern=r"^[\w.+-]{1,50}$")] | None = None
+    """License for the card, as the hub names it (`apache-2.0`); by default that of the base's
+    card."""
     iteration: Annotated[int, Field(ge=0)] | None = None
     """Iteration t; by default the last one that is finished."""
     merge: bool = False
     """The base's weights with the adapter added: loads with transformers alone."""
     vllm: bool = False
-    """The adapter in PEFT's format, as vLLM's LoRA loader wants it."""
+    """Refuse an adapter that vLLM's LoRA loader does not take."""
     model: Source | None = None
     """Where the run's base is now, if it has moved."""
 
     @model_validator(mode="after")
-    def _one_form(self) -> "ExportOptions":
-        if self.merge == self.vllm:
-            raise ValueError("choose one of --merge and --vllm")
+    def _go_together(self) -> "ExportOptions":
+        if not (self.to or self.push):
+            raise ValueError("say where to: --to FOLDER, --push NAME, or both")
+        if self.private and not self.push:
+            raise ValueError("private has no effect without push: leave it out")
+        if self.merge and self.vllm:
+            raise ValueError("choose one of --merge and --vllm, which asks for an adapter")
         return self
