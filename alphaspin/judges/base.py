@@ -53,7 +53,9 @@ class Comparison:
         ours, theirs = self.prompt.messages, (self.other or self.prompt).messages
         if ours == theirs:
             return self
-        both = next(i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        both = next(
+            i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]
+        )
 
         def rest(messages: Messages, response: str) -> str:
             whole = [*messages[both:], {"role": "assistant", "content": response}]
