@@ -96,13 +96,21 @@ def more_words(pair: Comparison) -> float:
 
 
 def settings(name: str, options: argparse.Namespace) -> list[str]:
-    """The arguments of `alphaspin train` for a run."""
-    found = ["gemma-2b-ultrachat", "--name", name, *RUNS[name]]
+    """The arguments of `alphaspin train` for a run; of an option that comes twice, the last."""
+    chosen = ["--name", name]
     if options.stand_in:
-        found += STAND_IN + (STAND_IN_SAMPLER if "gflownet" in name else [])
+        chosen += STAND_IN + (STAND_IN_SAMPLER if "gflownet" in name else [])
+    chosen += RUNS[name]
     if options.output:
-        found += ["--output", str(options.output / name)]
-    return [*found, *shlex.split(options.train)]
+        chosen += ["--output", str(options.output / name)]
+    values: dict[str, list[str]] = {}
+    for word in [*chosen, *shlex.split(options.train)]:
+        if word.startswith("--"):
+            values.pop(last := word, None)
+            values[last] = []
+        else:
+            values[last].append(word)
+    return ["gemma-2b-ultrachat", *(word for key, own in values.items() for word in (key, *own))]
 
 
 def cost(config: Config, t: int, gpu: roofline.Gpu) -> tuple[float, float, float]:
