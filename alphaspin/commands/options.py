@@ -59,7 +59,10 @@ class GFlowNetRun(Section):
 
 
 def _benchmark(values: Any, info: ValidationInfo) -> Benchmark | None:
-    return None if values is None else BENCHMARK.read(values, info)
+    """A benchmark from its name, or from its settings."""
+    if values is None:
+        return None
+    return BENCHMARK.read({"kind": values} if isinstance(values, str) else values, info)
 
 
 class EvaluateOptions(Section):
@@ -84,6 +87,8 @@ class EvaluateOptions(Section):
     """Who compares answers with the base's, or judges a benchmark. With --judge.kind another than
     the run's judge; other keys alone change the run's (a server's address, for instance)."""
     benchmark: Annotated[Benchmark | None, BeforeValidator(_benchmark)] = None
+    """`mt-bench`, `alpaca-eval` or `open-llm`, in the place of the comparison, with its settings as
+    --benchmark.KEY; see docs/running.md."""
     tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness (extra `eval`), as `--benchmark.kind tasks` has them."""
     include_path: Expanded | None = None

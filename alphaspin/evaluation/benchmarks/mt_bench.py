@@ -60,10 +60,11 @@ class MTBench(Benchmark):
         source = self.questions or str(packaged("benchmarks/mt-bench.jsonl"))
         rows = contest.rows("benchmark.questions", source)
         questions = [_question(*row) for row in rows]
-        seen: dict[Any, str] = {}
+        seen: dict[str, str] = {}
         for row, origin in rows:
-            if (first := seen.setdefault(row.get("question_id"), origin)) != origin:
-                raise InputError(f"{origin}: question_id {row['question_id']!r} is that of {first}")
+            name = repr(row.get("question_id", origin))
+            if (first := seen.setdefault(name, origin)) != origin:
+                raise InputError(f"{origin}: question_id = {name} is that of {first}")
         if contest.options.judge.needs_answers and any(
             None in question.references for question in questions
         ):
