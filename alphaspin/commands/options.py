@@ -68,7 +68,9 @@ def _benchmark(values: Any, info: ValidationInfo) -> Benchmark | None:
 class EvaluateOptions(Section):
     """Compare base, iterates and control of a run: `alphaspin evaluate RUN [--KEY VALUE …]`.
 
-    Without --benchmark or --tasks: on held-out prompts, with the run's judge or another.
+    On held-out prompts, with the run's judge or another. Or --benchmark mt-bench (.questions
+    FILE, .grading both, single or pairwise, .max_tokens), alpaca-eval (.outputs FILE, .temperature,
+    .max_tokens), open-llm (.version 1 or 2): settings as --benchmark.KEY. Or --tasks.
     """
 
     model: Source | None = None

@@ -181,6 +181,11 @@ def radar(
             axes.plot([*angles, 0], [*values, values[0]], **look(css))
         axes.set_ylim(0, high)
         axes.set_xticks(angles, names)
+        for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+            side = math.sin(angle)
+            label.set_horizontalalignment(
+                "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+            )
         axes.xaxis.grid(True)
         axes.yaxis.set_major_locator(MaxNLocator(5))
 
