@@ -182,6 +182,7 @@ def radar(
         axes.set_ylim(0, high)
         axes.set_xticks(angles, names)
         for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+            label.set_parse_math(False)  # anybody's text
             side = math.sin(angle)
             label.set_horizontalalignment(
                 "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
