@@ -231,6 +231,7 @@ def call(launch: str, *arguments: str) -> None:
 
 def play(options: argparse.Namespace) -> None:
     """All runs with their benchmarks, then the table."""
+    options.output.mkdir(parents=True, exist_ok=True)
     folders = [options.output / name for name in options.runs]
     tasks: list[str] = []
     if options.stand_in:
@@ -253,7 +254,15 @@ def play(options: argparse.Namespace) -> None:
 
 
 def table(name: str, folder: Path) -> str:
-    """The leaderboard's six tasks and their mean, and MT-Bench's grade, by iterate, in Markdown."""
+    """The leaderboard's six tasks and their mean, and MT-Bench's grade, by iterate, in Markdown.
+
+    Raises:
+        InputError: a benchmark was run in several ways, of which none is the one that is meant.
+    """
+    for kind in ("open-llm", "mt-bench"):
+        if len(several := sorted(folder.glob(f"evaluation/{kind}-*"))) > 1:
+            names = ", ".join(one.name for one in several)
+            raise InputError(f"{folder}/evaluation: {names}: move away all but one")
     found: dict[str, dict[str, str]] = {}
     columns: dict[str, tuple[str, str, str, float]] = {
         **{task: ("open-llm", task, metric, 100) for task, metric in COUNTED.items()},
@@ -287,18 +296,14 @@ def main() -> None:
     parser.add_argument("--mt-bench", default="", help="options of evaluate --benchmark mt-bench")
     parser.add_argument("--no-open-llm", action="store_true", help="without the harness's tasks")
     options = parser.parse_args()
-    if options.plan:
-        try:
-            plan(options)
-        except InputError as error:
-            parser.error(str(error))
-        return
-    if not options.output:
+    if not (options.plan or options.output):
         parser.error("--output FOLDER is needed")
-    if not (options.stand_in or options.mt_bench):
+    if not (options.plan or options.stand_in or options.mt_bench):
         parser.error("--mt-bench is needed: a judge, and the questions (see --help)")
-    options.output.mkdir(parents=True, exist_ok=True)
-    play(options)
+    try:
+        plan(options) if options.plan else play(options)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

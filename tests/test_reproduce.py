@@ -78,6 +78,9 @@ def test_table(tmp_path: Path) -> None:
     lines = reproduce.table("spin", tmp_path).splitlines()
     assert lines[-2].startswith("| base | – ") and "| 12.50 | –" in lines[-2]
     assert lines[-1].endswith("| 43.21 | 4.50 | – |")
+    write("mt-bench-4/0", {"all": {"grade,none": 5.5}})  # by another judge, for instance
+    with pytest.raises(reproduce.InputError, match="mt-bench-2, mt-bench-4: move away all but one"):
+        reproduce.table("spin", tmp_path)
 
 
 def test_end_to_end_on_a_stand_in(
