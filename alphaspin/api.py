@@ -90,8 +90,8 @@ def evaluate(run: str | Path, **options: Any) -> list[Evaluation]:
         options: those of the command (`EvaluateOptions`); without `judge` the run's own.
 
     Returns:
-        Evaluations of the base, the iterates and the control; none for `tasks`, which are kept in
-        the folder.
+        Evaluations of the base, the iterates and the control; none for a benchmark, whose results
+        are kept in the folder.
 
     Raises:
         InputError: an option, a policy, the data, the judge or a task cannot be used.

@@ -36,7 +36,7 @@ from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import commit, stands
 from alphaspin.foundation.paths import for_others, published
 from alphaspin.model.backbone import WEIGHTS
-from alphaspin.report.page import describe
+from alphaspin.report.page import describe, read_tasks
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank` (vllm/config/lora.py, 0.11 to 0.27)."""
@@ -349,4 +349,8 @@ def _evaluations(played: Played) -> list[str]:
                 tables.append(_table(measures.COMPARED, [measures.comparison(row) for row in rows]))
             if tables[-1] not in parts:  # the run's own judge gives the run's own table
                 parts += [f"## {title}", *tables]
+    for tasks in read_tasks(played.path):
+        header = ["task", "metric", *tasks.names]
+        parts += [f"## {_cell(tasks.title)}", _table(header, tasks.rows)]
+        parts += [f"- {_cell(note)}" for note in tasks.notes]
     return [*parts, "± is one standard error, brackets are 95 % intervals."] if parts else []
