@@ -41,7 +41,8 @@ def corrected(policy: Policy, adapter: str) -> Policy:
 
     A fresh adapter (B = 0) adds nothing.
     """
-    return {**policy, adapter: 1.0, None: policy.get(None, 0.0) - 1}
+    more = {adapter: policy.get(adapter, 0.0) + 1, None: policy.get(None, 0.0) - 1}
+    return {**policy, **more}
 
 
 def components(policy: Policy) -> Components:
