@@ -90,8 +90,8 @@ def evaluate(run: str | Path, **options: Any) -> list[Evaluation]:
         options: those of the command (`EvaluateOptions`); without `judge` the run's own.
 
     Returns:
-        Evaluations of the base, the iterates and the control; none for `tasks`, which are kept in
-        the folder.
+        Evaluations of the base, the iterates and the control; none for a benchmark, whose results
+        are kept in the folder.
 
     Raises:
         InputError: an option, a policy, the data, the judge or a task cannot be used.
@@ -102,20 +102,24 @@ def evaluate(run: str | Path, **options: Any) -> list[Evaluation]:
     return compare.run(played.moved(chosen), chosen)
 
 
-def export(run: str | Path, to: str | Path, **options: Any) -> Path:
-    """Write a policy for use elsewhere, as `alphaspin export` does; returns the folder.
+def export(run: str | Path, to: str | Path | None = None, **options: Any) -> Path | None:
+    """Write a policy for use elsewhere, as `alphaspin export` does.
 
     Args:
         run: the run's folder.
-        to: the folder to write, which must not exist.
-        options: those of the command (`ExportOptions`): `merge` or `vllm`, `iteration`, `model`.
+        to: the folder to write, which must not exist; without it, `push` is needed.
+        options: those of the command (`ExportOptions`): `push`, `private`, `license`, `merge` or
+            `vllm`, `iteration`, `model`.
+
+    Returns:
+        The folder; None where it was only pushed.
 
     Raises:
-        InputError: an option, the iteration, the base or the adapter cannot be used.
+        InputError: an option, the iteration, the base, the adapter or the hub cannot be used.
     """
-    chosen = _checked(ExportOptions, {"to": str(to), **options})
+    chosen = _checked(ExportOptions, {"to": str(to) if to else None, **options})
     exporting.run(Played.open(Path(home(str(run)))).moved(chosen), chosen)
-    return Path(chosen.to)
+    return Path(chosen.to) if chosen.to else None
 
 
 def _checked(kind: type[S], settings: Mapping[str, Any]) -> S:

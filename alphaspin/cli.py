@@ -30,6 +30,7 @@ from alphaspin.errors import (
     exit_code,
     told,
 )
+from alphaspin.evaluation.benchmarks import BENCHMARK
 from alphaspin.foundation import console
 from alphaspin.foundation.paths import home, packaged
 from alphaspin.foundation.section import Section
@@ -43,8 +44,8 @@ usage: alphaspin COMMAND …
   train [RECIPE or FILE.yaml] [--KEY VALUE …]   self-play (the same as alphaspin-train)
   plan [RECIPE or FILE.yaml] [--KEY VALUE …]    what such a run will do; downloads nothing
   recipes [list | show NAME | copy NAME FILE]   the packaged recipes
-  evaluate RUN [--KEY VALUE …]                  compare base and iterates, or run harness tasks
-  export RUN --to FOLDER (--merge | --vllm)     write an iterate for use elsewhere
+  evaluate RUN [--KEY VALUE …]                  compare base and iterates, or run a benchmark
+  export RUN (--to FOLDER | --push NAME)        write an iterate for use elsewhere, or to the hub
   gflownet --adapter FOLDER --output FOLDER …   train a sampler of the exact mixture with the base
   report RUN                                    write RUN/report.html afresh
   report RUN RUN … --to PAGE.html               compare runs; seeds of one setting together
@@ -255,6 +256,11 @@ def _evaluate(words: Sequence[str]) -> None:
     elif arguments.given(rest, "judge.function"):  # one of the working directory, as in training
         judge = judge.model_copy(update={"folder": os.getcwd()})
     start = EvaluateOptions.model_construct(judge=judge)
+    if name := arguments.given(rest, BENCHMARK.key):
+        try:
+            start = start.model_copy(update={"benchmark": BENCHMARK.find(name).model_construct()})
+        except InputError as error:
+            raise InputError(f"benchmark = {name}: {error}") from None
     changes = arguments.read(special(EvaluateOptions, start), rest, start)
     options = _checked(EvaluateOptions, arguments.merged({"judge": judge.model_dump()}, changes))
     compare.run(played.moved(options), options)

@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from alphaspin.errors import InputError
+from alphaspin.evaluation.benchmarks import BENCHMARK
 from alphaspin.foundation.kinds import Kind, Need, Table
 from alphaspin.foundation.paths import (
     PRIVATE,
@@ -60,14 +61,18 @@ from alphaspin.opponents import OPPONENT
 S = TypeVar("S", bound=Section)
 
 TABLES: tuple[Table[Any], ...] = (METHOD, OPPONENT, LOSS, JUDGE)
-"""Sections whose settings depend on their kind."""
+"""Sections of a run whose settings depend on their kind."""
+
+KINDS = (*TABLES, BENCHMARK)
+"""The same, with those of the commands."""
 
 
 class LogConfig(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Trackers to report to, as Accelerate names them; each must be installed."""
+    trackers: tuple[Literal["mlflow", "tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers to report to, as Accelerate names them; each must be installed. A run that is
+    stopped goes on in them as the same run."""
 
 
 class PlanHints(Section):
@@ -368,7 +373,7 @@ class Config(Sections):
 def special(model: type[S], section: Section) -> type[S]:
     """A model whose sections have the settings of those of an instance: for its `--help`."""
     types: dict[str, Any] = {}
-    for table in TABLES:
+    for table in KINDS:
         if (value := getattr(section, table.section, None)) is None:
             continue
         kind = type(value)
@@ -418,7 +423,7 @@ def explain(
         at: the place of a key, `FILE:LINE`.
     """
     words = {word for key in all_keys(root) for word in key.split(".")}
-    sections = [(table.section,) for table in TABLES]
+    sections = [(table.section,) for table in KINDS]
 
     def name(item: Mapping[str, Any]) -> str:
         # A union reports each of its branches, tagged after the key: show the key once.
@@ -439,7 +444,7 @@ def explain(
             lines.append((key, f"unknown key {key!r}{hint}"))
         elif item["type"] == "missing" and isinstance(given := item["input"], Mapping):
             section = key.rpartition(".")[0]
-            who = [f"{t.key} = {given.get(t.field)}" for t in TABLES if t.section == section]
+            who = [f"{t.key} = {given.get(t.field)}" for t in KINDS if t.section == section]
             said = f"{who[0]} needs {key}" if who else f"{key}: is needed"
             lines.append((key, said if at else f"{said}, as --{key} VALUE"))
         else:
@@ -451,7 +456,7 @@ def explain(
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted names of all settings, those of all kinds where a section has several."""
-    kinds = {t.section: t.kinds.values() for t in TABLES if not prefix}
+    kinds = {t.section: t.kinds.values() for t in KINDS if not prefix}
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)

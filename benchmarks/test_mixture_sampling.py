@@ -33,7 +33,7 @@ from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.settings import LoraConfig
-from alphaspin.model.stepper import Policy, Stepper
+from alphaspin.model.stepper import Policy, Stepper, corrected
 from alphaspin.sampling import gflownet, mixture
 from alphaspin.sampling.answer import Draw
 from alphaspin.sampling.settings import GFlowNetConfig
@@ -48,7 +48,15 @@ WORLDS: tuple[Place, ...] = (
     (3, 7, 4, 0.0, 1500),
     (4, 8, 4, 0.0, 4000),
 )
-BOUNDARY: tuple[Place, ...] = ((5, 5, 4, -4.0, 1500),)  # most answers reach the cap
+BOUNDARY: tuple[Place, ...] = (  # most answers reach the cap
+    (5, 5, 4, -4.0, 1500),
+    (1, 9, 3, 0.0, 1500),
+    (2, 9, 3, 0.0, 1500),
+    (6, 9, 3, -2.0, 1500),
+    (3, 8, 3, 0.0, 1500),
+    (4, 6, 4, -2.0, 1500),
+    (7, 5, 5, -2.0, 1500),
+)
 PROMPT = np.array([2, 3], np.int32)
 DRAWS = 64
 
@@ -126,11 +134,13 @@ def enumerable(place: Place, alpha: float, runs: int, folder: Path) -> dict[str,
     gflownet.train_sampler(backbone, task, Metrics(folder / "metrics.jsonl"), Team(backbone.device))
     seconds = time.perf_counter() - started
     backbone.load_adapter(POLICY, folder / "adapter")
-    levels = worlds.levels(backbone, POLICY, PROMPT.tolist(), world)
+    policy = corrected(target, POLICY)
+    policies[POLICY] = worlds.levels(backbone, POLICY, PROMPT.tolist(), world)
+    levels = worlds.token_level(policy, policies)
     sampler = world.logps(levels)
     setting = mixture.Setting(target, DRAWS, cap, stops)
     draws = [Draw(seed, 0, "check", 0)]
-    weighed = mixture.independent(backbone, setting, [PROMPT], draws, proposal=POLICY).diagnose()
+    weighed = mixture.independent(backbone, setting, [PROMPT], draws, proposal=policy).diagnose()
     found = {
         "seed": seed,
         "vocabulary": vocabulary,
@@ -139,7 +149,7 @@ def enumerable(place: Place, alpha: float, runs: int, folder: Path) -> dict[str,
         "cut": float(log_p[-((vocabulary - 1) ** cap) :].exp().sum()),
         "alpha": alpha,
         "log_z": log_z,
-        "apart": worlds.variation(*(world.logps(level) for level in policies.values())),
+        "apart": worlds.variation(*(world.logps(policies[name]) for name in target)),
         "tv": {
             "token": worlds.variation(log_p, token),
             "imh": worlds.variation(log_p, imh),
@@ -270,7 +280,9 @@ def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:
         draws = [Draw(0, 0, "check", e) for e in range(len(prompts))]
         found = {
             "token": mixture.independent(backbone, setting, prompts, draws),
-            "gflownet": mixture.independent(backbone, setting, prompts, draws, proposal=POLICY),
+            "gflownet": mixture.independent(
+                backbone, setting, prompts, draws, proposal=corrected(target, POLICY)
+            ),
             "smc": mixture.smc(Stepper(backbone, log_normalisers=True), setting, prompts, draws),
         }
         for name, result in found.items():

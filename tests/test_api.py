@@ -97,8 +97,8 @@ def test_errors_are_those_of_the_commands(settings: dict[str, Any], tmp_path: Pa
         play({**settings, "selfplay": {"iteratons": 2}})
     with pytest.raises(InputError, match="is no run folder"):
         evaluate(tmp_path)
-    with pytest.raises(InputError, match="choose one of"):
-        export(settings["output"], tmp_path / "out")
+    with pytest.raises(InputError, match="say where to"):
+        export(settings["output"])
 
 
 def test_what_a_callback_raises_ends_the_run_and_a_second_call_goes_on(

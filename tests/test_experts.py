@@ -145,7 +145,6 @@ def test_what_cannot_be_routed_is_refused(
             {"sampling": {"engine": "vllm", "url": "http://x/v1", "model": "m"}},
             "needs sampling.engine = local",
         ),
-        ({"selfplay": {"opponent": "mixture-gflownet"}}, "needs lora.target_parameters = nothing"),
     ],
 )
 def test_settings_that_do_not_go_with_it(settings: dict[str, Any], says: str) -> None:

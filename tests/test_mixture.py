@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alphaspin.foundation import rng
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.stepper import Policy, Stepper
+from alphaspin.model.stepper import Policy, Stepper, corrected
 from alphaspin.sampling import mixture
 from alphaspin.sampling.answer import Draw
 
@@ -213,17 +213,23 @@ def test_weights_of_a_transformer_are_those_of_the_whole_answers(
     draws = [Draw(1, 2, "test", e) for e in range(len(PROMPTS))]
     how = setting(world, TARGET, 12)
     stepper = Stepper(backbone, log_normalisers=True)
+    plain: Policy = {"older": 1.0}
     results = {
         "token": mixture.independent(backbone, how, PROMPTS, draws),
         "smc": mixture.smc(stepper, how, PROMPTS, draws, threshold=0.0),
-        "older": mixture.independent(backbone, how, PROMPTS, draws, proposal="older"),
+        "older": mixture.independent(backbone, how, PROMPTS, draws, proposal=plain),
+        "corrected": mixture.independent(
+            backbone, how, PROMPTS, draws, proposal=corrected(TARGET, "older")
+        ),
     }
     for b, prompt in enumerate(PROMPTS):
         policies = {name: worlds.levels(backbone, name, prompt.tolist(), world) for name in TARGET}
         log_r = world.logps(worlds.mixed(TARGET, policies))
         token = world.logps(worlds.token_level(TARGET, policies))
+        more = worlds.token_level(corrected(TARGET, "older"), policies)
+        laws = {"older": world.logps(policies["older"]), "corrected": world.logps(more)}
         for name, found in results.items():
-            log_q = world.logps(policies["older"]) if name == "older" else token
+            log_q = laws.get(name, token)
             index = [number[a.tokens.tobytes()] for a in found.answers[b]]
             expected = (log_r - log_q)[index]
             torch.testing.assert_close(found.log_w_BN[b], expected, atol=2e-5, rtol=0)
@@ -272,7 +278,7 @@ def test_answers_from_a_wrong_adapter_follow_the_mixture(
     for particles in (n, 1):
         how = mixture.Setting(target, particles, world.cap, frozenset(world.stops), 2 * count)
         answers, _ = mixture.sample(
-            backbone, how, [PROMPTS[0]] * count, draws, method="imh", proposal="older"
+            backbone, how, [PROMPTS[0]] * count, draws, method="imh", proposal={"older": 1.0}
         )
         seen = torch.tensor([number[a.tokens.tobytes()] for a in answers]).bincount(
             minlength=len(expected)

@@ -228,7 +228,10 @@ def test_losers_come_from_the_policy_that_is_named(tmp_path: Path, kind: str) ->
         }
 
     mixture: Policy = {"newer": 0.6, None: 0.4}
-    own: dict[str, Policy] = {"ema": {"newer": 1.0}, "mixture-gflownet": {"sampler": 1.0}}
+    own: dict[str, Policy] = {
+        "ema": {"newer": 1.0},
+        "mixture-gflownet": {"newer": 0.6, "sampler": 1.0, None: -0.6},
+    }
     assert found == expected(own.get(kind, mixture))
     assert found != expected({"older": 1.0}), "the iterates are too alike for this test"
 

@@ -3,10 +3,15 @@
 Compiling them takes minutes: with ALPHASPIN_SWEEP=1 (`make test-all`).
 """
 
+import fnmatch
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BUILD = "import sys, setuptools.build_meta as b; b.build_{}(sys.argv[1])"
 
 
@@ -102,3 +108,58 @@ def test_a_wheel_with_the_operators(source: Path, tmp_path: Path) -> None:
     assert "alphaspin_kernels/_C.so" in zipfile.ZipFile(wheel).namelist()
     place = tmp_path / "place"
     first_step(installed(wheel, place), place)
+
+
+def test_the_image_has_what_it_is_built_from(tmp_path: Path) -> None:
+    """`.dockerignore` lets through what setuptools needs; extras and commands exist."""
+    lines = (ROOT / ".dockerignore").read_text().split()
+    assert lines[0] == "*"
+    kept = [line[1:] for line in lines if line.startswith("!")]
+    dropped = [line.removeprefix("**/") for line in lines if line.startswith("**/")]
+    for name in kept:
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name, tmp_path / "src" / name, ignore=shutil.ignore_patterns(*dropped)
+            )
+        else:
+            (tmp_path / "src").mkdir(exist_ok=True)
+            shutil.copyfile(ROOT / name, tmp_path / "src" / name)
+    wheel = build("wheel", tmp_path / "src", tmp_path / "wheel")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert fnmatch.filter(names, "alphaspin/recipes/tiny/model/*.safetensors")
+    text = (ROOT / "Dockerfile").read_text()
+    (extras,) = re.findall(r"/src\[([\w,]+)\]", text)
+    assert {*extras.split(",")} <= {*PROJECT["optional-dependencies"]}
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", text, re.M)
+    assert {*json.loads(entry)} <= {*PROJECT["scripts"]}
+    commands = subprocess.run(
+        [sys.executable, "-c", "from alphaspin.cli import main; main()"],
+        capture_output=True, text=True, check=False,
+    ).stdout  # fmt: skip
+    (command,) = json.loads(re.findall(r"^CMD (.*)$", text, re.M)[0])
+    assert re.search(rf"^  {command}\b", commands, re.M)
+
+
+@pytest.mark.skipif(not shutil.which("hadolint"), reason="hadolint is not installed")
+def test_the_image_passes_its_linter() -> None:
+    done = subprocess.run(
+        ["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("ALPHASPIN_SWEEP") and shutil.which("uv")),
+    reason="needs ALPHASPIN_SWEEP=1 and uv",
+)
+@pytest.mark.parametrize("python", ["3.11", "3.14"])
+@pytest.mark.parametrize("extra", [*PROJECT["optional-dependencies"]])
+def test_an_extra_can_be_had(extra: str, python: str) -> None:
+    """Versions that go together exist, for Linux; where a registry of packages is reached."""
+    command = ["uv", "pip", "compile", "pyproject.toml", "--extra", extra, "--quiet"]
+    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_28"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
+    if "error sending request" in done.stderr:
+        pytest.skip("no registry of packages is reached")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "\ntorch==" in done.stdout

@@ -432,9 +432,8 @@ def test_export_merged(world: Path, run: Path, alphaspin: Command) -> None:
     assert code == EXIT_INPUT and "to = out: exists already" in printed
     code, printed = alphaspin("export", run, "--to=other", "--vllm", "--iteration=7")
     assert code == EXIT_INPUT and "iteration 7: not finished" in printed
-    for flags in ([], ["--merge", "--vllm"]):
-        code, printed = alphaspin("export", run, "--to=other", *flags)
-        assert code == EXIT_INPUT and "choose one of --merge and --vllm" in printed
+    code, printed = alphaspin("export", run, "--to=other", "--merge", "--vllm")
+    assert code == EXIT_INPUT and "choose one of --merge and --vllm" in printed
     assert not Path("other").exists()
 
 
@@ -523,8 +522,7 @@ def test_the_card_names_a_base_of_the_hub(run: Path) -> None:
     played = Played.open(run)
     hub = played.config.model_copy(update={"model": "someone/base-7b"})
     played = Played(run, hub, played.manifest)
-    options = exporting.ExportOptions(to="x", vllm=True)
-    card = ModelCard(exporting._card(played, played.policies()[1], options, "an adapter"))
+    card = ModelCard(exporting._card(played, played.policies()[1], "x", False, "an adapter"))
     assert card.data.base_model == "someone/base-7b" and card.data.library_name == "peft"
     assert "vllm serve someone/base-7b" in card.text
 

@@ -221,7 +221,7 @@ def test_the_head_in_parts_is_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mixture_is_refused_unless_its_weights_are_ones() -> None:
-    for policy in ({POLICY: 0.5}, {POLICY: 1.5, None: -0.5}, {}):
+    for policy in ({POLICY: 0.5}, {POLICY: 1.5, None: -0.25}, {}):
         with pytest.raises(ValueError, match="sum to 1"):
             Stepper(load_tiny()).prefill([np.array([5], np.int32)], [policy])
     assert mixture(None, 0.3) == {None: 1.0}

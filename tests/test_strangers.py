@@ -260,8 +260,7 @@ def test_the_fence_of_a_card_holds(world: Path) -> None:
     evil = played.config.evaluate.model_copy(update={"answer": "(\n```\n# owned)"})
     config = played.config.model_copy(update={"evaluate": evil})
     played = Played(played.path, config, played.manifest)
-    options = exporting.ExportOptions(to="x", merge=True)
-    card = exporting._card(played, played.policies()[1], options, "weights")
+    card = exporting._card(played, played.policies()[1], "x", True, "weights")
     fence = card.split("yaml\n")[0].rpartition("\n")[2]
     inside = card.split(f"{fence}yaml\n")[1].split(f"\n{fence}\n")[0]
     assert len(fence) > 3 and "owned" in inside

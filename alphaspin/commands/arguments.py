@@ -13,8 +13,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from alphaspin.config import TABLES, Config, all_keys
+from alphaspin.config import KINDS, Config, all_keys
 from alphaspin.errors import InputError
+from alphaspin.evaluation.benchmarks import BENCHMARK
 from alphaspin.foundation.section import Section, leaves, nearest, short
 
 FLAGS = {"true": True, "false": False}
@@ -29,7 +30,7 @@ def given(arguments: Sequence[str], key: str) -> str | None:
     """The value of an option, as far as plain text tells, before it is known what options are."""
     for number, word in enumerate(arguments):
         name, sign, value = word.partition("=")
-        if name.startswith("--") and _key(name) == key:
+        if name.startswith("--") and _chooser(_key(name)) == key:
             return value if sign else next(iter(arguments[number + 1 :]), None)
     return None
 
@@ -57,7 +58,7 @@ def read(
         name, sign, value = word.partition("=")
         if not name.startswith("--") or len(name) < 3:
             raise InputError(f"{word!r}: belongs to no option; options are --KEY VALUE")
-        key = _key(name)
+        key = _chooser(_key(name))
         plain = key if key in known else _without_no(key)
         _check_known(kind, name, plain, value or (words[0] if words else None), start)
         annotation = known[plain]
@@ -88,6 +89,11 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         deeper = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if deeper else value
     return result
+
+
+def _chooser(key: str) -> str:
+    """`--benchmark NAME` is `--benchmark.kind NAME`."""
+    return BENCHMARK.key if key == BENCHMARK.section else key
 
 
 def _key(name: str) -> str:
@@ -127,7 +133,7 @@ def _check_known(
         hint = f"; did you mean --{near}?" if near else "; see --help"
         raise InputError(f"unknown option {name!r}{hint}")
     section, _, last = key.rpartition(".")
-    for table in TABLES:
+    for table in KINDS:
         own: Any = getattr(start, table.section, None)
         if own and section == table.section and last not in type(own).model_fields:
             chosen = start.chosen(table) if isinstance(start, Config) else own.kind

@@ -1,4 +1,4 @@
-"""`alphaspin evaluate RUN`: base, iterates and control on held-out prompts, or on harness tasks.
+"""`alphaspin evaluate RUN`: base, iterates and control on held-out prompts, or on a benchmark.
 
 Evaluations are kept in RUN/evaluation/heldout-KEY/NAME, where KEY is a hash of what they depend on:
 base, prompts, sampling, judge. What is there is not measured again, and where only the judge
@@ -22,6 +22,7 @@ from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration, shared
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
+from alphaspin.evaluation.benchmarks.base import LOADED, Contest, Record
 from alphaspin.evaluation.measures import Bench
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
@@ -33,18 +34,15 @@ from alphaspin.model.backbone import Backbone
 from alphaspin.model.distributed import Team
 from alphaspin.report import page as report
 
-LOADED = "evaluated"
-"""Name under which the adapter in question is loaded."""
-
 
 def run(played: Played, options: EvaluateOptions) -> list[Evaluation]:
     """Measure what is asked for, print the tables, and put them into the report.
 
     Returns:
-        The evaluations; none where tasks are asked for.
+        The evaluations; none where a benchmark is asked for.
 
     Raises:
-        InputError: a policy, the data, the judge or a task cannot be used.
+        InputError: a policy, the data, the judge or a benchmark cannot be used.
         Interrupted: a signal came; the same call goes on from there.
         JudgeError: the judge's.
     """
@@ -54,10 +52,18 @@ def run(played: Played, options: EvaluateOptions) -> list[Evaluation]:
         with contextlib.closing(Run(played.path, played.manifest["identity"])):
             policies = played.policies(options.chosen())
             backbone, chat = played.load(Accelerator().device)
-            if options.tasks:
-                from alphaspin.commands import harness
-
-                harness.run(played, policies, backbone, chat, options, guard)
+            if options.benchmark:
+                contest = Contest(
+                    make_folder(played.path / "evaluation"),
+                    policies,
+                    backbone,
+                    chat,
+                    played.config,
+                    options,
+                    guard,
+                    played.path / "verdicts",
+                )
+                _tell(played, options.benchmark.run(contest))
                 rows = []
             else:
                 rows = _compare(played, policies, backbone, chat, options, guard)
@@ -68,6 +74,16 @@ def run(played: Played, options: EvaluateOptions) -> list[Evaluation]:
     else:
         console.note(f"{played.path}: the report is written when the run ends")
     return rows
+
+
+def _tell(played: Played, records: dict[str, Record]) -> None:
+    """Print a benchmark's table and notes."""
+    title = next(iter(records.values()))["title"]
+    console.table(
+        f"{played.config.name}: {title}", ["task", "metric", *records], report.task_rows(records)
+    )
+    for note in report.task_notes(records):
+        console.note(note)
 
 
 def _compare(

@@ -1,5 +1,6 @@
 """`alphaspin export RUN`: an iterate for use elsewhere, with a card that tells its lineage."""
 
+import contextlib
 import copy
 import html
 import json
@@ -7,7 +8,10 @@ import math
 import re
 import shlex
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -19,10 +23,12 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from alphaspin.commands import hub
 from alphaspin.commands.options import ExportOptions
 from alphaspin.commands.played import Played, Policy
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
+from alphaspin.data.files import is_file
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.record import Evaluation
@@ -30,21 +36,21 @@ from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import commit, stands
 from alphaspin.foundation.paths import for_others, published
 from alphaspin.model.backbone import WEIGHTS
-from alphaspin.report.page import describe
+from alphaspin.report.page import describe, read_tasks
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank` (vllm/config/lora.py, 0.11 to 0.27)."""
 
 
 def run(played: Played, options: ExportOptions) -> None:
-    """Write the folder.
+    """Write the folder, and upload it where `push` says.
 
     Raises:
-        InputError: it exists, or the iteration, the base or the adapter cannot be used.
+        InputError: the folder exists; the iteration, the base, the adapter or the repository cannot
+            be used.
     """
-    target = Path(options.to)
-    if target.exists():
-        raise InputError(f"to = {target}: exists already")
+    if options.to and Path(options.to).exists():
+        raise InputError(f"to = {options.to}: exists already")
     wanted = None if options.iteration is None else [options.iteration]
     iterates = [policy for policy in played.policies(wanted) if policy.name.isdecimal()]
     if not iterates:
@@ -52,25 +58,42 @@ def run(played: Played, options: ExportOptions) -> None:
     policy = iterates[-1]
     adapter = policy.adapter()
     assert adapter
-    if options.vllm and (reason := _not_for_vllm(played)):
+    if options.vllm and (reason := _not_for_vllm(played.config)):
         raise InputError(f"{reason}; take --merge")
+    repository = hub.create(options.push, options.private) if options.push else ""
     backbone, chat = played.load(torch.device("cpu"), whole=True)
     base = backbone.path
     del backbone  # it was wanted for its checks; merging holds one copy of the weights
-    with commit(target) as folder:
-        if options.merge:
-            form = _write_merged(base, adapter, chat, folder)
-        else:
-            form = _write_adapter(played, adapter, folder)
-        if played.config.train.quantization != "none":
-            form += "; it was trained beside that base rounded to 4 bits, so scores will differ"
-        tokenizer = chat.tokenizer
-        if chat.template is not None or chat.options:  # not always the tokenizer's own
-            tokenizer.chat_template = chat.source  # what was trained with
-        tokenizer.save_pretrained(folder)
-        card = _card(played, policy, options, form)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    console.note(f"iteration {policy.name} of {played.path} is in {target}: {form}")
+    license = {"license": options.license} if options.license else hub.license_of(base)
+    if not license:
+        console.note("no license of the base is known: --license names it in the card")
+    with contextlib.ExitStack() as stack:
+        target = Path(options.to or stack.enter_context(tempfile.TemporaryDirectory()) + "/policy")
+        with commit(target) as folder:
+            if options.merge:
+                form = _write_merged(base, adapter, chat, folder)
+            else:
+                form = _write_adapter(played, adapter, folder)
+            if played.config.train.quantization != "none":
+                form += "; it was trained beside that base rounded to 4 bits, so scores will differ"
+            tokenizer = chat.tokenizer
+            if chat.template is not None or chat.options:  # not always the tokenizer's own
+                tokenizer.chat_template = chat.source  # what was trained with
+            tokenizer.save_pretrained(folder)
+            name = repository or target.absolute().name
+            card = _card(played, policy, name, options.merge, form, license)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        of = f"iteration {policy.name} of {played.path}"
+        if options.to:
+            console.note(f"{of} is in {target}: {form}")
+        if repository:
+            message = f"Iteration {policy.name} of {played.config.name}"
+            try:
+                address = hub.upload(repository, target, message)
+            except InputError as error:
+                rest = f"; {target} is whole: hf upload {repository} {target}" if options.to else ""
+                raise InputError(f"{error}{rest}") from error
+            console.note(f"{of} is on the hub: {address}")
 
 
 def _write_merged(base: str, adapter: Path, chat: ChatFormat, folder: Path) -> str:
@@ -186,25 +209,42 @@ def _write_adapter(played: Played, adapter: Path, folder: Path) -> str:
     return "a LoRA adapter in PEFT's format, for PEFT and vLLM"
 
 
-def _not_for_vllm(played: Played) -> str:
+def _not_for_vllm(config: Config) -> str:
     """Why vLLM cannot serve the adapter, or nothing."""
-    lora = played.config.lora
+    lora = config.lora
     if lora.r > max(VLLM_RANKS):
         return f"lora.r = {lora.r}: vLLM serves ranks up to {max(VLLM_RANKS)}"
     return "lora.target_parameters: vLLM reads no such adapters" if lora.target_parameters else ""
 
 
-def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> str:
-    """The model card: metadata for the hub, what was done, how to load it, how it did."""
+def _card(
+    played: Played,
+    policy: Policy,
+    name: str,
+    merged: bool,
+    form: str,
+    license: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """The model card: metadata for the hub, what was done, how to load it, how it did.
+
+    Args:
+        played: the run.
+        policy: the iterate.
+        name: what the folder or the repository is called.
+        merged: whether it is the base's weights with the adapter added.
+        form: what was written, in words.
+        license: the hub's fields about it; that of the base where it is empty.
+    """
     config, manifest = for_others(played.config), played.manifest
-    folder = Path(played.config.model).is_absolute() and "/" not in config.model
+    base = _id(played.config.model)
     data = ModelCardData(
-        # The hub accepts ids only.
-        base_model=None if folder or config.model == "tiny" else config.model,
-        library_name="transformers" if options.merge else "peft",
+        base_model=base,
+        base_model_relation=base and ("finetune" if merged else "adapter"),
+        datasets=_id(played.config.data.partition(":")[0]),
+        library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        tags=["alphaspin", "self-play", config.method.replace("_", "-")],
-        # No license: it is the base's, which is not known here.
+        tags=["alphaspin", "self-play", config.method.replace("_", "-"), *["lora"] * (not merged)],
+        **license,
     )
     identity = manifest["identity"]
     lineage = [
@@ -221,11 +261,11 @@ def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> 
         f"# {config.name}, iteration {policy.name}",
         html.escape(describe(config), quote=False),
         f"These files are {form}.",
-        _usage(config, options),
+        _usage(config, name, merged),
         "## Lineage",
         _table(["what", "from", "SHA-256"], [[a, b, f"`{c}`"] for a, b, c in lineage]),
         f"Made with {versions}.",
-        "The license is that of the base.",
+        f"License: {license['license']}." if license else "The license is that of the base.",
         "## Settings",
         "The recipe, for `alphaspin-train`:",
         f"{fence}yaml\n{settings}{fence}",
@@ -234,10 +274,20 @@ def _card(played: Played, policy: Policy, options: ExportOptions, form: str) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def _usage(config: Config, options: ExportOptions) -> str:
-    """How to load the folder, where the base is at hand."""
-    name = Path(options.to).absolute().name
-    if options.merge:
+def _id(source: str) -> str | None:
+    """A model's or data set's id on the hub; nothing where it is from elsewhere.
+
+    Runs of earlier versions have relative paths, of which those that cannot be ids are told.
+    """
+    name = published(source)
+    if source == "tiny" or (Path(source).is_absolute() and "/" not in name):
+        return None
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not is_file(name) else None
+
+
+def _usage(config: Config, name: str, merged: bool) -> str:
+    """How to load it, where the base is at hand."""
+    if merged:
         lines = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
@@ -245,13 +295,24 @@ def _usage(config: Config, options: ExportOptions) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
         ]
         return "```python\n" + "\n".join(lines) + "\n```"
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({config.model!r})",
+        f"model = PeftModel.from_pretrained(base, {name!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+    ]
+    usage = "```python\n" + "\n".join(lines) + "\n```"
+    if _not_for_vllm(config):
+        return usage
     rank = min(rank for rank in VLLM_RANKS if rank >= config.lora.r)
     base, quoted = shlex.quote(config.model), shlex.quote(name)
     command = (
-        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {quoted}={quoted} "
-        f"--tokenizer {quoted}"
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules "
+        f"{shlex.quote(name.split('/')[-1])}={quoted} --tokenizer {quoted}"
     )
-    return f"```sh\n{command}\n```"
+    return f"{usage}\n\n```sh\n{command}\n```"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -288,4 +349,8 @@ def _evaluations(played: Played) -> list[str]:
                 tables.append(_table(measures.COMPARED, [measures.comparison(row) for row in rows]))
             if tables[-1] not in parts:  # the run's own judge gives the run's own table
                 parts += [f"## {title}", *tables]
+    for tasks in read_tasks(played.path):
+        header = ["task", "metric", *tasks.names]
+        parts += [f"## {_cell(tasks.title)}", _table(header, tasks.rows)]
+        parts += [f"- {_cell(note)}" for note in tasks.notes]
     return [*parts, "± is one standard error, brackets are 95 % intervals."] if parts else []

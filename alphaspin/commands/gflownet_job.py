@@ -19,6 +19,7 @@ from alphaspin.model.backbone import WEIGHTS
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.repeatable import repeatable
+from alphaspin.model.stepper import corrected
 from alphaspin.model.verify import Verdict, verify
 from alphaspin.sampling import mixture
 from alphaspin.sampling.answer import Draw
@@ -109,7 +110,7 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         )
         draws = [Draw(config.seed, 0, "check", number) for number in range(len(fresh))]
         summary: dict[str, Any] = {"prompts": len(fresh), "answers": config.check_answers}
-        for name, proposal in (("token", None), ("gflownet", SAMPLER)):
+        for name, proposal in (("token", None), ("gflownet", corrected(task.weights, SAMPLER))):
             found = mixture.independent(
                 backbone, setting, fresh, draws, proposal=proposal
             ).diagnose()

@@ -1,7 +1,6 @@
 """One run from its configuration to `summary.json`: load, check, play, summarise."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from pydantic import ValidationError
 
 from alphaspin import __version__
+from alphaspin.commands import trackers
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import (
@@ -38,17 +38,16 @@ from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import run_id, write_atomically
 from alphaspin.foundation.openai_api import key_of
-from alphaspin.foundation.paths import check_there, for_others, packaged
+from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import (
     Metrics,
-    Mirror,
     Run,
     SignalGuard,
     clock,
     differences,
     relocated,
 )
-from alphaspin.foundation.section import check_installed, flat
+from alphaspin.foundation.section import check_installed
 from alphaspin.judges.cache import CachedJudge
 from alphaspin.judges.shared import TeamJudge
 from alphaspin.methods.selfplay import Callback, play, teller
@@ -76,9 +75,7 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
         TrainingStopped: see `trainer`.
         Elsewhere: one of these was raised in another process of the job.
     """
-    for tracker in config.log.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise InputError(f"log.trackers = {tracker}: not installed (pip install {tracker})")
+    trackers.check(config)
     if config.train.optimizer == "adamw_8bit":
         check_installed("bitsandbytes", "train.optimizer = adamw_8bit", "quantization")
     check_there("model", config.model)
@@ -177,14 +174,12 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         identity["clock"] = now
     elif chat.dates:
         hint = OTHER_DAY
-    with contextlib.closing(open_run(team, config.run_folder(), identity, hint)) as folder:
-        mirror: Mirror | None = None
-        if config.log.trackers:
-            settings = {
-                key: str(value) for key, value in flat(for_others(config).identity()).items()
-            }
-            accelerator.init_trackers(config.name, config=settings)
-            mirror = lambda values, step: accelerator.log(dict(values), step=step)  # noqa: E731
+    with (
+        contextlib.closing(open_run(team, config.run_folder(), identity, hint)) as folder,
+        trackers.finishing(accelerator),
+    ):
+        with team.together():
+            mirror = trackers.start(accelerator, config, folder) if team.main else None
         tell = teller(callbacks)
         metrics = Metrics(folder.path / "metrics.jsonl", mirror, writes=team.main, tell=tell)
         with team.together():
@@ -221,8 +216,6 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             console.table(title, measures.header(judged), [measures.row(row) for row in rows])
         for kind, count in summary["trained_tokens"].items():
             console.note(f"{kind}: {count:,} response tokens that carried a gradient")
-        for tracker in accelerator.trackers:
-            tracker.finish()
         return summary
 
 

@@ -54,15 +54,17 @@ class Metrics:
         writes: bool = True,
         tell: Callable[[str, int, Mapping[str, float | str]], None] = lambda *_: None,
     ):
-        """Open `path`; `mirror` also gets the numbers (TensorBoard, wandb), `tell` the records.
+        """Open `path`; `mirror` also gets the numbers (TensorBoard, …), `tell` the records.
 
-        With `writes` off nothing is written: a file has one writer among several processes.
+        A step of the mirror is a line of the file, so that one which goes on goes forwards; what
+        an earlier process sent is not sent again, though that work may be repeated. With `writes`
+        off nothing is written: a file has one writer among several processes.
         """
         self._path = path
         self._mirror = mirror
         self._writes = writes
         self._tell = tell
-        self._step = 0
+        self._step = self._sent = len(self.read()) if mirror else 0
 
     def read(self) -> list[dict[str, Any]]:
         """All whole records; a line torn by a kill, or anything else, is passed over."""
@@ -95,11 +97,11 @@ class Metrics:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         self._step += 1
-        self._tell(stage, step, values)
-        if self._mirror:
+        if self._mirror and self._step > self._sent:
             prefix = stage.split("/")[0]
             numbers = {f"{prefix}/{k}": v for k, v in values.items() if not isinstance(v, str)}
             self._mirror(numbers, self._step)
+        self._tell(stage, step, values)
 
 
 def clock(path: Path) -> str | None:

@@ -31,15 +31,38 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The question whether `first` is the better response."""
+    """The question whether `first` is the better response.
+
+    In a dialogue of several turns each response may have turns of its own before it: then `other`
+    is the prompt of `second`, which has the same turns of the user.
+    """
 
     prompt: Prompt
     first: str
     second: str
+    other: Prompt | None = None
 
     def swapped(self) -> "Comparison":
         """The same question with the responses in the other order."""
-        return Comparison(self.prompt, self.second, self.first)
+        other = self.prompt if self.other else None
+        return Comparison(self.other or self.prompt, self.second, self.first, other)
+
+    def flat(self) -> "Comparison":
+        """The same question as one prompt: what both have before they part, and the rest of each
+        dialogue, the user's turns included, as the response."""
+        ours, theirs = self.prompt.messages, (self.other or self.prompt).messages
+        if ours == theirs:
+            return self
+        both = next(
+            i for i, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]
+        )
+
+        def rest(messages: Messages, response: str) -> str:
+            whole = [*messages[both:], {"role": "assistant", "content": response}]
+            return plain_text(whole).removeprefix("Assistant: ")
+
+        prompt = Prompt(ours[:both], self.prompt.answer)
+        return Comparison(prompt, rest(ours, self.first), rest(theirs, self.second))
 
 
 def plain_text(messages: Messages) -> str:
@@ -50,7 +73,11 @@ def plain_text(messages: Messages) -> str:
 
 
 class Judge(Protocol):
-    """What compares two responses."""
+    """What compares two responses.
+
+    It may have `bounds` other than (0, 1): a grader's are (1, 10), and its verdict is a grade of
+    `first`. Where it has `unread`, a verdict may be NaN: of a reply that cannot be read.
+    """
 
     @property
     def identity(self) -> str:
@@ -85,6 +112,7 @@ class FunctionJudge:
         settings: Mapping[str, Any] | None = None,
         *,
         both_orders: bool = True,
+        bounds: tuple[float, float] = (0, 1),
     ):
         """Nothing is called yet.
 
@@ -93,7 +121,9 @@ class FunctionJudge:
             identity: changes when the verdicts may.
             settings: by keyword.
             both_orders: ask both orders; False for a function with f(a, b) = 1 - f(b, a).
+            bounds: of what it returns.
         """
+        self.bounds = bounds
         self._function, self._settings = function, dict(settings or {})
         self.identity = f"{identity}{self._settings or ''}"
         self.both_orders = both_orders
@@ -124,6 +154,14 @@ class JudgeConfig(Kind):
             InputError: it cannot be loaded.
         """
 
+    def counting(self, pattern: str | None) -> tuple[Judge, Judge | None]:
+        """The judge, and where it has one its grader, as benchmarks ask them.
+
+        A reply that cannot be read is NaN, to be counted, and no reason to stop; a demonstrated
+        answer that a prompt has is shown to whoever can read. Raises as `load`.
+        """
+        return self.load(pattern), None
+
     def title(self) -> str:
         """What it is, for the report."""
         return self.kind
@@ -147,10 +185,11 @@ def checked_verdicts(judge: Judge, pairs: Sequence[Comparison]) -> Iterator[Mapp
     """The judge's groups, each verdict checked.
 
     Raises:
-        JudgeError: one that is no number in [0, 1], for no pair or for a pair that had one;
+        JudgeError: one that is no number in its bounds, for no pair or for a pair that had one;
             afterwards, too few.
     """
     seen: set[int] = set()
+    low, high = getattr(judge, "bounds", (0, 1))
     for group in judge.compare(pairs):
         for index, verdict in group.items():
             if not 0 <= index < len(pairs) or index in seen:
@@ -158,11 +197,12 @@ def checked_verdicts(judge: Judge, pairs: Sequence[Comparison]) -> Iterator[Mapp
                     f"{judge.identity}: a verdict for pair {index}, which was not asked or has one "
                     f"({len(pairs)} pairs)"
                 )
-            if not isinstance(verdict, Real) or not 0 <= verdict <= 1:  # NaN too
+            unread = getattr(judge, "unread", False) and verdict != verdict
+            if not unread and not (isinstance(verdict, Real) and low <= verdict <= high):  # NaN too
                 one, other = pairs[index].first[:60], pairs[index].second[:60]
                 raise JudgeError(
-                    f"{judge.identity}: verdict {verdict!r} is not a number in [0, 1], on {one!r} "
-                    f"against {other!r}"
+                    f"{judge.identity}: verdict {verdict!r} is not a number in [{low}, {high}], on "
+                    f"{one!r} against {other!r}"
                 )
             seen.add(index)
         yield group
@@ -213,5 +253,6 @@ def preferences(judge: Judge, pairs: Sequence[Comparison]) -> list[float]:
 def key_of(identity: str, pair: Comparison) -> bytes:
     """128 bits of everything that a verdict depends on."""
     content = [identity, pair.prompt.messages, pair.prompt.answer, pair.first, pair.second]
+    content += [pair.other.messages] if pair.other else []
     text = json.dumps(content, sort_keys=True)  # ASCII: lone surrogates too
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

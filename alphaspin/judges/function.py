@@ -23,25 +23,40 @@ class Function(JudgeConfig):
     remembered. For a run whose `function` has moved."""
     both_orders: bool = True
     """Asked in both orders; not needed where f(a, b) = 1 - f(b, a)."""
+    grades: str | None = None
+    """`package.module:function` that grades `first` of a `Comparison` from 1 to 10, for benchmarks
+    that want grades; `second` is empty."""
 
     @model_validator(mode="before")
     @classmethod
     def _remembered(cls, values: Any) -> Any:
         return values if values.get("folder") else {**values, "folder": os.getcwd()}
 
+    free = frozenset({"folder", "grades"})
+
     def load(self, pattern: str | None) -> Judge:
         """Import it."""
         del pattern
+        return FunctionJudge(*self._found("function"), both_orders=self.both_orders)
+
+    def counting(self, pattern: str | None) -> tuple[Judge, Judge | None]:
+        """With the function that grades, where there is one."""
+        judge = self.load(pattern)
+        if self.grades is None:
+            return judge, None
+        found = self._found("grades")
+        return judge, FunctionJudge(*found, both_orders=False, bounds=(1, 10))
+
+    def _found(self, key: str) -> tuple[Callable[..., float], str]:
+        """The function that a setting names, and its identity."""
+        name: str = getattr(self, key)
         try:
-            found = load_object(self.function, str(self.folder))
+            found, digest = load_object(name, str(self.folder))
         except InputError as error:
-            raise InputError(f"judge.function = {self.function}: {error}") from error
-        if not callable(found[0]):
-            raise InputError(f"judge.function = {self.function}: is not a function")
-        identity = f"callable:{self.function}@{found[1][:16]}"
-        return FunctionJudge(
-            cast("Callable[..., float]", found[0]), identity, both_orders=self.both_orders
-        )
+            raise InputError(f"judge.{key} = {name}: {error}") from error
+        if not callable(found):
+            raise InputError(f"judge.{key} = {name}: is not a function")
+        return cast("Callable[..., float]", found), f"callable:{name}@{digest[:16]}"
 
     def title(self) -> str:
         """With the function."""

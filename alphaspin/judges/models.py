@@ -121,7 +121,7 @@ class RewardModelJudge:
                 group, texts = [], {}
             group.append(i)
             for one in (pair, pair.swapped()):
-                texts.setdefault((json.dumps(pair.prompt.messages), one.first), one)
+                texts.setdefault((json.dumps(one.prompt.messages), one.first), one)
         if group:
             yield self._verdicts(pairs, group, texts)
 
@@ -135,8 +135,11 @@ class RewardModelJudge:
         reward = dict(zip(texts, scores, strict=True))
 
         def verdict(pair: Comparison) -> float:
-            prompt = json.dumps(pair.prompt.messages)
-            return _sigmoid(reward[prompt, pair.first] - reward[prompt, pair.second])
+            one, other = (
+                reward[json.dumps(side.prompt.messages), side.first]
+                for side in (pair, pair.swapped())
+            )
+            return _sigmoid(one - other)
 
         return {i: verdict(pairs[i]) for i in group}
 
@@ -262,7 +265,7 @@ class PairRMJudge:
     def compare(self, pairs: Sequence[Comparison]) -> Iterator[Mapping[int, float]]:
         """Batches in order, both orders of a pair in one."""
         for start in range(0, len(pairs), self._batch):
-            part = pairs[start : start + self._batch]
+            part = [pair.flat() for pair in pairs[start : start + self._batch]]
             logits = self._logits([one for pair in part for one in (pair, pair.swapped())])
             odds = [(logits[2 * i] - logits[2 * i + 1]) / 2 for i in range(len(part))]
             yield {start + i: _sigmoid(x) for i, x in enumerate(odds)}

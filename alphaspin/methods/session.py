@@ -29,7 +29,7 @@ from alphaspin.methods.base import Sections
 from alphaspin.model.backbone import WEIGHTS, Backbone, average_adapters
 from alphaspin.model.distributed import Team
 from alphaspin.model.scoring import ReferenceCache, score
-from alphaspin.model.stepper import Policy
+from alphaspin.model.stepper import Policy, corrected
 from alphaspin.model.tree import Tree
 from alphaspin.opponents.base import EMA, Player, Shard, choose_prompts
 from alphaspin.sampling.answer import Answer, Draw
@@ -172,7 +172,7 @@ class Session:
             console.note(f"t={iteration}: {weights.note()}")
             return answers
         if player.sampler == "gflownet":
-            policy = {f"sampler-{iteration}": 1.0}
+            policy = corrected(policy, f"sampler-{iteration}")
         requests = [Request(p, policy, cap, d) for p, d in zip(prompts, noise, strict=True)]
         return engine(config.sampling, self.chat)(
             self.backbone,
@@ -183,7 +183,7 @@ class Session:
         )
 
     def load_sampler(self, iteration: int, player: Player) -> None:
-        """The adapter that samples from the exact mixture at iteration t, trained now if need be.
+        """The adapter that corrects the mixture's sampler at iteration t, trained now if need be.
 
         It learns on the prompts of the iteration, `gflownet.prompts` of them at most.
         """

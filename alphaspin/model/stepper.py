@@ -1,6 +1,6 @@
 """Sequences in progress under mixtures of adapters, one token a step: what comes next in each.
 
-A policy here is a mixture, adapters with weights that sum to 1: at every step the next token has
+A policy here is a mixture, adapters with weights that sum to 1: at each step the next token has
 the distribution softmax(Σ_i w_i z_i / T), with z_i the logits of component i (geometric decoding;
 `docs/theory.md`, section 4). One component of weight 1 is a plain policy. All components of all
 sequences are rows of a forward pass of the shared base; `caches` has what is kept of them.
@@ -20,7 +20,7 @@ from alphaspin.model.caches import CACHES, Rows
 from alphaspin.model.tree import Tokens
 
 Policy = Mapping[str | None, float]
-"""Weights by adapter name, None for the base; not negative, of sum 1."""
+"""Weights by adapter name, None for the base, of sum 1; see `corrected` for negative ones."""
 Components = tuple[tuple[str | None, float], ...]
 
 
@@ -36,14 +36,23 @@ def mixture(adapter: str | None, alpha: float) -> Policy:
     return {None: 1.0} if adapter is None else {adapter: alpha, None: 1 - alpha}
 
 
+def corrected(policy: Policy, adapter: str) -> Policy:
+    """Π_i π_i^{w_i} · π_adapter / π_base: what an adapter adds to the base, added to a mixture.
+
+    A fresh adapter (B = 0) adds nothing.
+    """
+    more = {adapter: policy.get(adapter, 0.0) + 1, None: policy.get(None, 0.0) - 1}
+    return {**policy, **more}
+
+
 def components(policy: Policy) -> Components:
     """The mixture without what has no weight, in an order of its own.
 
     Raises:
-        ValueError: a negative weight, or a sum that is not 1.
+        ValueError: the weights do not sum to 1.
     """
-    if min(policy.values(), default=0) < 0 or abs(sum(policy.values()) - 1) > 1e-6:
-        raise ValueError(f"the weights of a mixture are not negative and sum to 1: {dict(policy)}")
+    if abs(sum(policy.values()) - 1) > 1e-6:
+        raise ValueError(f"the weights of a mixture sum to 1: {dict(policy)}")
     return tuple(sorted(((n, w) for n, w in policy.items() if w), key=lambda item: item[0] or ""))
 
 

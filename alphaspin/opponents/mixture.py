@@ -104,19 +104,18 @@ class SMCMixture(Mixture):
 
 
 class GFlowNetMixture(Mixture):
-    """The reference's mixture answers, by an adapter trained for it, with the section gflownet."""
+    """The reference's mixture answers, corrected by an adapter, with the section gflownet."""
 
     opponent: str = "mixture-gflownet"
     sampler = "gflownet"
     uses = ("gflownet",)
 
     def needs(self, config: Any) -> tuple[Need, ...]:
-        """Answers that can be weighed, a base that is whole, adapters that can be stacked."""
+        """The local sampler, answers that can be weighed, a base that is whole."""
         alone = "each process trains the sampler by itself, with passes that the others would join"
-        stack = "the sampler starts from adapters stacked along their rank, which these are not"
         return (
             *super().needs(config),
+            LOCAL,
             WEIGHED,
             Need("train.sharding", ("none",), alone),
-            Need("lora.target_parameters", ((),), stack),
         )

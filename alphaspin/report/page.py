@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -31,7 +31,7 @@ from alphaspin.foundation.artefacts import MANIFEST, read_manifest, run_id, stan
 from alphaspin.foundation.paths import for_others, published, refuse_links
 from alphaspin.foundation.runs import Metrics
 from alphaspin.foundation.section import RECORDED, refusals
-from alphaspin.report.plots import POINTS, Steps, key, plot_iterates, plot_steps
+from alphaspin.report.plots import POINTS, Steps, key, plot_iterates, plot_steps, radar
 from alphaspin.report.verdict import Facts, signed, verdict
 
 COLUMNS = [
@@ -219,16 +219,69 @@ def read_comparisons(folder: Path) -> list[Comparison]:
     return found
 
 
-def read_tasks(folder: Path) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, policies and rows of each set of harness tasks in RUN/evaluation."""
-    found: list[tuple[str, list[str], list[list[str]]]] = []
-    for place in sorted((folder / "evaluation").glob("tasks-*")):
+class Tasks(NamedTuple):
+    """What policies did on one benchmark: rows [task, metric, a value of each policy], notes, and
+    radar charts with their titles."""
+
+    title: str
+    names: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+    charts: list[tuple[str, Markup]]
+    curves: list[tuple[str, str, str]]
+
+
+def read_tasks(folder: Path) -> list[Tasks]:
+    """The benchmarks in RUN/evaluation."""
+    found: list[Tasks] = []
+    for place in sorted((folder / "evaluation").glob("*-*")):
+        if place.name.startswith(("heldout-", "answers-")):
+            continue
         parts = _whole(place)
         results = {name: _json(parts[name] / "results.json") for name in in_order(parts)}
         for first in [*results.values()][:1]:
-            title = f"lm-evaluation-harness {first['harness']}" + ", chat template" * first["chat"]
-            found.append((title, list(results), task_rows(results)))
+            title = first.get("title") or (  # of earlier versions
+                f"lm-evaluation-harness {first['harness']}" + ", chat template" * first["chat"]
+            )
+            curves = [("", name, css_of(name)) for name in results]
+            rows, notes = task_rows(results), task_notes(results)
+            found.append(Tasks(title, [*results], rows, notes, _charts(results), curves))
     return found
+
+
+def css_of(name: str) -> str:
+    """A policy's CSS classes where policies are curves: the base grey, the control dashed."""
+    if name == "base":
+        return "h dotted"
+    return "abcdefg"[int(name.split()[-1]) % 7] + " dashed" * (" " in name)
+
+
+def _charts(results: Mapping[str, Any]) -> list[tuple[str, Markup]]:
+    """A radar chart of each metric that is to have one, with a line for each policy."""
+    asked = {
+        chart["metric"]: chart for found in results.values() for chart in found.get("radar", ())
+    }
+    charts: list[tuple[str, Markup]] = []
+    for metric, chart in asked.items():
+        lines: dict[str, list[float]] = {}
+        axes: list[str] = [*results.values()][-1]["axes"]
+        for name, found in results.items():
+            values = [found["results"].get(axis, {}).get(metric) for axis in axes]
+            if None not in values:
+                lines[css_of(name)] = values
+        if lines and len(axes) > 2:
+            charts.append((chart["title"], radar(chart["title"], axes, chart["high"], lines)))
+    return charts
+
+
+def task_notes(results: Mapping[str, Any]) -> list[str]:
+    """What is to be said beside the numbers, of whom."""
+    said: dict[str, list[str]] = {}
+    for name, found in results.items():
+        for note in found.get("notes", ()):
+            said.setdefault(note, []).append(name)
+    every = len(results)
+    return [note if len(of) == every else f"{', '.join(of)}: {note}" for note, of in said.items()]
 
 
 def task_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -247,6 +300,7 @@ def task_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 own = found["results"].get(task, {})
                 value, error = own.get(entry), own.get(f"{metric}_stderr,{filtered}")
                 shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+                shown = "–" if value is None else shown
                 cells.append(f"{shown} ± {error:.2g}" if isinstance(error, float) else shown)
             name = metric if filtered == "none" else f"{metric} ({filtered})"
             rows.append([task, name, *cells])

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
@@ -167,6 +167,32 @@ def plot_steps(
     return draw(title, paint)
 
 
+def radar(
+    title: str, names: Sequence[str], high: float, lines: Mapping[str, list[float]]
+) -> Markup:
+    """Values from 0 to `high` on spokes, a closed line for each of some CSS classes."""
+
+    def paint(axes: Axes) -> None:
+        angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+        polar: Any = axes
+        polar.set_theta_offset(np.pi / 2)
+        polar.set_theta_direction(-1)
+        for css, values in lines.items():
+            axes.plot([*angles, 0], [*values, values[0]], **look(css))
+        axes.set_ylim(0, high)
+        axes.set_xticks(angles, names)
+        for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+            label.set_parse_math(False)  # anybody's text
+            side = math.sin(angle)
+            label.set_horizontalalignment(
+                "center" if abs(side) < 0.1 else "left" if side > 0 else "right"
+            )
+        axes.xaxis.grid(True)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+
+    return draw(title, paint, polar=True)
+
+
 def look(css: str) -> dict[str, Any]:
     """CSS classes of a curve as arguments of matplotlib."""
     letter, *kinds = css.split()
@@ -207,13 +233,14 @@ def tick(y: float) -> str:
     return text.replace("-", "\u2212")
 
 
-def draw(title: str, paint: Callable[[Axes], None]) -> Markup:
+def draw(title: str, paint: Callable[[Axes], None], *, polar: bool = False) -> Markup:
     """Axes as an SVG element that takes its width, font and colours from the page."""
     salt = {"svg.hashsalt": title}  # ids are random without it, and equal in all plots with one
     with matplotlib.style.context(["default", STYLE, salt]):
-        figure = Figure(figsize=(4.4, 2.5))
+        figure = Figure(figsize=(4.4, 3.4 if polar else 2.5))
         figure.patch.set_visible(False)
-        axes = figure.add_axes((0.145, 0.17, 0.845, 0.75))
+        place = (0.2, 0.1, 0.6, 0.78) if polar else (0.145, 0.17, 0.845, 0.75)
+        axes = figure.add_axes(place, polar=polar)
         axes.patch.set_visible(False)
         axes.yaxis.set_major_formatter(lambda y, _: tick(y))
         paint(axes)

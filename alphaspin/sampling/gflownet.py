@@ -1,7 +1,17 @@
-"""An adapter that samples from the exact geometric mixture: GFlowNet fine-tuning.
+"""A correction of token-level decoding to the exact geometric mixture: GFlowNet fine-tuning.
 
-The target is π(y) ∝ R(y) = Π_i π_i(y)^{w_i} over whole answers y. Every prefix z of an answer is a
-state that may end, with the flow F(z) = R(z⊤) / q(⊤|z), and q samples from π where
+The target is π(y) ∝ R(y) = Π_i π_i(y)^{w_i} over whole answers y. The sampler q is token-level
+decoding of the mixture with what an adapter θ adds to the base, token by token,
+
+    q(v|z) ∝ Π_i π_i(v|z)^{w_i} · π_θ(v|z) / π_base(v|z)        (`stepper.corrected`)
+
+so that the adapter learns only how the flows of what may follow differ, which is less than the
+mixture itself by far, and nothing at all at the last token before the cap, where token-level
+decoding is exact. An adapter that is q by itself must learn the mixed policies' logits too, which
+only the noise of sampled answers teaches it. A token costs a pass for each policy and one more.
+
+Every prefix z of an answer is a state that may end, with the flow F(z) = R(z⊤) / q(⊤|z), and q
+samples from π where
 
     r_i = log R(z_{1:i}⊤) - log q(⊤|z_{1:i}) - Σ_{k<=i} log q(z_k|z_<k)
 
@@ -19,11 +29,10 @@ leave the choice among them untrained.)
 
 Sources: Hu et al., "Amortizing intractable inference in large language models" (2310.04363); Madan
 et al. (2209.12782). Unlike the published code: exact boundary at the cap, O(L) loss, one scoring
-pass for the rewards of all prefixes, an end token for each state, and a start at the mixture's
-first-order approximation.
+pass for the rewards of all prefixes, an end token for each state, and the correction.
 
 Shape suffixes: B answers, L tokens, S = L + 1 states, E end tokens, K = 1 + E, N rows (all tokens
-of all answers; the state before token k is the row of token k).
+of all answers; the state before token k is the row of token k), P policies, H hidden size.
 """
 
 import math
@@ -31,16 +40,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from alphaspin_kernels import linear_logprob, subtb_loss
-from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.artefacts import commit, remove, stands
 from alphaspin.foundation.batched import batched
@@ -50,17 +57,17 @@ from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.repeatable import backward
 from alphaspin.model.routing import POLICY
-from alphaspin.model.settings import LoraConfig
-from alphaspin.model.stepper import Policy
+from alphaspin.model.stepper import Policy, corrected
 from alphaspin.model.tree import Tokens, Tree
 from alphaspin.sampling import mixture
 from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.decode import Request, decode, invert, uniforms
-from alphaspin.sampling.settings import NO_STACK, GFlowNetConfig, SamplingConfig
+from alphaspin.sampling.settings import GFlowNetConfig, SamplingConfig
 from alphaspin.training.loop import Loop, learning_rate, run
 
 TEMPERATURES = (0.5, 2.0)
 WARMUP, ANNEAL = 0.1, 0.5  # shares of the steps
+ROWS = 1024  # whose mixed logits are held at once
 REPLAY = "replay.safetensors"
 
 
@@ -100,28 +107,59 @@ class Task:
 # Scoring
 
 
-def prefix_logps(
-    backbone: Backbone,
-    groups: Sequence[tuple[str | None, Sequence[Tree]]],
-    stop_ids: frozenset[int],
-) -> Tensor:
-    """log π of each token and of every end token in its place, [N, K] fp32, group by group.
-
-    One pass over all groups; end tokens in ascending order.
-    """
-    batch = collate(groups, layout=backbone.layout).to(backbone.device)
+def hidden_states(
+    backbone: Backbone, names: Sequence[str | None], trees: Sequence[Tree], stop_ids: frozenset[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of policies, in one pass: hidden states [P, N, H] that predict; targets [N, K], each token,
+    and every end token in its place, in ascending order; the prediction [M] of each answer token."""
+    batch = collate([(name, trees) for name in names], layout=backbone.layout).to(backbone.device)
+    targets_N = batch.targets.view(len(names), -1)[0]
     stops_E = torch.tensor(sorted(stop_ids), device=backbone.device)
-    targets_NK = torch.cat([batch.targets[:, None], stops_E.expand(len(batch.targets), -1)], 1)
+    targets_NK = torch.cat([targets_N[:, None], stops_E.expand(len(targets_N), -1)], 1)
+    entries_M = batch.entries.view(len(names), -1)[0]
+    return backbone(batch).view(len(names), len(targets_N), -1), targets_NK, entries_M
+
+
+def _logps(backbone: Backbone, hidden_NH: Tensor, targets_NK: Tensor) -> Tensor:
     head = backbone.head
-    logps_NK = linear_logprob(
-        backbone(batch),
+    return linear_logprob(
+        hidden_NH,
         head.weight,
         targets_NK,
         bias=head.bias,
         softcap=backbone.softcap,
         temperature=1 / backbone.scale,
     )
-    return logps_NK[batch.entries]
+
+
+def sampler_logps(
+    backbone: Backbone, weights: Policy, trees: Sequence[Tree], stop_ids: frozenset[int]
+) -> Tensor:
+    """log q of each token and of every end token in its place, [M, K] fp32; with a graph to the
+    policy adapter, the other policies without one and without dropout."""
+    policy = corrected(weights, POLICY)
+    fixed = {name: weight for name, weight in policy.items() if name != POLICY and weight}
+    backbone.eval()
+    with torch.no_grad():
+        fixed_PNH, *_ = hidden_states(backbone, list(fixed), trees, stop_ids)
+    backbone.train()
+    own_PNH, targets_NK, entries_M = hidden_states(backbone, [POLICY], trees, stop_ids)
+    weight_P = [*fixed.values(), policy[POLICY]]
+    hidden_PNH = torch.cat([fixed_PNH, own_PNH])
+    if not backbone.softcap and hidden_PNH.dtype in {torch.float32, torch.float64}:
+        mixed_NH = torch.einsum("p,pnh->nh", hidden_PNH.new_tensor(weight_P), hidden_PNH)
+        return _logps(backbone, mixed_NH, targets_NK)[entries_M]
+
+    # A capped head is not linear, and a mixed state would be rounded to 16 bits, which the states
+    # that the sampler decodes with are not: mix logits, and in the backward pass once more.
+    def rows(hidden_PNH: Tensor, targets_NK: Tensor) -> Tensor:
+        parts = zip(weight_P, map(backbone.logits, hidden_PNH), strict=True)
+        logits_NV = torch.stack([weight * logits_NV for weight, logits_NV in parts]).sum(0)
+        return logits_NV.log_softmax(1).gather(1, targets_NK)
+
+    chunks = zip(hidden_PNH.split(ROWS, 1), targets_NK.split(ROWS), strict=True)
+    parts = [checkpoint(rows, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat(parts)[entries_M]
 
 
 def tree_of(prompt: Tokens, answers: Sequence[Answer]) -> Tree:
@@ -136,12 +174,14 @@ def trajectories(
     """The answers with their rewards at every prefix: one pass without a graph for all π_i."""
     backbone.eval()
     trees = [tree_of(prompt, group) for prompt, group in zip(prompts, answers, strict=True)]
-    found = prefix_logps(backbone, [(name, trees) for name in task.weights], task.stop_ids)
-    logps_PNK = found.view(len(task.weights), -1, found.shape[1])
-    weight_P = torch.tensor(list(task.weights.values()), device=found.device)
-    log_r_NK = torch.einsum("p,pnk->nk", weight_P, logps_PNK).cpu()
+    hidden_PNH, targets_NK, entries_M = hidden_states(
+        backbone, list(task.weights), trees, task.stop_ids
+    )
+    logps_PNK = torch.stack([_logps(backbone, hidden, targets_NK) for hidden in hidden_PNH])
+    weight_P = torch.tensor(list(task.weights.values()), device=logps_PNK.device)
+    log_r_MK = torch.einsum("p,pnk->nk", weight_P, logps_PNK)[entries_M].cpu()
     lengths = [len(answer.tokens) for group in answers for answer in group]
-    parts = iter(log_r_NK.split(lengths))
+    parts = iter(log_r_MK.split(lengths))
     return [[Trajectory(answer, next(parts)) for answer in group] for group in answers]
 
 
@@ -149,7 +189,7 @@ def trajectories(
 
 
 def balance(
-    log_q_NK: Tensor,
+    log_q_MK: Tensor,
     log_r_NK: Tensor,
     end_N: Tensor,
     lengths_B: Tensor,
@@ -159,7 +199,7 @@ def balance(
     """Sub-trajectory balance of some answers, scalar float64, nats squared.
 
     Args:
-        log_q_NK: log q of the tokens (column 0) and of every end token, with a graph.
+        log_q_MK: log q of the tokens (column 0) and of every end token, with a graph.
         log_r_NK: Σ_i w_i log π_i of the same.
         end_N: which end token stands for ⊤ in each state, from 0.
         lengths_B: tokens of each answer, its end token included.
@@ -178,7 +218,7 @@ def balance(
     log_r_BS = torch.nn.functional.pad(rows(log_r_NK[:, 0]).cumsum(1), (1, 0)) + ends(log_r_NK)
     # A whole answer's last token is ⊤ itself: it leads to no state.
     states_B = lengths_B - (~truncated_B).long()
-    return subtb_loss(rows(log_q_NK[:, 0]), ends(log_q_NK), log_r_BS, states_B, lam)
+    return subtb_loss(rows(log_q_MK[:, 0]), ends(log_q_MK), log_r_BS, states_B, lam)
 
 
 def pair_weight(states: Sequence[int], lam: float) -> float:
@@ -277,62 +317,20 @@ class Replay:
 # Training
 
 
-def start_adapter(backbone: Backbone, weights: Policy, lora: LoraConfig, seed: int, t: int) -> None:
-    """Make the policy adapter Σ_i w_i ΔW_i: the token-level mixture to first order in the updates.
-
-    The factors of the mixture's adapters are stacked along the rank; rank that is left over starts
-    as any fresh adapter does (B = 0).
-
-    Raises:
-        InputError: the rank or the target modules do not suffice.
-    """
-    if backbone.has_adapter(POLICY):
-        backbone.remove_adapter(POLICY)
-    backbone.add_adapter(POLICY, lora, seed=seed, iteration=t)
-    state = backbone.adapter_state(POLICY)
-    configs = cast(dict[str, PeftLoraConfig], backbone._peft.peft_config)
-    used = 0
-    for name, weight in weights.items():
-        if name is None:
-            continue
-        if configs[name].target_parameters:
-            raise InputError(f"{name}: has lora.target_parameters: {NO_STACK}")
-        rank = configs[name].r
-        part = slice(used, used + rank)
-        used += rank
-        if used > lora.r:
-            raise InputError(
-                f"gflownet.lora.r = {lora.r}: is below the ranks of the mixture's adapters "
-                f"together ({sum(configs[n].r for n in weights if n is not None)})"
-            )
-        scale = weight * (configs[name].lora_alpha / rank) / (lora.alpha / lora.r)
-        for key, value in backbone.adapter_state(name).items():
-            if key not in state:
-                raise InputError(
-                    f"gflownet.lora.targets = {list(lora.targets)!r}: leaves out "
-                    f"{key.split('.lora_')[0]}, which an adapter of the mixture has"
-                )
-            if ".lora_A." in key:
-                state[key][part] = value
-            else:
-                state[key][:, part] = scale * value
-    backbone.set_adapter_state(POLICY, state)
-
-
 def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> Path:
-    """Train the policy adapter to sample from the mixture; the folder of the finished adapter.
+    """Train the policy adapter to correct the mixture; the folder of the finished adapter.
 
     Nothing is done where it is there already; else training goes on from the newest checkpoint
     that verifies. The mixture's adapters must be loaded. Several processes do the same work; one of
     them writes.
 
     Raises:
-        InputError: see `start_adapter`.
         TrainingStopped: the loss or the gradient is not finite; raised before the update.
         Interrupted: a signal came; the step was finished and saved.
     """
     done = task.folder / "adapter"
-    inputs = {str(name): backbone.adapter_ids[name] for name in task.weights}
+    made_of = {str(name): backbone.adapter_ids[name] for name in task.weights}
+    inputs = made_of | {"form": "correction"}  # it once was the sampler by itself
     if not team.from_main(lambda: stands(done, inputs)):
         _train(backbone, task, metrics, team)
         with team.together():
@@ -346,7 +344,9 @@ def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) 
 
 def _train(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> None:
     config = task.config
-    start_adapter(backbone, task.weights, config.lora, task.seed, task.iteration)
+    if backbone.has_adapter(POLICY):
+        backbone.remove_adapter(POLICY)
+    backbone.add_adapter(POLICY, config.lora, seed=task.seed, iteration=task.iteration)
     replay = Replay(config.replay, config.near)
     per_epoch = math.ceil(len(task.prompts) / config.batch_size)
     total = per_epoch * config.epochs
@@ -390,14 +390,13 @@ def behave(
     """A step's answers by prompt: sampled now (a third of them from q itself, first), replayed."""
     quarter = task.config.answers // 4
     requests: list[Request] = []
+    policy = corrected(task.weights, POLICY)
     for prompt in chosen:
         key = (task.seed, task.iteration, f"gflownet/temperature/{step}", prompt)
         warm = rng.generator(*key).uniform(*TEMPERATURES, size=2 * quarter).tolist()
         for k, temperature in enumerate([1.0] * quarter + warm):
             draw = Draw(task.seed, task.iteration, f"gflownet/{step}/{k}", prompt)
-            requests.append(
-                Request(task.prompts[prompt], {POLICY: 1.0}, task.cap, draw, temperature)
-            )
+            requests.append(Request(task.prompts[prompt], policy, task.cap, draw, temperature))
     sampling = SamplingConfig(batch_size=len(requests))
     answers = decode(backbone, requests, stop_ids=task.stop_ids, config=sampling)
     sampled = list(batched(answers, 3 * quarter))
@@ -422,7 +421,6 @@ def accumulate(
     config = task.config
     groups = [[*new, *old] for new, old in zip(fresh, replayed, strict=True)]
     weight = pair_weight([_states(t) for group in groups for t in group], config.lam)
-    backbone.train()
     loss, tokens, log_w = 0.0, 0, list[Tensor]()
     for number, part in enumerate(np.array_split(np.arange(len(chosen)), config.accumulation)):
         if not len(part):
@@ -432,24 +430,24 @@ def accumulate(
         trees = [tree_of(task.prompts[chosen[i]], [t.answer for t in groups[i]]) for i in part]
         key = f"gflownet/dropout/{step}"
         torch.manual_seed(rng.key(task.seed, task.iteration, key, number) % 2**63)
-        log_q_NK = prefix_logps(backbone, [(POLICY, trees)], task.stop_ids)
-        log_r_NK = torch.cat([t.log_r_LK for t in batch]).to(log_q_NK.device)
+        log_q_MK = sampler_logps(backbone, task.weights, trees, task.stop_ids)
+        log_r_NK = torch.cat([t.log_r_LK for t in batch]).to(log_q_MK.device)
         uniform_N = torch.cat([_end_uniforms(task, chosen[i], groups[i], step) for i in part])
-        end_N = invert(log_q_NK.detach()[:, 1:].softmax(1), uniform_N.to(log_q_NK.device))
+        end_N = invert(log_q_MK.detach()[:, 1:].softmax(1), uniform_N.to(log_q_MK.device))
         truncated_B = torch.tensor([t.answer.truncated for t in batch])
         value = balance(
-            log_q_NK,
+            log_q_MK,
             log_r_NK / temperature,
             end_N,
-            lengths_B.to(log_q_NK.device),
-            truncated_B.to(log_q_NK.device),
+            lengths_B.to(log_q_MK.device),
+            truncated_B.to(log_q_MK.device),
             config.lam,
         )
         share = pair_weight([_states(t) for t in batch], config.lam) / weight
         backward(share * value, backbone)
         loss += share * value.item()
-        tokens += len(log_q_NK)
-        gap_N = (log_r_NK - log_q_NK.detach())[:, 0].double()
+        tokens += len(log_q_MK)
+        gap_N = (log_r_NK - log_q_MK.detach())[:, 0].double()
         gap_B = torch.stack([rows.sum() for rows in gap_N.split(lengths_B.tolist())]).cpu()
         counts = [len(groups[i]) for i in part]
         log_w += [gap[: config.answers // 4] for gap in gap_B.split(counts)]

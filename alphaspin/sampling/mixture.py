@@ -9,7 +9,7 @@ For token-level decoding log w is the sum of the log-normalisers of its steps, l
 
 Independent draws with these weights serve estimates, resampling and Metropolis-Hastings; sequential
 Monte Carlo (`smc`) spends the same number of draws better where answers are long, because it drops
-unlikely beginnings early. An adapter trained as proposal (`gflownet`) makes the weights even.
+unlikely beginnings early. A correction trained for the proposal (`gflownet`) makes weights even.
 
 Shape suffixes: B prompts, N draws (particles) per prompt, F = B·N, R draws not finished yet.
 """
@@ -86,47 +86,36 @@ def independent(
     prompts: Sequence[Tokens],
     draws: Sequence[Draw],
     *,
-    proposal: str | None = None,
+    proposal: Policy | None = None,
     size: int = 64,
 ) -> Draws:
-    """Independent draws from token-level decoding of the mixture, or from an adapter, weighted.
+    """Independent draws from token-level decoding of the mixture, or of another, weighted.
 
     Args:
         backbone: holds the adapters.
         setting: what to draw.
         prompts: token ids [P] of B prompts.
         draws: what each prompt's random numbers are a function of.
-        proposal: an adapter to draw from in the place of token-level decoding.
+        proposal: what to draw from, token by token, in the place of the target.
         size: trees per scoring pass, for `proposal`.
     """
-    policy: Policy = setting.target if proposal is None else {proposal: 1.0}
+    policy = setting.target if proposal is None else proposal
     requests = [
         Request(prompt, policy, setting.max_tokens, draw._replace(purpose=f"{draw.purpose}/{n}"))
         for prompt, draw in zip(prompts, draws, strict=True)
         for n in range(setting.particles)
     ]
     sampling = SamplingConfig(batch_size=setting.batch_size)
-    flat = decode(
-        backbone, requests, stop_ids=setting.stop_ids, config=sampling, record=proposal is None
-    )
-    if proposal is None:
-        log_w = [_total(answer.log_normalisers) for answer in flat]
-    else:
-        trees = [Tree(r.prompt, (a.tokens,)) for r, a in zip(requests, flat, strict=True)]
-        log_w = log_weights(backbone, setting.target, proposal, trees, size)
+    flat = decode(backbone, requests, stop_ids=setting.stop_ids, config=sampling, record=True)
+    # log q is Σ w_i log π_i of its own weights less its log-normalisers: their gap to R's remains.
+    log_w = np.array([_total(answer.log_normalisers) for answer in flat])
+    trees = [Tree(r.prompt, (a.tokens,)) for r, a in zip(requests, flat, strict=True)]
+    for name in dict.fromkeys([*setting.target, *policy]):
+        if gap := setting.target.get(name, 0.0) - policy.get(name, 0.0):
+            log_w += gap * np.array(logps(backbone, name, trees, size))[:, 0]
     answers = [list(group) for group in batched(flat, setting.particles)]
-    log_w_BN = torch.tensor(log_w, dtype=torch.float64).view(-1, setting.particles)
+    log_w_BN = torch.from_numpy(log_w).view(-1, setting.particles)
     return Draws(answers, log_w_BN, torch.arange(setting.particles).expand(log_w_BN.shape))
-
-
-def log_weights(
-    backbone: Backbone, target: Policy, proposal: str, trees: Sequence[Tree], size: int
-) -> list[float]:
-    """log R(y) - log q(y) of trees with one answer each, for an adapter q."""
-    total = np.zeros(len(trees))
-    for name, weight in [*target.items(), (proposal, -1.0)]:
-        total += weight * np.array(logps(backbone, name, trees, size))[:, 0]
-    return total.tolist()
 
 
 def _total(values: NDArray[np.float32] | None) -> float:
@@ -232,7 +221,7 @@ def sample(
     draws: Sequence[Draw],
     *,
     method: Literal["smc", "imh"],
-    proposal: str | None = None,
+    proposal: Policy | None = None,
     size: int = 64,
     progress: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> tuple[list[Answer], Diagnosis]:
@@ -244,7 +233,7 @@ def sample(
         prompts: token ids.
         draws: what each prompt's random numbers are a function of, and nothing else.
         method: sequential Monte Carlo, or independent Metropolis-Hastings.
-        proposal: for `imh`, an adapter to draw from in the place of token-level decoding.
+        proposal: for `imh`, what to draw from in the place of the target.
         size: trees per scoring pass, for `proposal`.
         progress: called with the answers finished and the tokens decoded.
     """

@@ -65,12 +65,6 @@ class SamplingConfig(Section):
         return self
 
 
-NO_STACK = (
-    "a mixture's sampler starts from adapters stacked along their rank, which those of parameters "
-    "are not; leave it out"
-)
-
-
 class GFlowNetConfig(Section):
     """An adapter trained to sample from the exact geometric mixture (sub-trajectory balance)."""
 
@@ -101,10 +95,4 @@ class GFlowNetConfig(Section):
     checkpoint_every: PositiveInt = 50
     """Optimiser steps between two durable checkpoints."""
     lora: LoraConfig = LoraConfig()
-    """The adapter. Its rank is at least the sum of the ranks of the adapters in the mixture."""
-
-    @model_validator(mode="after")
-    def _stacked(self) -> "GFlowNetConfig":
-        if self.lora.target_parameters:
-            raise ValueError(f"gflownet.lora.target_parameters: {NO_STACK}")
-        return self
+    """The adapter: what it adds to the base corrects token-level decoding of the mixture."""
