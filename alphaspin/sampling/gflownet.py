@@ -110,8 +110,8 @@ class Task:
 def hidden_states(
     backbone: Backbone, names: Sequence[str | None], trees: Sequence[Tree], stop_ids: frozenset[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of policies, in one pass: hidden states [P, N, H] that predict; targets [N, K], each token,
-    and every end token in its place, in ascending order; the prediction [M] of each answer token."""
+    """Of policies, in one pass: hidden states [P, N, H] that predict; targets [N, K], each token
+    and every end token in its place, in ascending order; each answer token's prediction [M]."""
     batch = collate([(name, trees) for name in names], layout=backbone.layout).to(backbone.device)
     targets_N = batch.targets.view(len(names), -1)[0]
     stops_E = torch.tensor(sorted(stop_ids), device=backbone.device)
@@ -431,13 +431,13 @@ def accumulate(
         key = f"gflownet/dropout/{step}"
         torch.manual_seed(rng.key(task.seed, task.iteration, key, number) % 2**63)
         log_q_MK = sampler_logps(backbone, task.weights, trees, task.stop_ids)
-        log_r_NK = torch.cat([t.log_r_LK for t in batch]).to(log_q_MK.device)
+        log_r_MK = torch.cat([t.log_r_LK for t in batch]).to(log_q_MK.device)
         uniform_N = torch.cat([_end_uniforms(task, chosen[i], groups[i], step) for i in part])
         end_N = invert(log_q_MK.detach()[:, 1:].softmax(1), uniform_N.to(log_q_MK.device))
         truncated_B = torch.tensor([t.answer.truncated for t in batch])
         value = balance(
             log_q_MK,
-            log_r_NK / temperature,
+            log_r_MK / temperature,
             end_N,
             lengths_B.to(log_q_MK.device),
             truncated_B.to(log_q_MK.device),
@@ -447,7 +447,7 @@ def accumulate(
         backward(share * value, backbone)
         loss += share * value.item()
         tokens += len(log_q_MK)
-        gap_N = (log_r_NK - log_q_MK.detach())[:, 0].double()
+        gap_N = (log_r_MK - log_q_MK.detach())[:, 0].double()
         gap_B = torch.stack([rows.sum() for rows in gap_N.split(lengths_B.tolist())]).cpu()
         counts = [len(groups[i]) for i in part]
         log_w += [gap[: config.answers // 4] for gap in gap_B.split(counts)]
