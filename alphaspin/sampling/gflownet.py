@@ -190,8 +190,8 @@ def trajectories(
 
 def balance(
     log_q_MK: Tensor,
-    log_r_NK: Tensor,
-    end_N: Tensor,
+    log_r_MK: Tensor,
+    end_M: Tensor,
     lengths_B: Tensor,
     truncated_B: Tensor,
     lam: float,
@@ -200,22 +200,22 @@ def balance(
 
     Args:
         log_q_MK: log q of the tokens (column 0) and of every end token, with a graph.
-        log_r_NK: Σ_i w_i log π_i of the same.
-        end_N: which end token stands for ⊤ in each state, from 0.
+        log_r_MK: Σ_i w_i log π_i of the same.
+        end_M: which end token stands for ⊤ in each state, from 0.
         lengths_B: tokens of each answer, its end token included.
         truncated_B: bool, whether it was cut at the cap.
         lam: λ.
     """
 
-    def rows(values_N: Tensor) -> Tensor:
-        parts = values_N.double().split(lengths_B.tolist())
+    def rows(values_M: Tensor) -> Tensor:
+        parts = values_M.double().split(lengths_B.tolist())
         return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
-    def ends(values_NK: Tensor) -> Tensor:
+    def ends(values_MK: Tensor) -> Tensor:
         # One state more than tokens: the forced stop at the cap, where log p(⊤) = 0.
-        return torch.nn.functional.pad(rows(values_NK.gather(1, 1 + end_N[:, None])[:, 0]), (0, 1))
+        return torch.nn.functional.pad(rows(values_MK.gather(1, 1 + end_M[:, None])[:, 0]), (0, 1))
 
-    log_r_BS = torch.nn.functional.pad(rows(log_r_NK[:, 0]).cumsum(1), (1, 0)) + ends(log_r_NK)
+    log_r_BS = torch.nn.functional.pad(rows(log_r_MK[:, 0]).cumsum(1), (1, 0)) + ends(log_r_MK)
     # A whole answer's last token is ⊤ itself: it leads to no state.
     states_B = lengths_B - (~truncated_B).long()
     return subtb_loss(rows(log_q_MK[:, 0]), ends(log_q_MK), log_r_BS, states_B, lam)
@@ -432,13 +432,13 @@ def accumulate(
         torch.manual_seed(rng.key(task.seed, task.iteration, key, number) % 2**63)
         log_q_MK = sampler_logps(backbone, task.weights, trees, task.stop_ids)
         log_r_MK = torch.cat([t.log_r_LK for t in batch]).to(log_q_MK.device)
-        uniform_N = torch.cat([_end_uniforms(task, chosen[i], groups[i], step) for i in part])
-        end_N = invert(log_q_MK.detach()[:, 1:].softmax(1), uniform_N.to(log_q_MK.device))
+        uniform_M = torch.cat([_end_uniforms(task, chosen[i], groups[i], step) for i in part])
+        end_M = invert(log_q_MK.detach()[:, 1:].softmax(1), uniform_M.to(log_q_MK.device))
         truncated_B = torch.tensor([t.answer.truncated for t in batch])
         value = balance(
             log_q_MK,
             log_r_MK / temperature,
-            end_N,
+            end_M,
             lengths_B.to(log_q_MK.device),
             truncated_B.to(log_q_MK.device),
             config.lam,
@@ -447,8 +447,8 @@ def accumulate(
         backward(share * value, backbone)
         loss += share * value.item()
         tokens += len(log_q_MK)
-        gap_N = (log_r_MK - log_q_MK.detach())[:, 0].double()
-        gap_B = torch.stack([rows.sum() for rows in gap_N.split(lengths_B.tolist())]).cpu()
+        gap_M = (log_r_MK - log_q_MK.detach())[:, 0].double()
+        gap_B = torch.stack([rows.sum() for rows in gap_M.split(lengths_B.tolist())]).cpu()
         counts = [len(groups[i]) for i in part]
         log_w += [gap[: config.answers // 4] for gap in gap_B.split(counts)]
     found = mixture.diagnose(torch.stack(log_w))
