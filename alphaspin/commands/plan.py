@@ -4,16 +4,14 @@ Facts about the model and the data come from local files where they are, else fr
 `hints`; a hub id without hints is an error that says so.
 """
 
-import math
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from alphaspin.commands.job import check_data, load_data
+from alphaspin.commands.sizing import base_bytes, model_facts
 from alphaspin.config import Config, PlanHints
 from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
@@ -21,8 +19,6 @@ from alphaspin.foundation import console
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.section import at
 from alphaspin.model.load import choose_bf16, loading
-from alphaspin.model.routing import target_modules, target_parameters
-from alphaspin.model.speedups import NF4_BITS
 from alphaspin.training.trainer import total_steps
 
 MIB, GIB = 2**20, 2**30
@@ -63,7 +59,7 @@ def gather(config: Config) -> PlanHints:
     facts = config.hints.model_dump() if config.hints else {}
     if model.exists():
         try:
-            facts |= _model_facts(model, config)
+            facts |= model_facts(model, config)
         except (AttributeError, TypeError) as error:
             if not config.hints:
                 raise InputError(
@@ -84,25 +80,6 @@ def gather(config: Config) -> PlanHints:
                 "response_tokens": float(np.mean(responses or [text.max_response_tokens])),
             }
     return PlanHints.model_validate(facts)
-
-
-def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
-    """Sizes of a local model, built without memory on the meta device."""
-    with loading(config.model), torch.device("meta"):
-        model_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_config(model_config)
-    text: Any = model_config.get_text_config()
-    targets = cast(list[nn.Linear], target_modules(model, config.lora.targets))  # or Conv1D
-    beside = target_parameters(model, config.lora.target_parameters)  # [experts, ., .], or [., .]
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "hidden": text.hidden_size,
-        "layers": text.num_hidden_layers,
-        "vocabulary": text.vocab_size,
-        "tied": bool(model_config.tie_word_embeddings),
-        "adapter_parameters_per_rank": sum(sum(m.weight.shape) for m in targets)
-        + sum(math.prod(p.shape[:-2]) * sum(p.shape[-2:]) for p in beside),
-    }
 
 
 def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
@@ -132,14 +109,6 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
         f"{at(config.train.lr, t):g}",
         f"{config.preference.reward_scale(config, t):g}",
     ]
-
-
-def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
-    """Bytes of the frozen base; `width` is that of a number that is not quantised."""
-    if quantization == "none":
-        return facts.parameters * width
-    whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
-    return whole * width + (facts.parameters - whole) * NF4_BITS / 8
 
 
 def estimates(config: Config, facts: PlanHints) -> list[str]:
