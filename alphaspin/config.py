@@ -351,6 +351,13 @@ class Config(Sections):
         """Whether each row must have an answer: one is trained on, or a judge compares with it."""
         return not self.preference.judged or self.judge.needs_answers or self.control == "sft"
 
+    def sized(self, limits: Mapping[str, int]) -> "Config":
+        """The settings with these limits where `text` says `auto`, in the folder of those."""
+        text = self.text.sized(limits)
+        if text == self.text:
+            return self
+        return self.model_copy(update={"text": text, "output": str(self.run_folder())})
+
     def run_folder(self) -> Path:
         """The run's folder: `output`, or one named after the configuration.
 

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import platform
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pydantic import ValidationError
 
 from alphaspin import __version__
 from alphaspin.commands import trackers
+from alphaspin.commands.sizing import choose_limits, recorded_limits, room, trained_together
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import (
@@ -29,8 +32,10 @@ from alphaspin.data.demonstrations import (
     lengths,
     load_demonstrations,
     shared,
+    within,
 )
 from alphaspin.data.files import is_one
+from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.paired import by_prompt, chosen, kinds, paired
@@ -117,22 +122,39 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
     team = Team.of(accelerator, guard)
     console.console.quiet = not team.main
     sharded = config.train.sharding == "fsdp" and team.world_size > 1
-    identity = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
+    weights = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
     now = team.from_main(lambda: clock(config.run_folder()))
-    with team.together():
-        backbone, tokenizer = load_base(
+    given = config
+    config = config.sized(team.from_main(lambda: recorded_limits(given.run_folder())))
+    tokens = team.from_main(lambda: room(given, team.device)) if config.text.auto else None
+
+    def load(longest: int | None) -> tuple[Backbone, Any]:
+        return load_base(
             config.model,
-            identity=identity,
+            identity=weights,
             dtype="bf16" if choose_bf16(config.train.dtype, team.device) else "fp32",
             # A base that is to be sharded may be too large for one device.
             device=torch.device("cpu") if sharded else team.device,
             quantization=config.train.quantization,
             liger=config.train.liger,
-            longest=config.text.longest,
+            longest=longest,
         )
-        backbone.use_layout(config.train.layout)
+
+    with team.together():
+        backbone, tokenizer = load(config.text.longest)
         chat = ChatFormat.of(config.text, tokenizer, backbone.stop_ids, now)
-        demonstrations, heldout = load_data(config, chat)
+        limit = partial(
+            choose_limits,
+            positions=backbone.max_positions,
+            tokens=tokens,
+            each=trained_together(config),
+        )
+        config, demonstrations, heldout = load_limited(config, chat, limit)
+        longest = config.text.longest
+        assert longest is not None
+        if backbone.pinned not in (None, longest):
+            backbone, _ = load(longest)
+        backbone.use_layout(config.train.layout)
         check_data(config, demonstrations, heldout)
         check_lengths(config, backbone, demonstrations + heldout)
     if sharded:
@@ -146,7 +168,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         # settings.
         backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
         measures.checked_answers(heldout, config.evaluate.answer)
-        verdict = verify(backbone, POLICY, longest=config.text.longest, kept=kept)
+        verdict = verify(backbone, POLICY, longest=longest, kept=kept)
         if note := verdict.note():
             console.note(note)
         backbone.use_layout(config.train.layout)
@@ -186,7 +208,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             if team.main:
                 # All settings, with what the identity leaves out: the folder alone tells how to
                 # go on.
-                settings = config.model_dump(mode="json")
+                settings = given.model_dump(mode="json")
                 folder.record(environment=environment(team), config=settings)
                 verdict.keep(folder.path)
         introduce(config, folder, backbone, chat, demonstrations, heldout, team)
@@ -279,9 +301,47 @@ def load_heldout(config: Config, chat: ChatFormat, source: str) -> list[Demonstr
 
 def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
     """Demonstrations to train on and held-out ones."""
+    return _parted(config, *_read(config, chat))
+
+
+def load_limited(
+    config: Config, chat: ChatFormat, limit: "partial[tuple[TextConfig, str]]"
+) -> tuple[Config, list[Demonstration], list[Demonstration]]:
+    """The same, with limits that `limit` chooses of them; and the settings with these.
+
+    Args:
+        config: of the run; `auto` among its limits is replaced.
+        chat: makes tokens.
+        limit: `sizing.choose_limits`, which is told how much there is room for.
+    """
+    if not config.text.auto:
+        return config, *load_data(config, chat)
+    demonstrations, heldout = _read(config, chat)
+    text, note = limit(config.text, demonstrations + heldout)
+    console.note(note)
+    config = config.sized(text.model_dump())
+    notes = Counter[str]()
+    demonstrations, heldout = (
+        [replace(one, index=i) for i, one in enumerate(within(part, text, notes))]
+        for part in (demonstrations, heldout)
+    )
+    for said, count in notes.items():
+        console.note(f"{count} {said}")
+    return config, *_parted(config, demonstrations, heldout)
+
+
+def _read(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
+    """All demonstrations, and all of the held-out ones that are elsewhere."""
     demonstrations = load_source(config, chat, config.data, config.split, "tiny/train.jsonl")
+    return demonstrations, load_heldout(config, chat, config.heldout) if config.heldout else []
+
+
+def _parted(
+    config: Config, demonstrations: list[Demonstration], heldout: list[Demonstration]
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """Those to train on and those held out, of what `_read` has found."""
     if config.heldout:
-        heldout = load_heldout(config, chat, config.heldout)[: config.evaluate.prompts]
+        heldout = heldout[: config.evaluate.prompts]
         if config.evaluate.overlap == "drop":
             prompts = {one.prompt.tobytes() for one in heldout}
             kept = [one for one in demonstrations if one.prompt.tobytes() not in prompts]
@@ -338,7 +398,7 @@ def check_data(
 def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> None:
     """Whether the model has positions for the longest prompt and a full answer, and all tokens."""
     longest = max(len(demo.prompt) for demo in demos)
-    needed = longest + config.text.max_response_tokens
+    needed = longest + config.text.response_limit
     if backbone.max_positions is not None and needed > backbone.max_positions:
         raise InputError(
             f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest "
