@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from alphaspin.commands.job import check_data, load_limited
+from alphaspin.commands.inputs import check_data, load_limited
 from alphaspin.commands.sizing import (
     base_bytes,
     choose_limits,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from alphaspin.commands.job import OTHER_DAY, load_data, load_heldout
+from alphaspin.commands.inputs import load_data, load_heldout
+from alphaspin.commands.job import OTHER_DAY
 from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.commands.sizing import recorded_limits
 from alphaspin.config import Config, explain
