@@ -56,6 +56,7 @@ from alphaspin.losses.reference import NO_AVERAGE, ReferenceConfig
 from alphaspin.methods import METHOD
 from alphaspin.methods.base import Method, Sections
 from alphaspin.methods.spin import Spin
+from alphaspin.model.settings import NOT_HERE
 from alphaspin.opponents import OPPONENT
 
 S = TypeVar("S", bound=Section)
@@ -217,6 +218,13 @@ class Config(Sections):
             found.append(
                 ("lora.target_parameters", tuple(Need(k, (v,), why) for k, v in keys.items()))
             )
+        if self.lora.use_rslora:
+            why = (
+                "sglang scales every adapter by alpha / r; without use_rslora, lora.alpha = "
+                f"{self.lora.scaling * self.lora.r:g} is the same"
+            )
+            engines = Need("sampling.engine", ("local", "vllm"), why)
+            found.append(("lora.use_rslora", (engines,)))
         if self.sampling.engine == "transformers":
             why = (
                 "`transformers serve` has no adapters, so only the base can play; use local, vllm "
@@ -351,6 +359,13 @@ class Config(Sections):
         """Whether each row must have an answer: one is trained on, or a judge compares with it."""
         return not self.preference.judged or self.judge.needs_answers or self.control == "sft"
 
+    def sized(self, limits: Mapping[str, int]) -> "Config":
+        """The settings with these limits where `text` says `auto`, in the folder of those."""
+        text = self.text.sized(limits)
+        if text == self.text:
+            return self
+        return self.model_copy(update={"text": text, "output": str(self.run_folder())})
+
     def run_folder(self) -> Path:
         """The run's folder: `output`, or one named after the configuration.
 
@@ -437,6 +452,9 @@ def explain(
         key = name(item)
         if item["type"] == "extra_forbidden":
             key = ".".join(map(str, item["loc"]))
+            if key in NOT_HERE:
+                lines.append((key, f"{key}: {NOT_HERE[key]}"))
+                continue
             near = nearest(key, all_keys(root))
             hint = f"; did you mean {near!r}?" * bool(near)
             if near == key:

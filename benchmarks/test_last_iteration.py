@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from test_self_play import ALPHA, ITERATIONS, RUNS, SEEDS, settings
 
-from alphaspin.commands.job import load_data, run
+from alphaspin.commands.inputs import load_data
+from alphaspin.commands.job import run
 from alphaspin.commands.played import Played
 from alphaspin.config import Config
 from alphaspin.foundation.artefacts import TEMPORARY

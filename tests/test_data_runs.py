@@ -9,7 +9,7 @@ from helpers import arithmetic, write_rows
 from transformers import AutoTokenizer
 
 from alphaspin.cli import parse
-from alphaspin.commands import job
+from alphaspin.commands import inputs, job
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration
@@ -53,8 +53,8 @@ def said(capsys) -> str:
 
 
 def checked(config: Config, chat: ChatFormat) -> tuple[int, int]:
-    demonstrations, heldout = job.load_data(config, chat)
-    job.check_data(config, demonstrations, heldout)
+    demonstrations, heldout = inputs.load_data(config, chat)
+    inputs.check_data(config, demonstrations, heldout)
     return len(demonstrations), len(heldout)
 
 

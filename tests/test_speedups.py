@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM
 from alphaspin.commands import exporting, job, plan
 from alphaspin.commands.options import ExportOptions
 from alphaspin.commands.played import Played
+from alphaspin.commands.sizing import base_bytes
 from alphaspin.config import Config
 from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.model import routing
@@ -200,9 +201,9 @@ def test_the_plan_knows_what_the_base_takes(family: str, tmp_path: Path) -> None
     for layer in filter(is_quantised, backbone.modules()):
         state = cast(Any, layer).weight.quant_state
         found += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert plan.base_bytes(facts, "nf4", 4) == pytest.approx(found, rel=0.01)
+    assert base_bytes(facts, "nf4", 4) == pytest.approx(found, rel=0.01)
     plain = sum(p.nbytes for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters())
-    assert plan.base_bytes(facts, "none", 4) == plain > 2 * found
+    assert base_bytes(facts, "none", 4) == plain > 2 * found
 
 
 # The optimiser

@@ -17,6 +17,7 @@ from alphaspin.config import KINDS, Config, all_keys
 from alphaspin.errors import InputError
 from alphaspin.evaluation.benchmarks import BENCHMARK
 from alphaspin.foundation.section import Section, leaves, nearest, short
+from alphaspin.model.settings import NOT_HERE
 
 FLAGS = {"true": True, "false": False}
 
@@ -129,6 +130,8 @@ def _check_known(
 ) -> None:
     """Unknown options, each with the nearest right one; settings of another kind than chosen."""
     if key not in (keys := [*all_keys(kind), *fields(kind)]):
+        if key in NOT_HERE:
+            raise InputError(f"{name}: {NOT_HERE[key]}")
         near = nearest(key, keys)
         hint = f"; did you mean --{near}?" if near else "; see --help"
         raise InputError(f"unknown option {name!r}{hint}")

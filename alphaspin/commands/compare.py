@@ -14,7 +14,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from alphaspin.commands.job import check_lengths, load_data, load_heldout
+from alphaspin.commands.inputs import load_data, load_heldout
+from alphaspin.commands.job import check_lengths
 from alphaspin.commands.options import EvaluateOptions
 from alphaspin.commands.played import Played, Policy
 from alphaspin.config import Config

@@ -8,14 +8,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from alphaspin.commands.options import GFlowNetRun
+from alphaspin.commands.sizing import choose_limits, recorded_limits
 from alphaspin.data.chat import ChatFormat
-from alphaspin.data.demonstrations import fingerprint, load_demonstrations
+from alphaspin.data.demonstrations import fingerprint, load_demonstrations, within
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import file_hash, write_atomically
 from alphaspin.foundation.paths import check_there, packaged
 from alphaspin.foundation.runs import Metrics, Run, SignalGuard, clock
-from alphaspin.model.backbone import WEIGHTS
+from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
 from alphaspin.model.repeatable import repeatable
@@ -50,23 +51,38 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         raise InputError(f"adapter = {config.adapter}: no {WEIGHTS} in this folder")
     check_there("model", config.model)
     accelerator = Accelerator(mixed_precision="no")
-    backbone, tokenizer = load_base(
-        config.model, dtype=config.dtype, device=accelerator.device, longest=config.text.longest
+    config = config.model_copy(
+        update={"text": config.text.sized(recorded_limits(Path(config.output)))}
     )
+    device = accelerator.device
+
+    def load(longest: int | None) -> tuple[Backbone, Any]:
+        return load_base(config.model, dtype=config.dtype, device=device, longest=longest)
+
+    backbone, tokenizer = load(config.text.longest)
     now = clock(Path(config.output))
     chat = ChatFormat.of(config.text, tokenizer, backbone.stop_ids, now)
     path = str(packaged("tiny/train.jsonl")) if config.data == "tiny" else config.data
     demonstrations, notes = load_demonstrations(
         path, chat, config.text, config.split, answers=False
     )
+    if config.text.auto:
+        text, note = choose_limits(config.text, demonstrations, positions=backbone.max_positions)
+        console.note(note)
+        demonstrations = within(demonstrations, text, notes)
+        config = config.model_copy(update={"text": text})
     for note, count in notes.items():
         console.note(f"{config.data}: {count} {note}")
+    longest = config.text.longest
+    assert longest is not None
+    if backbone.pinned not in (None, longest):
+        backbone, _ = load(longest)
     # Conversations that share their first turns have the same prompt.
     prompts = list({demo.prompt.tobytes(): demo.prompt for demo in demonstrations}.values())
     used = prompts[: config.gflownet.prompts]
     fresh = prompts[len(used) :][: config.check_prompts] or used[: config.check_prompts]
-    longest = max(map(len, prompts)) + config.text.max_response_tokens
-    if backbone.max_positions is not None and longest > backbone.max_positions:
+    needed = max(map(len, prompts)) + config.text.response_limit
+    if backbone.max_positions is not None and needed > backbone.max_positions:
         raise InputError(
             f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest "
             f"prompt that exceeds the model's {backbone.max_positions} positions"
@@ -83,7 +99,7 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         identity["clock"] = now
     backbone.load_adapter(ADAPTER, adapter)
     kept = Verdict.read(Path(config.output))
-    verdict = verify(backbone, ADAPTER, longest=config.text.longest, kept=kept)
+    verdict = verify(backbone, ADAPTER, longest=longest, kept=kept)
     if note := verdict.note():
         console.note(note)
     for note in backbone.notes():
@@ -94,7 +110,7 @@ def _run(config: GFlowNetRun, guard: SignalGuard) -> dict[str, Any]:
         task = Task(
             weights={ADAPTER: config.alpha, None: 1 - config.alpha},
             prompts=used,
-            cap=config.text.max_response_tokens,
+            cap=config.text.response_limit,
             stop_ids=chat.stop_token_ids,
             config=config.gflownet,
             seed=config.seed,

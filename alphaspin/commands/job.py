@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import math
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,14 @@ from pydantic import ValidationError
 
 from alphaspin import __version__
 from alphaspin.commands import trackers
+from alphaspin.commands.inputs import check_data, load_limited
+from alphaspin.commands.sizing import choose_limits, recorded_limits, room, trained_together
 from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import (
     Demonstration,
     fingerprint,
-    hold_out,
-    lengths,
-    load_demonstrations,
-    shared,
 )
-from alphaspin.data.files import is_one
 from alphaspin.errors import InputError
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.paired import by_prompt, chosen, kinds, paired
@@ -38,7 +35,7 @@ from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import run_id, write_atomically
 from alphaspin.foundation.openai_api import key_of
-from alphaspin.foundation.paths import check_there, packaged
+from alphaspin.foundation.paths import check_there
 from alphaspin.foundation.runs import (
     Metrics,
     Run,
@@ -117,22 +114,39 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
     team = Team.of(accelerator, guard)
     console.console.quiet = not team.main
     sharded = config.train.sharding == "fsdp" and team.world_size > 1
-    identity = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
+    weights = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
     now = team.from_main(lambda: clock(config.run_folder()))
-    with team.together():
-        backbone, tokenizer = load_base(
+    given = config
+    config = config.sized(team.from_main(lambda: recorded_limits(given.run_folder())))
+    tokens = team.from_main(lambda: room(given, team.device)) if config.text.auto else None
+
+    def load(longest: int | None) -> tuple[Backbone, Any]:
+        return load_base(
             config.model,
-            identity=identity,
+            identity=weights,
             dtype="bf16" if choose_bf16(config.train.dtype, team.device) else "fp32",
             # A base that is to be sharded may be too large for one device.
             device=torch.device("cpu") if sharded else team.device,
             quantization=config.train.quantization,
             liger=config.train.liger,
-            longest=config.text.longest,
+            longest=longest,
         )
-        backbone.use_layout(config.train.layout)
+
+    with team.together():
+        backbone, tokenizer = load(config.text.longest)
         chat = ChatFormat.of(config.text, tokenizer, backbone.stop_ids, now)
-        demonstrations, heldout = load_data(config, chat)
+        limit = partial(
+            choose_limits,
+            positions=backbone.max_positions,
+            tokens=tokens,
+            each=trained_together(config),
+        )
+        config, demonstrations, heldout = load_limited(config, chat, limit)
+        longest = config.text.longest
+        assert longest is not None
+        if backbone.pinned not in (None, longest):
+            backbone, _ = load(longest)
+        backbone.use_layout(config.train.layout)
         check_data(config, demonstrations, heldout)
         check_lengths(config, backbone, demonstrations + heldout)
     if sharded:
@@ -146,7 +160,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         # settings.
         backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
         measures.checked_answers(heldout, config.evaluate.answer)
-        verdict = verify(backbone, POLICY, longest=config.text.longest, kept=kept)
+        verdict = verify(backbone, POLICY, longest=longest, kept=kept)
         if note := verdict.note():
             console.note(note)
         backbone.use_layout(config.train.layout)
@@ -186,7 +200,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             if team.main:
                 # All settings, with what the identity leaves out: the folder alone tells how to
                 # go on.
-                settings = config.model_dump(mode="json")
+                settings = given.model_dump(mode="json")
                 folder.record(environment=environment(team), config=settings)
                 verdict.keep(folder.path)
         introduce(config, folder, backbone, chat, demonstrations, heldout, team)
@@ -260,85 +274,10 @@ def open_run(team: Team, path: Path, identity: dict[str, Any], hint: str = "") -
     return folder
 
 
-def load_source(
-    config: Config, chat: ChatFormat, source: str, split: str, embedded: str
-) -> list[Demonstration]:
-    """Demonstrations of a file, folder or hub id; `embedded` is the packaged file behind `tiny`."""
-    path = str(packaged(embedded)) if source == "tiny" else source
-    found, notes = load_demonstrations(path, chat, config.text, split, answers=config.uses_answers)
-    for note, count in notes.items():
-        console.note(f"{source}: {count} {note}")
-    return found
-
-
-def load_heldout(config: Config, chat: ChatFormat, source: str) -> list[Demonstration]:
-    """All demonstrations of a source that is held out."""
-    split = config.heldout_split or config.split
-    return load_source(config, chat, source, split, "tiny/heldout.jsonl")
-
-
-def load_data(config: Config, chat: ChatFormat) -> tuple[list[Demonstration], list[Demonstration]]:
-    """Demonstrations to train on and held-out ones."""
-    demonstrations = load_source(config, chat, config.data, config.split, "tiny/train.jsonl")
-    if config.heldout:
-        heldout = load_heldout(config, chat, config.heldout)[: config.evaluate.prompts]
-        if config.evaluate.overlap == "drop":
-            prompts = {one.prompt.tobytes() for one in heldout}
-            kept = [one for one in demonstrations if one.prompt.tobytes() not in prompts]
-            if dropped := len(demonstrations) - len(kept):
-                console.note(f"{config.data}: {dropped} rows dropped: their prompts are held out")
-            demonstrations = kept
-    else:
-        count = min(config.evaluate.prompts, len(demonstrations) // 5)
-        if count < config.evaluate.prompts:
-            console.note(f"only {count} of {len(demonstrations)} demonstrations are held out")
-        demonstrations, heldout = hold_out(demonstrations, count, config.seed)
-    if not demonstrations:
-        raise InputError(f"data = {config.data}: no demonstration is left to train on")
-    return demonstrations, heldout
-
-
-def check_data(
-    config: Config, demonstrations: Sequence[Demonstration], heldout: Sequence[Demonstration]
-) -> None:
-    """Say how long the demonstrations are, and refuse what would be trained wrongly.
-
-    Raises:
-        InputError: held-out prompts that are trained on, too many demonstrations cut, a split that
-            a file does not have.
-    """
-    data_split = config.split if config.split != "train" else ""
-    for key, source, setting, split in (
-        ("data", config.data, "split", data_split),
-        ("heldout", config.heldout or "tiny", "heldout_split", config.heldout_split or ""),
-    ):
-        if source != "tiny" and is_one(source) and split not in Path(source).name:
-            raise InputError(f"{setting} = {split}: {key} = {source} has no splits: leave it out")
-    console.note(lengths(demonstrations))
-    if both := shared(demonstrations, heldout):
-        shown = ", ".join(f"{one.origin} (as {other.origin})" for one, other in both[:3])
-        said = f"{len(both)} of {len(heldout)} held-out prompts are also trained on: {shown}"
-        said += ", …" * (len(both) > 3)
-        if config.evaluate.overlap == "error":
-            raise InputError(f"{said}: evaluate.overlap = drop trains without them, keep with them")
-        console.alarm(said)
-    cut, text = sum(one.truncated for one in demonstrations), config.text
-    trained = not config.preference.judged or config.control == "sft"
-    share = cut / len(demonstrations)
-    if trained and text.overlong == "error" and share > text.overlong_share:
-        raise InputError(
-            f"{cut} of {len(demonstrations)} demonstrations are longer than "
-            f"text.max_response_tokens = {text.max_response_tokens} and would be trained without "
-            f"an end: raise it (the longest has {max(one.whole for one in demonstrations)}), or "
-            "set text.overlong to drop or cut, or text.overlong_share = "
-            f"{text.overlong_share:g} to {math.ceil(100 * share) / 100:g}"
-        )
-
-
 def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> None:
     """Whether the model has positions for the longest prompt and a full answer, and all tokens."""
     longest = max(len(demo.prompt) for demo in demos)
-    needed = longest + config.text.max_response_tokens
+    needed = longest + config.text.response_limit
     if backbone.max_positions is not None and needed > backbone.max_positions:
         raise InputError(
             f"text.max_response_tokens = {config.text.max_response_tokens}: with the longest "

@@ -4,16 +4,23 @@ Facts about the model and the data come from local files where they are, else fr
 `hints`; a hub id without hints is an error that says so.
 """
 
-import math
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from alphaspin.commands.job import check_data, load_data
+from alphaspin.commands.inputs import check_data, load_limited
+from alphaspin.commands.sizing import (
+    base_bytes,
+    choose_limits,
+    model_facts,
+    recorded_limits,
+    room,
+    trained_together,
+    training_bytes,
+)
 from alphaspin.config import Config, PlanHints
 from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
@@ -21,11 +28,14 @@ from alphaspin.foundation import console
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.section import at
 from alphaspin.model.load import choose_bf16, loading
-from alphaspin.model.routing import target_modules, target_parameters
-from alphaspin.model.speedups import NF4_BITS
 from alphaspin.training.trainer import total_steps
 
 MIB, GIB = 2**20, 2**30
+
+
+def device() -> torch.device:
+    """Where a run would be, started here."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def show(config: Config) -> None:
@@ -34,7 +44,7 @@ def show(config: Config) -> None:
     Raises:
         InputError: neither local files nor hints tell what is needed.
     """
-    facts = gather(config)
+    config, facts = gather(config)
     title = (
         f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
     )
@@ -50,8 +60,8 @@ def show(config: Config) -> None:
         console.text(line)
 
 
-def gather(config: Config) -> PlanHints:
-    """Facts from local files; from `hints` for what is on a hub."""
+def gather(config: Config) -> tuple[Config, PlanHints]:
+    """The settings with their limits chosen, and facts from local files, else from `hints`."""
     model = packaged("tiny/model") if config.model == "tiny" else Path(config.model)
     local_data = config.data == "tiny" or Path(config.data).exists()
     if not (model.exists() and local_data) and config.hints is None:
@@ -63,7 +73,7 @@ def gather(config: Config) -> PlanHints:
     facts = config.hints.model_dump() if config.hints else {}
     if model.exists():
         try:
-            facts |= _model_facts(model, config)
+            facts |= model_facts(config)
         except (AttributeError, TypeError) as error:
             if not config.hints:
                 raise InputError(
@@ -73,36 +83,29 @@ def gather(config: Config) -> PlanHints:
         if local_data:
             with loading(config.model):
                 tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-            text = config.text
-            chat = ChatFormat.of(text, tokenizer)
-            demonstrations, heldout = load_data(config, chat)
+                settings = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+            chat = ChatFormat.of(config.text, tokenizer)
+            limit = partial(
+                choose_limits,
+                positions=getattr(settings.get_text_config(), "max_position_embeddings", None),
+                tokens=room(config, device()) if config.text.auto else None,
+                each=trained_together(config),
+            )
+            config = config.sized(recorded_limits(config.run_folder()))
+            config, demonstrations, heldout = load_limited(config, chat, limit)
             check_data(config, demonstrations, heldout)
             responses = [len(d.response) for d in demonstrations if d.answer is not None]
             facts |= {
                 "demonstrations": len(demonstrations),
                 "prompt_tokens": float(np.mean([len(d.prompt) for d in demonstrations])),
-                "response_tokens": float(np.mean(responses or [text.max_response_tokens])),
+                "response_tokens": float(np.mean(responses or [config.text.response_limit])),
             }
-    return PlanHints.model_validate(facts)
-
-
-def _model_facts(folder: Path, config: Config) -> dict[str, Any]:
-    """Sizes of a local model, built without memory on the meta device."""
-    with loading(config.model), torch.device("meta"):
-        model_config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_config(model_config)
-    text: Any = model_config.get_text_config()
-    targets = cast(list[nn.Linear], target_modules(model, config.lora.targets))  # or Conv1D
-    beside = target_parameters(model, config.lora.target_parameters)  # [experts, ., .], or [., .]
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "hidden": text.hidden_size,
-        "layers": text.num_hidden_layers,
-        "vocabulary": text.vocab_size,
-        "tied": bool(model_config.tie_word_embeddings),
-        "adapter_parameters_per_rank": sum(sum(m.weight.shape) for m in targets)
-        + sum(math.prod(p.shape[:-2]) * sum(p.shape[-2:]) for p in beside),
-    }
+    if config.text.auto:
+        raise InputError(
+            f"text.{config.text.auto[0]} = auto: is chosen by model and data, which are not both "
+            "here: give the plan a number"
+        )
+    return config, PlanHints.model_validate(facts)
 
 
 def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
@@ -111,7 +114,7 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
         for player in config.selfplay.players(t, config.reference)
     ]
     prompts = min(at(config.selfplay.prompts, t), facts.demonstrations)
-    longest = config.preference.answers_per_prompt() * config.text.max_response_tokens
+    longest = config.preference.answers_per_prompt() * config.text.response_limit
     pairs = prompts
     if config.selfplay.mixing and t:
         pairs += min(at(config.selfplay.prompts, t - 1), facts.demonstrations)
@@ -134,46 +137,30 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
     ]
 
 
-def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
-    """Bytes of the frozen base; `width` is that of a number that is not quantised."""
-    if quantization == "none":
-        return facts.parameters * width
-    whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
-    return whole * width + (facts.parameters - whole) * NF4_BITS / 8
-
-
 def estimates(config: Config, facts: PlanHints) -> list[str]:
     """Memory and disk, with the rule each number comes from."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    width = 2 if choose_bf16(config.train.dtype, device) else 4
+    width = 2 if choose_bf16(config.train.dtype, device()) else 4
     base, bits = base_bytes(facts, config.train.quantization, width), f"{8 * width} bit"
     if config.train.quantization != "none":
         bits = f"4 bit, embeddings and head {bits}"
     adapter = facts.adapter_parameters_per_rank * config.lora.r * 4
-    states = {"adamw": 2, "adamw_8bit": 0.5, "rmsprop": 1}[config.train.optimizer]
+    fixed, each = training_bytes(config, facts, width)
     micro = max(1, config.train.batch_size // config.train.accumulation)
     tokens = micro * (facts.prompt_tokens + 2 * facts.response_tokens)
-    # Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16
-    # bits without the attention matrix; with recomputation one layer's, and 2 bytes a layer.
-    per_layer = 34 * width / 2 * facts.hidden * tokens
-    activations = per_layer * facts.layers
-    if config.train.activation_checkpointing:
-        activations = per_layer + width * facts.hidden * tokens * facts.layers
+    activations = each * tokens
     logits = 2 * micro * facts.response_tokens * facts.vocabulary * 4
     pairs = sum(
         min(at(config.selfplay.prompts, t), facts.demonstrations)
         for t in range(config.selfplay.iterations)
     )
-    answers = (
-        pairs * config.preference.answers_per_prompt() * (config.text.max_response_tokens * 4 + 17)
-    )
+    answers = pairs * config.preference.answers_per_prompt() * (config.text.response_limit * 4 + 17)
     cached = pairs * 4 * 20
     adapters = adapter * (config.selfplay.iterations * (2 if config.control == "sft" else 1))
-    checkpoint = adapter * (1 + states)
-    trained = adapter * (2 + states)
-    training = base + trained + activations
+    trained = fixed - base
+    checkpoint = trained - adapter
+    training = fixed + activations
     return [
-        f"memory, training: about {training / GIB:.2f} GiB on {device.type} = base "
+        f"memory, training: about {training / GIB:.2f} GiB on {device().type} = base "
         f"{base / GIB:.2f} ({bits}) + adapter, gradient and {config.train.optimizer} "
         f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f}",
         f"  not needed: [tokens, vocabulary] logits of a micro-batch, {logits / GIB:.2f} GiB fp32",

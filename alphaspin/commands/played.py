@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from alphaspin.commands.job import OTHER_DAY, load_data, load_heldout
+from alphaspin.commands.inputs import load_data, load_heldout
+from alphaspin.commands.job import OTHER_DAY
 from alphaspin.commands.options import EvaluateOptions, ExportOptions
+from alphaspin.commands.sizing import recorded_limits
 from alphaspin.config import Config, explain
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration, fingerprint
@@ -84,7 +86,7 @@ class Played:
             config = Config.model_validate(manifest["config"], context=RECORDED)
         except ValidationError as error:
             raise InputError(f"{file}: {explain(error)}") from None
-        return cls(path, config, manifest)
+        return cls(path, config.sized(recorded_limits(path)), manifest)
 
     def moved(self, options: EvaluateOptions | ExportOptions) -> "Played":
         """The same run, with base and data where the options say that they are now."""

@@ -8,7 +8,7 @@ line.
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -102,7 +102,7 @@ def load_demonstrations(
             asked = "\n".join(turn["content"] for turn in row.messages[:end])
             # A user's <|im_end|> closes the turn, and what follows it may pose as another's.
             notes.update(POSING.format(text) for text in special if text in asked)
-            room = 2 * widest * (text.max_response_tokens + 1)
+            room = 2 * widest * (text.response_limit + 1)
             rendered.append(one._replace(response=one.response[:room]))
         tokens = chat.tokenise([one.texts for one in rendered])
         for (row, end, origin), (prompt, raw) in zip(batch, tokens, strict=True):
@@ -111,31 +111,44 @@ def load_demonstrations(
                 response = chat.close(raw) if answer else []
                 if not prompt:
                     raise InputError("the prompt has no tokens: nothing precedes the answer")
-                if len(prompt) > text.max_prompt_tokens and text.too_long == "error":
-                    raise InputError(_too_long(f"{len(prompt)} tokens", text))
-            cut = len(response) > text.max_response_tokens
-            if len(prompt) > text.max_prompt_tokens:
-                notes[LONG_PROMPT] += 1
-            elif cut and text.overlong == "drop":
-                notes[LONG_RESPONSE] += 1
-            else:
-                ids = np.array(response[: text.max_response_tokens], np.int32)
-                found.append(
-                    Demonstration(
-                        len(found),
-                        np.array(prompt, np.int32),
-                        ids,
-                        cut,
-                        _answer(chat, answer, response),
-                        origin,
-                        row.messages[:end],
-                        len(response),
-                    )
-                )
+            one = Demonstration(
+                len(found),
+                np.array(prompt, np.int32),
+                np.array(response, np.int32),
+                False,
+                _answer(chat, answer, response),
+                origin,
+                row.messages[:end],
+                len(response),
+            )
+            found += within([one], text, notes)
     if not found:
         said = "; ".join(f"{count} {note}" for note, count in notes.items())
         raise InputError(f"{source}: no demonstration is left: {said}")
     return found, notes
+
+
+def within(
+    demonstrations: Sequence[Demonstration], text: TextConfig, notes: Counter[str]
+) -> list[Demonstration]:
+    """Demonstrations under the limits of `text`; what is left out is counted in `notes`.
+
+    Raises:
+        InputError: a prompt beyond `text.max_prompt_tokens`, without `text.too_long = drop`.
+    """
+    kept: list[Demonstration] = []
+    for one in demonstrations:
+        cut = one.whole > text.response_limit
+        if len(one.prompt) > text.prompt_limit:
+            if text.too_long == "error":
+                raise InputError(f"{one.origin}: {_too_long(f'{len(one.prompt)} tokens', text)}")
+            notes[LONG_PROMPT] += 1
+        elif cut and text.overlong == "drop":
+            notes[LONG_RESPONSE] += 1
+        else:
+            ids = one.response[: text.response_limit].copy() if cut else one.response
+            kept.append(replace(one, response=ids, truncated=cut))
+    return kept
 
 
 def _demonstrated(
@@ -153,7 +166,7 @@ def _demonstrated(
         for end in ends if text.turns == "all" else ends[-1:]:
             size += sum(len(turn["content"]) for turn in row.messages[place:end])
             place = end
-            if size <= widest * text.max_prompt_tokens:
+            if size <= widest * text.prompt_limit:
                 yield row, end, origin
             elif text.too_long == "error":
                 raise InputError(f"{origin}: {_too_long(f'{size} characters', text)}")

@@ -1,11 +1,15 @@
 """Settings of the data."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
 from alphaspin.foundation.paths import place
-from alphaspin.foundation.section import Fraction, PositiveInt, Section
+from alphaspin.foundation.section import WHOLE, Fraction, PositiveInt, Section
+
+LIMITS = ("max_prompt_tokens", "max_response_tokens")
+"""Settings that a run may choose."""
 
 
 def _template(name: str) -> str:
@@ -22,11 +26,12 @@ class TextConfig(Section):
     """Variables of the chat template, as `enable_thinking: false`."""
     turns: Literal["last", "all"] = "last"
     """Assistant turns of a conversation that are demonstrations: the last one, or each of them."""
-    max_prompt_tokens: PositiveInt = 1024
-    """Longest prompt, in tokens."""
-    max_response_tokens: PositiveInt = 1024
+    max_prompt_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Longest prompt, in tokens. `auto`: what holds the data's, all or 99 % of them, within the
+    model's positions and the memory that there is; chosen once and kept in the run folder."""
+    max_response_tokens: PositiveInt | Literal["auto"] = "auto"
     """Longest response, in tokens, demonstrated or sampled. A longer one is cut there, has no end
-    token, and is scored without it."""
+    token, and is scored without it. `auto` as for prompts."""
     overlong: Literal["error", "cut", "drop"] = "error"
     """A demonstration beyond `max_response_tokens` is cut there (`cut`), its row is dropped and
     counted (`drop`), or it is cut unless more than `overlong_share` are, which is an error."""
@@ -55,6 +60,25 @@ class TextConfig(Section):
         return free | (set() if self.template_options else {"template_options"})
 
     @property
-    def longest(self) -> int:
+    def auto(self) -> tuple[str, ...]:
+        """Limits that are still to be chosen."""
+        return tuple(key for key in LIMITS if getattr(self, key) == "auto")
+
+    def sized(self, limits: Mapping[str, int]) -> "TextConfig":
+        """The settings with these limits in the place of `auto`."""
+        return self.model_copy(update={key: limits[key] for key in self.auto if key in limits})
+
+    @property
+    def prompt_limit(self) -> int:
+        """`max_prompt_tokens` as a number: none that matters while it is to be chosen."""
+        return WHOLE if self.max_prompt_tokens == "auto" else self.max_prompt_tokens
+
+    @property
+    def response_limit(self) -> int:
+        """`max_response_tokens` likewise."""
+        return WHOLE if self.max_response_tokens == "auto" else self.max_response_tokens
+
+    @property
+    def longest(self) -> int | None:
         """Tokens of the longest sequence: what decides position embeddings that depend on it."""
-        return self.max_prompt_tokens + self.max_response_tokens
+        return None if self.auto else self.prompt_limit + self.response_limit

@@ -98,7 +98,7 @@ class Bench:
             heldout,
             config.seed,
             config.evaluate.answer,
-            config.text.max_response_tokens,
+            config.text.response_limit,
             config.sampling,
             config.train.scored_together,
             team or Team(backbone.device),

@@ -162,7 +162,7 @@ class Session:
         policy: Policy = {self.load_member(k, iteration): w for k, w in player.members}
         prompts = [self.demonstrations[e].prompt for e, _ in draws]
         noise = [Draw(config.seed, iteration, why, e) for e, why in draws]
-        cap, stops = config.text.max_response_tokens, self.chat.stop_token_ids
+        cap, stops = config.text.response_limit, self.chat.stop_token_ids
         if player.sampler == "smc":
             size = config.sampling.batch_size
             setting = Setting(policy, config.sampling.particles, cap, stops, size)
@@ -193,7 +193,7 @@ class Session:
         task = Task(
             {self.load_member(k, iteration): w for k, w in player.members},
             list(prompts.values())[: config.gflownet.prompts],
-            config.text.max_response_tokens,
+            config.text.response_limit,
             self.chat.stop_token_ids,
             config.gflownet,
             config.seed,

@@ -52,7 +52,7 @@ from alphaspin.model.routing import (
     target_modules,
     target_parameters,
 )
-from alphaspin.model.settings import LoraConfig
+from alphaspin.model.settings import NOT_HERE, LoraConfig
 
 SEEN = 2**62  # added to the seed of the noise on tokens that only have keys and values
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
@@ -222,6 +222,8 @@ class Backbone(nn.Module):
             r=config.r,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - any number works
             lora_dropout=config.dropout,
+            use_rslora=config.use_rslora,
+            init_lora_weights=True if config.init_lora_weights == "default" else "gaussian",
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             target_parameters=list(config.target_parameters) or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in chosen),
@@ -281,8 +283,17 @@ class Backbone(nn.Module):
             parameter.requires_grad_(f".{POLICY}." in key)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load PEFT files under `name`; an adapter already there is overwritten."""
+        """Load PEFT files under `name`; an adapter already there is overwritten.
+
+        Raises:
+            InputError: it is no plain LoRA adapter.
+        """
         config = cast(PeftLoraConfig, PeftLoraConfig.from_pretrained(str(folder)))
+        for key in ("use_dora", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern"):
+            if getattr(config, key):
+                raise InputError(f"{folder}: its {key}: {NOT_HERE[f'lora.{key}']}")
+        if config.bias != "none":
+            raise InputError(f"{folder}: its bias: {NOT_HERE['lora.bias']}")
         if not self.has_adapter(name):
             self._inject(name, config, seed=0)
         self._fill(name, load_file(folder / WEIGHTS, device=str(self.device)))
