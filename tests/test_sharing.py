@@ -1,4 +1,8 @@
-"""What responses share is computed once, and every loss keeps its value and its gradient."""
+"""What responses share is computed once, and every loss keeps its value and its gradient.
+
+Compared in float64, so that little but the fp32 parts of transformers' own code (norms, rotary
+tables) is rounded: the largest differences seen are 3e-7, and 1e-14 where there are no such parts.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,18 +78,17 @@ def gradients_of(
     family = request.param
     folder = tmp_path_factory.mktemp(family)
     make_folder(folder, family, changes=FAMILIES[family])
-    backbone, trees = load(folder, POLICY).train(), pairs()
+    backbone, trees = load(folder, POLICY).train().double(), pairs()
     assert (backbone.layout, backbone.whole_reason) == ("packed", "")
-    plain = plain_model(folder, POLICY, trainable=True)
+    plain = plain_model(folder, POLICY, trainable=True).double()
+    for config in (cast(Any, backbone.decoder).config, plain.get_base_model().config):
+        config._experts_implementation = "eager"  # the grouped one has no float64
     batch = collate([(POLICY, trees)], layout="packed")
     mine_B, plain_B = sequence_logps(backbone, batch), plain_logps(plain, trees)
     # Gains of about a nat: an exponential of many would magnify the rounding of a log-prob.
     noise_B = torch.randn(len(plain_B), generator=torch.Generator().manual_seed(6))
     reference_B2 = (plain_B.detach() + noise_B).view(-1, 2)
     lengths_B2 = batch.lengths.view(-1, 2)
-    # Of log-probs in nats; a loss that is exponential in them is as far off relatively.
-    rounding = float((mine_B - plain_B).abs().max())
-    assert rounding < 2e-5
 
     def both(name: str) -> tuple[float, float]:
         values: list[Tensor] = []
@@ -100,10 +103,9 @@ def gradients_of(
             if p.requires_grad
         }
         mine, theirs = values
+        assert mine.dtype == torch.float64
         value = float((mine - theirs).abs().max() / theirs.abs().max())
-        return max(0.0, value - rounding), relative(
-            policy_gradients(cast(Backbone, backbone)), expected
-        )
+        return value, relative(policy_gradients(cast(Backbone, backbone)), expected)
 
     return both
 
@@ -113,7 +115,7 @@ def test_every_loss_keeps_its_gradient(
     loss: str, gradients_of: Callable[[str], tuple[float, float]]
 ) -> None:
     value, gradient = gradients_of(loss)
-    assert value < 2e-6 and gradient < 5e-6
+    assert value < 1e-6 and gradient < 1e-6
 
 
 def test_a_difference_takes_nothing_from_what_is_shared(tmp_path: Path) -> None:
