@@ -129,6 +129,8 @@ class Backbone(nn.Module):
         self._takes = set(inspect.signature(self.decoder.forward).parameters)
         few = torch.from_numpy(np.resize(self.ordinary_tokens, 8)).long().to(self.device)[None]
         self.scale, self.softcap = scale_and_cap(model, few, self.plain_hidden, path)
+        if getattr(model, "is_quantized", False):
+            self.whole_reason = "its weights would be dequantised twice"
         self.layout_reason = why_not_packed(self)
         self.layout = "padded" if self.layout_reason else "packed"
         self.cache = "slots" if self.layout == "packed" else "own"
