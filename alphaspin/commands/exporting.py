@@ -36,7 +36,7 @@ from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import commit, stands
 from alphaspin.foundation.paths import for_others, published
 from alphaspin.model.backbone import WEIGHTS
-from alphaspin.report.page import describe
+from alphaspin.report.page import describe, read_about
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank` (vllm/config/lora.py, 0.11 to 0.27)."""
@@ -331,7 +331,8 @@ def _evaluations(played: Played) -> list[str]:
     own = {policy.name: policy.folder / "evaluation" for policy in played.policies()}
     sets = [("Held-out measures", own)]
     for folder in sorted((played.path / "evaluation").glob("heldout-*")):
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        if not (about := read_about(folder)):
+            continue
         source, judge = _cell(published(about["heldout"])), _cell(about["judge"])
         title = f"{about['prompts']} prompts ({source}), judge {judge}"
         sets.append((title, {name: folder / name for name in own}))
