@@ -372,7 +372,7 @@ def test_metrics_that_are_lost_or_edited_are_told(run: Path, alphaspin: Command)
     record = json.loads(lines[nth])
     one = json.dumps({**record, "loss": record["loss"] / 2}) + "\n"
     for changed, stages in (
-        (lines[:nth] + [one] + lines[nth + 1 :], "train/1"),
+        ([*lines[:nth], one, *lines[nth + 1 :]], "train/1"),
         (lines[:nth] + lines[nth + 1 :], "train/1"),
         ([line for line in lines if "control/0" not in line], "control/0"),
         (None, "train/0, train/1, control/0, control/1"),
