@@ -13,9 +13,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from alphaspin.config import TABLES, Config, all_keys
+from alphaspin.config import TABLES, Config, all_keys, likely
 from alphaspin.errors import InputError
-from alphaspin.foundation.section import Section, leaves, nearest, short
+from alphaspin.foundation.section import Section, leaves, short
 
 FLAGS = {"true": True, "false": False}
 
@@ -123,7 +123,7 @@ def _check_known(
 ) -> None:
     """Unknown options, each with the nearest right one; settings of another kind than chosen."""
     if key not in (keys := [*all_keys(kind), *fields(kind)]):
-        near = nearest(key, keys)
+        near = likely(key, keys)
         hint = f"; did you mean --{near}?" if near else "; see --help"
         raise InputError(f"unknown option {name!r}{hint}")
     section, _, last = key.rpartition(".")

@@ -5,6 +5,7 @@ import copy
 import html
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -49,7 +50,7 @@ def run(played: Played, options: ExportOptions) -> None:
         InputError: the folder exists; the iteration, the base, the adapter or the repository cannot
             be used.
     """
-    if options.to and Path(options.to).exists():
+    if options.to and os.path.lexists(options.to):
         raise InputError(f"to = {options.to}: exists already")
     wanted = None if options.iteration is None else [options.iteration]
     iterates = [policy for policy in played.policies(wanted) if policy.name.isdecimal()]

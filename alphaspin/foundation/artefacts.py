@@ -56,9 +56,19 @@ def flush(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create a folder and its parents so that they survive a power cut."""
+    """Create a folder and its parents so that they survive a power cut.
+
+    Raises:
+        InputError: a link is there that leads to nothing.
+    """
     missing = [folder, *folder.parents]
     missing = [path for path in missing if not path.exists()]
+    for path in missing:
+        if path.is_symlink():
+            raise InputError(
+                f"{path}: is a link to {path.readlink()}, where nothing is: make that folder, or "
+                "name another"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
         flush(path.parent)
