@@ -183,7 +183,7 @@ def test_sections_of_ones_own_are_as_strict() -> None:
             ["--judge.kind=server", "--judge.model=m", "--judge.url=x"],
             "judge.url = 'x': needs an address",
         ),
-        (["--log.trackers", "foo"], "log.trackers = 'foo': needs 'tensorboard' or 'wandb'"),
+        (["--log.trackers", "foo"], "log.trackers = 'foo': needs 'mlflow', 'tensorboard'"),
     ],
 )
 def test_command_lines(words: list[str], said: str) -> None:
