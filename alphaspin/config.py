@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -60,6 +60,33 @@ from alphaspin.model.settings import NOT_HERE
 from alphaspin.opponents import OPPONENT
 
 S = TypeVar("S", bound=Section)
+
+OURS = {
+    "model_name_or_path": "model",
+    "dataset_name": "data (NAME:CONFIG for one of several)",
+    "dataset_config": "data (NAME:CONFIG)",
+    "dataset_train_split": "split",
+    "dataset_test_split": "heldout_split",
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.batch_size (of a whole step, all devices together)",
+    "gradient_accumulation_steps": "train.accumulation (micro-batches of a step)",
+    "max_grad_norm": "train.clip",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "load_in_4bit": "train.quantization",
+    "save_steps": "train.checkpoint_every",
+    "use_liger_kernel": "train.liger",
+    "loss_type": "loss.kind",
+    "max_length": "text.max_response_tokens (and text.max_prompt_tokens)",
+    "max_completion_length": "text.max_response_tokens",
+    "num_generations": "preference.responses",
+    "reward_model_path": "judge.model",
+    "chat_template_path": "text.template",
+    "use_vllm": "sampling.engine",
+    "vllm_server_base_url": "sampling.url",
+    "report_to": "log.trackers",
+}
+"""Options of TRL and transformers, and what they are here, where no likeness tells."""
 
 TABLES: tuple[Table[Any], ...] = (METHOD, OPPONENT, LOSS, JUDGE)
 """Sections of a run whose settings depend on their kind."""
@@ -455,7 +482,7 @@ def explain(
             if key in NOT_HERE:
                 lines.append((key, f"{key}: {NOT_HERE[key]}"))
                 continue
-            near = nearest(key, all_keys(root))
+            near = likely(key, all_keys(root))
             hint = f"; did you mean {near!r}?" * bool(near)
             if near == key:
                 hint = f"; a dot stands for a section: {key.replace('.', ': {', 1)}: …}}"
@@ -470,6 +497,12 @@ def explain(
     lines += refusals(rest, name)
     told = (f"{at(key or line.split(' = ')[0])}: {line}" if at else line for key, line in lines)
     return "\n".join(dict.fromkeys(told))
+
+
+def likely(key: str, keys: Sequence[str]) -> str | None:
+    """What may be meant by an unknown key, perhaps with a remark."""
+    known = OURS.get(key.rpartition(".")[2], "")
+    return known if known.partition(" ")[0] in keys else nearest(key, keys)
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from alphaspin import cli
 from alphaspin.cli import parse
-from alphaspin.config import Config, load_config
+from alphaspin.config import OURS, Config, all_keys, load_config
 from alphaspin.errors import InputError
 from alphaspin.foundation.section import RECORDED, Section
 
@@ -125,7 +125,7 @@ def test_plain_yaml_goes_on_working(tmp_path: Path) -> None:
     path = recipe(
         tmp_path,
         "name: 2020-01-01\n"
-        "train: &train {lr: [1e-5, 2.5e-6], liger: off, activation_checkpointing: yes}\n"
+        "train: &train {lr: [1e-5, 2.5e-6], liger: off, activation_checkpointing: true}\n"
         "lora: {targets: [q_proj]}\n"
         "seed: 0x10\n"
         "selfplay: {prompts: 1_000, history: inf}\n",
@@ -183,7 +183,7 @@ def test_sections_of_ones_own_are_as_strict() -> None:
             ["--judge.kind=server", "--judge.model=m", "--judge.url=x"],
             "judge.url = 'x': needs an address",
         ),
-        (["--log.trackers", "foo"], "log.trackers = 'foo': needs 'tensorboard' or 'wandb'"),
+        (["--log.trackers", "foo"], "log.trackers = 'foo': needs 'mlflow', 'tensorboard'"),
     ],
 )
 def test_command_lines(words: list[str], said: str) -> None:
@@ -201,6 +201,37 @@ def test_empty_words(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit) as stop:
         (cli.train if len(words) == 1 else cli.main)()
     assert stop.value.code == 2 and "is no path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        *OURS.items(),
+        *(("beta", "loss.beta"), ("num_train_epochs", "train.epochs"), ("output_dir", "output")),
+        *(("lora_r", "lora.r"), ("lora_alpha", "lora.alpha"), ("lora_dropout", "lora.dropout")),
+        *(("lora_target_modules", "lora.targets"), ("warmup_ratio", "train.warmup")),
+        *(("lr_scheduler_type", "train.schedule"), ("optim", "train.optimizer")),
+        *(("max_prompt_length", "text.max_prompt_tokens"), ("run_name", "name")),
+        *(
+            ("gradient_checkpointing", "train.activation_checkpointing"),
+            ("top_p", "sampling.top_p"),
+        ),
+    ],
+)
+def test_options_of_trl_are_answered_with_ours(tmp_path: Path, theirs: str, ours: str) -> None:
+    assert ours.partition(" ")[0] in all_keys(Config)
+    with pytest.raises(InputError, match=re.escape(f"did you mean --{ours}?")):
+        parse(["tiny", f"--{theirs.replace('_', '-')}", "1"])
+    said = refused(recipe(tmp_path, f"model: tiny\n{theirs}: 1\n"))
+    assert said == f"FILE:2: unknown key '{theirs}'; did you mean '{ours}'?"
+
+
+@pytest.mark.parametrize("value", ["yes", "on", "1", "0", "1.0", '"true"', "t", "null"])
+def test_booleans_of_recipes_are_true_or_false(tmp_path: Path, value: str) -> None:
+    said = refused(recipe(tmp_path, f"selfplay:\n  mixing: {value}\n"))
+    assert said.startswith("FILE:2: selfplay.mixing = ") and said.endswith(": needs true or false")
+    plain = recipe(tmp_path, "selfplay:\n  mixing: TRUE\n")
+    assert load_config(str(plain)).selfplay.mixing
 
 
 def test_what_a_command_line_says() -> None:

@@ -29,7 +29,7 @@ from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE
 from alphaspin.evaluation import measures
 from alphaspin.evaluation.diversity import distinct, self_bleu
 from alphaspin.evaluation.winrate import at_equal_length, win_rate
-from alphaspin.foundation.artefacts import sealed, verifies
+from alphaspin.foundation.artefacts import SEAL, sealed, verifies
 from alphaspin.foundation.paths import for_others, packaged
 from alphaspin.foundation.runs import Run
 from alphaspin.model.backbone import WEIGHTS
@@ -303,6 +303,90 @@ def test_what_is_not_the_runs_is_refused(world: Path, run: Path, alphaspin: Comm
     assert "the command that made the run adds it" in told(run)
     (run / "manifest.json").write_text("{")
     assert "damaged" in told(run)
+
+
+def test_a_record_that_was_edited_or_is_anothers_is_not_believed(
+    run: Path, alphaspin: Command
+) -> None:
+    """Summary, comparison, manifest and check: each edited, unsealed, and put elsewhere."""
+    assert alphaspin("evaluate", run, "--judge.kind=verifiable")[0] == 0
+    (about,) = run.glob("evaluation/*/about.json")
+    report, verified = run / "report.html", run / "verified.json"
+    names = (run / "summary.json", about, run / "manifest.json", verified)
+    kept = {path: path.read_text() for path in names}
+
+    def edited(path: Path, *, cut: bool = False, **changes: Any) -> None:
+        """Written as if by hand: what is not told stays, the seal too unless it is cut out."""
+        content = {**json.loads(kept[path]), **changes}
+        path.write_text(json.dumps({k: v for k, v in content.items() if k != SEAL or not cut}))
+
+    def restore(path: Path) -> None:
+        path.write_text(kept[path])
+
+    summary = json.loads(kept[names[0]])
+    rows = [row | {"nll": row["nll"] / 2} for row in summary["rows"]]
+    without = [{k: v for k, v in row.items() if k != "nll"} for row in summary["rows"]]
+    for changes in ({"rows": rows}, {"rows": without}, {"alarms": []}, {"of": {}}):
+        for cut in (False, True):
+            if changes.get("alarms") == summary["alarms"] and not cut:
+                continue
+            edited(names[0], cut=cut, **changes)
+            code, printed = alphaspin("report", run)
+            assert code == EXIT_INPUT and "summary.json: it is not as it was written" in printed
+    other = sealed({**summary, "of": {**summary["of"], "run": "0" * 64}})
+    names[0].write_text(json.dumps(other))
+    assert "it is summary.json of another run" in alphaspin("report", run)[1]
+    restore(names[0])
+
+    for cut in (False, True):
+        edited(about, cut=cut, prompts=5000)
+        code, printed = alphaspin("report", run)
+        assert code == 0 and "is left out" in printed and "about.json: it is not as" in printed
+        assert "5000" not in report.read_text() and "5,000" not in report.read_text()
+        code, printed = alphaspin("export", run, f"--to={run.parent / f'out{cut}'}", "--vllm")
+        assert code == 0 and "about.json: it is not as it was written" in printed
+        card = (run.parent / f"out{cut}" / "README.md").read_text()
+        assert "5000" not in card and card.count("Held-out measures") == 1
+    assert alphaspin("evaluate", run, "--judge.kind=verifiable")[0] == 0
+    assert about.read_text() == kept[about]
+
+    manifest = json.loads(kept[names[2]])
+    for command in (["report", run], ["evaluate", run], ["export", run, "--to=out", "--vllm"]):
+        edited(names[2], cut=True, config={**manifest["config"], "control": "none"})
+        code, printed = alphaspin(*command)
+        assert code == EXIT_INPUT and "manifest.json: was edited" in printed, command
+    restore(names[2])
+
+    edited(verified, packed="because I say so")
+    code, printed = alphaspin("evaluate", run, "--judge.kind=verifiable")
+    assert code == 0 and "verified.json: it is not as it was written" in printed
+
+
+def test_metrics_that_are_lost_or_edited_are_told(run: Path, alphaspin: Command) -> None:
+    file, page = run / "metrics.jsonl", run / "report.html"
+    lines = file.read_text().splitlines(keepends=True)
+    assert alphaspin("report", run)[0] == 0
+    whole = page.read_text()
+    assert "were edited" not in whole
+    nth = next(k for k, line in enumerate(lines) if '"train/1"' in line)
+    record = json.loads(lines[nth])
+    one = json.dumps({**record, "loss": record["loss"] / 2}) + "\n"
+    for changed, stages in (
+        ([*lines[:nth], one, *lines[nth + 1 :]], "train/1"),
+        (lines[:nth] + lines[nth + 1 :], "train/1"),
+        ([line for line in lines if "control/0" not in line], "control/0"),
+        (None, "train/0, train/1, control/0, control/1"),
+    ):
+        file.unlink() if changed is None else file.write_text("".join(changed))
+        assert alphaspin("report", run)[0] == 0
+        told = f"metrics.jsonl: the records of {stages} are missing or were edited"
+        assert told in " ".join(page.read_text().split())
+    # The run's own command cannot bring them back either, and does not hide it.
+    job.run(Played.open(run).config.model_copy(update={"output": str(run)}))
+    summary = json.loads((run / "summary.json").read_text())
+    assert told in summary["alarms"][0] and summary["rows"]
+    file.write_text("".join(lines))
+    assert alphaspin("report", run)[0] == 0
 
 
 # Tasks of lm-evaluation-harness

@@ -11,7 +11,12 @@ import pytest
 from test_data import QA, assistant, fails, load_messages, tokenizer_of, user, write
 
 from alphaspin.data.chat import ChatFormat
-from alphaspin.data.demonstrations import POSING, load_conversations, load_demonstrations
+from alphaspin.data.demonstrations import (
+    EMPTY_PROMPT,
+    POSING,
+    load_conversations,
+    load_demonstrations,
+)
 from alphaspin.data.files import read_rows
 from alphaspin.data.rows import PREFERRED, UNWANTED, conversation
 from alphaspin.data.settings import TextConfig
@@ -129,6 +134,76 @@ def test_turns_of_weight_zero_are_context():
     assert conversation({"messages": talk}).ends == (4,)
 
 
+@pytest.mark.parametrize("name", ["mask", "is_masked", "ignore_loss", "skip", "no_train", "Weight"])
+def test_flags_of_turns_under_other_names_are_refused(tmp_path, name):
+    talk = [user("a"), assistant("b") | {name: False}]
+    source = write(tmp_path / "rows.jsonl", QA, {"messages": talk})
+    fails(source, f"rows.jsonl:2: turn 2: {name}: not known", "told by `weight`, 0 or 1")
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": talk}]), file)
+    fails(file, f"[0]: turn 2: {name}: not known")
+
+
+def test_what_is_not_read_is_told_once_for_all_rows(tmp_path):
+    talk = [user("a") | {"id": 7}, assistant("b")]
+    source = write(tmp_path / "rows.jsonl", QA, {"messages": talk, "license": "x"}, QA | {"n": 0})
+    notes: Counter[str] = Counter()
+    assert len(list(load_conversations(source, notes=notes))) == 3
+    assert notes == {"rows have what is not read: id of turns, license, n": 1}
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"messages": talk, "license": "x"}]), file)
+    notes.clear()
+    list(load_conversations(str(file), notes=notes))
+    assert notes == {"rows have what is not read: license, messages.id": 1}
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_empty_prompts_are_refused_until_they_are_meant(tmp_path, text):
+    chat = ChatFormat.create(tokenizer_of("chatml"), "auto")
+    rows = [QA, QA | {"question": text}]
+    source = write(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: turn 1: the user's is empty: .*_prompt"):
+        load_demonstrations(source, chat, TextConfig())
+    found, notes = load_demonstrations(source, chat, TextConfig(empty_prompt="drop"))
+    assert len(found) == 1 and notes == {EMPTY_PROMPT: 1}
+    found, notes = load_demonstrations(source, chat, TextConfig(empty_prompt="keep"))
+    assert len(found) == 2 and not notes
+    later = [user("a"), assistant("b"), user(text), assistant("c")]
+    source = write(tmp_path / "rows.jsonl", {"messages": later})
+    for turns in ("last", "all"):
+        with pytest.raises(InputError, match=r"rows\.jsonl:1: turn 3: the user's is empty"):
+            load_demonstrations(source, chat, TextConfig(turns=turns))
+    drop = TextConfig(turns="all", empty_prompt="drop")
+    found, notes = load_demonstrations(source, chat, drop)
+    assert len(found) == 1 and notes == {EMPTY_PROMPT: 1}
+    # What a base model continues from nothing: a template without marks, which begins with BOS.
+    bare = tmp_path / "bare.jinja"
+    bare.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = ChatFormat.create(tokenizer_of("plain-bos"), str(bare))
+    source = write(tmp_path / "text.jsonl", {"prompt": text, "completion": "Hello"})
+    (one,), _ = load_demonstrations(source, chat, TextConfig(empty_prompt="keep"))
+    assert one.answer == "Hello" and len(one.prompt)
+
+
+def test_turns_of_one_list_a_field(tmp_path):
+    talk = {"role": ["system", "user", "assistant"], "content": ["s", "a", "b"], "id": [1, None, 2]}
+    wanted = [SYSTEM, user("a"), assistant("b")]
+    source = write(tmp_path / "rows.jsonl", {"messages": talk}, {"prompt": "a", "chosen": talk})
+    assert [row for row, _ in load_messages(source)] == [wanted, wanted]
+    file = tmp_path / "rows.parquet"
+    for name in ("messages", "conversations", "chosen"):
+        pq.write_table(pa.Table.from_pylist([{name: talk}]), file)
+        assert load_messages(file) == [(wanted, f"{file}[0]")]
+    shares = {"from": ["human", "gpt"], "value": ["a", "b"]}
+    pq.write_table(pa.Table.from_pylist([{"conversations": shares}]), file)
+    assert load_messages(file)[0][0] == wanted[1:]
+    source = write(tmp_path / "rows.jsonl", {"messages": talk | {"content": ["s"]}})
+    fails(source, "messages: expected a list of turns, found dict")
+    masked = {"messages": {**talk, "mask": [0, 0, 1]}}
+    pq.write_table(pa.Table.from_pylist([masked]), file)
+    fails(file, "turn 1: mask: not known")
+
+
 def test_tool_turns():
     calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     tool = {"role": "tool", "content": "4", "name": "count", "tool_call_id": "1"}
@@ -193,6 +268,10 @@ def test_csv(tmp_path):
     assert first == ([user("a"), assistant('b\n"c"')], f"{file}:2")
     assert second[1] == f"{file}:5" and len(second[0][1]["content"]) == 200_000
     assert load_messages(packed(tmp_path / "rows.csv.gz", text.encode()))[1][0] == second[0]
+    for blank in ("\n", "  \n\n", ",,\n"):
+        file.write_text(blank + "prompt,completion,id\na,b,1\na,b\n")
+        line = 2 + blank.count("\n")
+        fails(file, f"{file}:{line + 1}: 2 cells, but 3 columns in line {line - 1}")
     for broken, parts in {
         "a,b\n": ("2: 2 cells, but 3 columns",),
         "a,b,1\na,,2\n": ("3: turn 2: expected text, found null",),

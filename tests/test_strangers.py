@@ -172,6 +172,16 @@ def test_a_run_folder_may_be_a_link(run: Path, tmp_path: Path) -> None:
     assert Played.open(tmp_path / "link").policies()
 
 
+def test_links_to_nothing_are_told(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for place in ("link", "link/deeper"):
+        with pytest.raises(InputError, match=r"link: is a link to .*gone, where nothing is: make"):
+            Run(tmp_path / place, {})
+    with pytest.raises(InputError, match="link: exists already"):
+        export(run, tmp_path / "link", vllm=True)
+    assert not (tmp_path / "gone").exists()
+
+
 @pytest.mark.parametrize("stage", ["train/../../x", "train/-1", "control/", "train/0/../../.."])
 def test_a_manifest_names_no_other_folders(run: Path, stage: str) -> None:
     file = run / "manifest.json"

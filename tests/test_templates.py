@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_data import CHATML, QA, assistant, chat_of, tokenizer_of, user, write
+from test_data import CHATML, QA, assistant, chat_of, load_messages, tokenizer_of, user, write
 
 from alphaspin.data.chat import EARLIER, ChatFormat
 from alphaspin.data.demonstrations import (
@@ -113,6 +113,28 @@ def test_what_a_template_honours_is_in_the_tokens(tmp_path):
     call, answer = load_demonstrations(rows, chat, TextConfig(turns="all"))[0]
     assert call.answer == '<call>{"name": "count", "arguments": {"word": "kite"}}</call>'
     assert answer.answer == "<think>\nr\n</think>\n\nb"
+
+
+@pytest.mark.parametrize("join", ["+", "~"])
+@pytest.mark.parametrize("arguments", [{"word": "kité's"}, '{"word": "kité\'s"}'])
+def test_arguments_that_a_template_joins_as_text_are_json(tmp_path, join, arguments):
+    """DeepSeek-V3's: `+` fails on an object, and `~` would write it as Python does."""
+    calls = (
+        "{% if 'tool_calls' in m %}{% for call in m.tool_calls %}{{ '<call>' JOIN "
+        "call.function.name JOIN '\n' JOIN call.function.arguments JOIN '</call>' }}{% endfor %}"
+        "{% else %} no calls{% endif %}"
+    ).replace("JOIN", join)
+    chat = template(tmp_path, CHATML.replace("{{ m.content }}", "{{ m.content }}" + calls))
+    call = {"type": "function", "function": {"name": "count", "arguments": arguments}}
+    talk = [user("a"), assistant("") | {"tool_calls": [call]}]
+    rows = write(tmp_path / "rows.jsonl", {"messages": talk})
+    (one,), _ = load_demonstrations(rows, chat, TextConfig())
+    said = '<call>count\n{"word": "kité\'s"}</call>'
+    assert said in text(chat, load_messages(rows)[0][0])[1] and one.answer == said
+    more = [*talk, {"role": "tool", "content": "4"}, assistant("b")]
+    rows = write(tmp_path / "rows.jsonl", {"messages": more})
+    prompt = text(chat, load_messages(rows)[0][0])[0]
+    assert said in prompt and "a no calls<|im_end|>" in prompt
 
 
 def test_a_template_that_refuses_a_turn_without_its_calls_looks_at_them(tmp_path):

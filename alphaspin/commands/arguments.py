@@ -13,10 +13,10 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from alphaspin.config import KINDS, Config, all_keys
+from alphaspin.config import KINDS, Config, all_keys, likely
 from alphaspin.errors import InputError
 from alphaspin.evaluation.benchmarks import BENCHMARK
-from alphaspin.foundation.section import Section, leaves, nearest, short
+from alphaspin.foundation.section import Section, leaves, short
 from alphaspin.model.settings import NOT_HERE
 
 FLAGS = {"true": True, "false": False}
@@ -132,7 +132,7 @@ def _check_known(
     if key not in (keys := [*all_keys(kind), *fields(kind)]):
         if key in NOT_HERE:
             raise InputError(f"{name}: {NOT_HERE[key]}")
-        near = nearest(key, keys)
+        near = likely(key, keys)
         hint = f"; did you mean --{near}?" if near else "; see --help"
         raise InputError(f"unknown option {name!r}{hint}")
     section, _, last = key.rpartition(".")

@@ -7,7 +7,6 @@ differs, the answers that are there are judged.
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from alphaspin.evaluation.benchmarks.base import LOADED, Contest, Record
 from alphaspin.evaluation.measures import Bench
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.artefacts import commit, make_folder, stands, verifies, write_atomically
+from alphaspin.foundation.artefacts import commit, make_folder, stands, verifies, write_record
 from alphaspin.foundation.runs import Run, SignalGuard
 from alphaspin.judges.cache import CachedJudge
 from alphaspin.judges.shared import TeamJudge
@@ -112,7 +111,7 @@ def _compare(
     )
     source = options.heldout or played.config.heldout or f"set aside from {played.config.data}"
     about = {"heldout": source, "prompts": len(heldout), "judge": cached.identity}
-    write_atomically(comparison.folder / "about.json", json.dumps(about, indent=1))
+    write_record(comparison.folder / "about.json", about)
     rows: list[Evaluation] = []
     for policy in policies:
         rows.append(comparison.evaluate(policy, rows[0] if rows else None))

@@ -5,6 +5,7 @@ import copy
 import html
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -36,7 +37,7 @@ from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import commit, stands
 from alphaspin.foundation.paths import for_others, published
 from alphaspin.model.backbone import WEIGHTS
-from alphaspin.report.page import describe, read_tasks
+from alphaspin.report.page import describe, read_about, read_tasks
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank` (vllm/config/lora.py, 0.11 to 0.27)."""
@@ -49,7 +50,7 @@ def run(played: Played, options: ExportOptions) -> None:
         InputError: the folder exists; the iteration, the base, the adapter or the repository cannot
             be used.
     """
-    if options.to and Path(options.to).exists():
+    if options.to and os.path.lexists(options.to):
         raise InputError(f"to = {options.to}: exists already")
     wanted = None if options.iteration is None else [options.iteration]
     iterates = [policy for policy in played.policies(wanted) if policy.name.isdecimal()]
@@ -331,7 +332,8 @@ def _evaluations(played: Played) -> list[str]:
     own = {policy.name: policy.folder / "evaluation" for policy in played.policies()}
     sets = [("Held-out measures", own)]
     for folder in sorted((played.path / "evaluation").glob("heldout-*")):
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        if not (about := read_about(folder)):
+            continue
         source, judge = _cell(published(about["heldout"])), _cell(about["judge"])
         title = f"{about['prompts']} prompts ({source}), judge {judge}"
         sets.append((title, {name: folder / name for name in own}))

@@ -33,10 +33,11 @@ from alphaspin.evaluation import measures
 from alphaspin.evaluation.paired import by_prompt, chosen, kinds, paired
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.artefacts import run_id, write_atomically
+from alphaspin.foundation.artefacts import write_record
 from alphaspin.foundation.openai_api import key_of
 from alphaspin.foundation.paths import check_there
 from alphaspin.foundation.runs import (
+    LOST,
     Metrics,
     Run,
     SignalGuard,
@@ -221,7 +222,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
 
         def write() -> dict[str, Any]:
             summary = summarise(config, folder, metrics, rows, heldout, chat)
-            write_atomically(folder.path / "summary.json", json.dumps(summary, indent=1))
+            write_record(folder.path / "summary.json", summary)
             return summary
 
         summary = team.from_main(write)
@@ -341,7 +342,8 @@ def summarise(
     chat: ChatFormat,
 ) -> dict[str, Any]:
     """What `summary.json` holds and the report shows."""
-    records = metrics.read()
+    gone = metrics.lost(folder.manifest)
+    records = metrics.read(but=gone)
     seconds: dict[str, float] = {}
     tokens: dict[str, int] = {}
     for record in records:
@@ -359,7 +361,6 @@ def summarise(
     return {
         "name": config.name,
         "config": config.model_dump(mode="json"),
-        "run": run_id(folder.manifest),
         "environment": folder.manifest["environment"],
         "adapters": folder.manifest["adapters"],
         "rows": [row.numbers() for row in rows],
@@ -371,7 +372,8 @@ def summarise(
             for r in records
             if r["stage"] == "pairs" and "alarm" not in r
         ],
-        "alarms": [f"{r['stage']}: {r['alarm']}" for r in records if "alarm" in r],
+        "alarms": [LOST.format(", ".join(gone))] * bool(gone)
+        + [f"{r['stage']}: {r['alarm']}" for r in records if "alarm" in r],
         "notes": [note for note in [config.preference.warning(config)] if note],
         "samples": [
             {

@@ -251,6 +251,28 @@ class ChatFormat:
         return self.opening + text.removeprefix(self.wrapping[0]).removesuffix(self.wrapping[1])
 
     def _render(self, messages: Messages, generation: bool, tools: Any = None) -> str:
+        """What the template makes of messages.
+
+        Arguments of calls are objects, as most templates want them, or, where it joins them as
+        text (DeepSeek-V3's), JSON.
+        """
+        written = [a for turn in messages for a in _arguments(turn)]
+        try:
+            text = self._applied(messages, generation, tools)
+            if not any(a and str(a) in text for a in written):  # Python's own spelling
+                return text
+        except InputError as error:
+            if not (written and isinstance(error.__cause__, TypeError)):
+                raise
+        texts = [
+            turn | {"tool_calls": [_with_json(call) for call in calls]}
+            if (calls := turn.get("tool_calls"))
+            else turn
+            for turn in messages
+        ]
+        return self._applied(texts, generation, tools)
+
+    def _applied(self, messages: Messages, generation: bool, tools: Any) -> str:
         template = self.template
         if preamble := self.options + self.dates:
             template = preamble + self.tokenizer.get_chat_template(template, tools)
@@ -395,6 +417,19 @@ def _special(tokenizer: Any) -> dict[int, str]:
     known = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     added = tokenizer.added_tokens_decoder.items()
     return known | {i: token.content for i, token in added if token.special}
+
+
+def _arguments(turn: dict[str, Any]) -> list[Any]:
+    """Arguments of a turn's calls that are objects."""
+    calls = [call.get("function") or call for call in turn.get("tool_calls", ())]
+    return [a for call in calls if isinstance(a := call.get("arguments"), dict)]
+
+
+def _with_json(call: dict[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are JSON."""
+    if isinstance(inner := call.get("function"), dict):
+        return call | {"function": _with_json(cast("dict[str, Any]", inner))}
+    return call | {"arguments": json.dumps(call.get("arguments"), ensure_ascii=False)}
 
 
 def _lost(content: str, text: str) -> str | None:

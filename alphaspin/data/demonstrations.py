@@ -22,8 +22,10 @@ from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 
 Tokens = np.ndarray[tuple[int], np.dtype[np.int32]]
+UNREAD = "rows have what is not read: {}"
 POSING = "prompts have the text {!r}, which becomes a special token as the template's own do"
 LONG_PROMPT = "rows dropped: the prompt is longer than text.max_prompt_tokens"
+EMPTY_PROMPT = "rows dropped: a turn of the user's is empty"
 LONG_RESPONSE = "rows dropped: the response is longer than text.max_response_tokens"
 
 
@@ -63,12 +65,16 @@ def load_conversations(
             cannot be honoured.
     """
     notes = Counter() if notes is None else notes
+    unread: Counter[str] = Counter()
     for row, origin in read_rows(source, split, fields, notes):
         with located(origin):
             found = conversation(row, answers, fields)
         notes.update(filter(None, [found.note]))
+        unread.update(found.unread)
         if found.messages:
             yield found, origin
+    if unread:
+        notes[UNREAD.format(", ".join(sorted(unread)))] += max(unread.values())
 
 
 def load_demonstrations(
@@ -156,17 +162,28 @@ def _demonstrated(
 ) -> Iterator[tuple[Conversation, int, str]]:
     """Conversations, how many turns are the prompt, and their origins.
 
+    Rows with an empty turn of the user's are left out, unless `text.empty_prompt` keeps them.
     Prompts of more characters than `text.max_prompt_tokens` tokens can have are left out, and not
     even rendered: the prompts of all turns of a long conversation would cost its square.
     """
     for row, origin in rows:
         ends = [end - 1 for end in row.ends]
         ends += [] if row.answered else [len(row.messages)]
-        size = place = 0
+        size = place = empty = 0
         for end in ends if text.turns == "all" else ends[-1:]:
-            size += sum(len(turn["content"]) for turn in row.messages[place:end])
+            for number, turn in enumerate(row.messages[place:end], place + 1):
+                size += len(turn["content"])
+                if turn["role"] == "user" and not turn["content"].strip():
+                    empty = number
             place = end
-            if size <= widest * text.prompt_limit:
+            if empty and text.empty_prompt == "error":
+                raise InputError(
+                    f"{origin}: turn {empty}: the user's is empty: give it a text, or set "
+                    "text.empty_prompt to drop or keep"
+                )
+            if empty and text.empty_prompt == "drop":
+                notes[EMPTY_PROMPT] += 1
+            elif size <= widest * text.prompt_limit:
                 yield row, end, origin
             elif text.too_long == "error":
                 raise InputError(f"{origin}: {_too_long(f'{size} characters', text)}")

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from alphaspin.data.rows import COLUMNS, FIELDS
+from alphaspin.data.rows import COLUMNS, FIELDS, FLAG
 from alphaspin.errors import InputError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -259,18 +259,18 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         reader = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""), strict=True)
         names: list[str] | None = None
-        line = 1
+        line = first = 1
         try:
             for cells in reader:
-                if names is None:
-                    names = cells
+                if names is None and any(cell.strip() for cell in cells):
+                    names, first = cells, line
                     for name, count in Counter(names).items():
                         if count > 1 and name in COLUMNS:
                             raise InputError(f"{path}:{line}: {count} columns {name}")
-                elif cells and len(cells) != len(names):
-                    reason = f"{len(cells)} cells, but {len(names)} columns in line 1"
+                elif names and cells and len(cells) != len(names):
+                    reason = f"{len(cells)} cells, but {len(names)} columns in line {first}"
                     raise InputError(f"{path}:{line}: {reason}")
-                elif cells:
+                elif names and cells:
                     # An empty cell is no value.
                     row = {n: c or None for n, c in zip(names, cells, strict=True)}
                     yield row, f"{path}:{line}"
@@ -288,22 +288,34 @@ def _parquet_rows(path: Path, fields: Collection[str]) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
             wanted = [leaf for leaf in leaves if _looked_at(leaf, fields)]
+            unread = dict.fromkeys(_name(leaf) for leaf in leaves if leaf not in wanted)
             if not wanted and file.metadata.num_rows:
                 yield dict.fromkeys(file.schema_arrow.names), f"{path}[0]"
                 return
             for batch in file.iter_batches(1024, columns=wanted):
                 for row in batch.to_pylist():
-                    yield _row(row), f"{path}[{number}]"
+                    yield _row(row) | unread, f"{path}[{number}]"
                     number += 1
     except (arrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}[{number}] or later: broken Parquet: {error}") from None
 
 
 def _looked_at(leaf: str, fields: Collection[str]) -> bool:
-    """Whether a leaf of a Parquet schema, as `messages.list.element.role`, is read."""
+    """Whether a leaf of a Parquet schema is read."""
+    column, _, field = _name(leaf).partition(".")
+    return column in COLUMNS and (not field or field in fields or bool(FLAG.search(field)))
+
+
+def _name(leaf: str) -> str:
+    """A column, or COLUMN.FIELD of turns, by a leaf of a Parquet schema.
+
+    `messages.list.element.role.…` or, one list a field, `messages.role.list.element`.
+    """
     column, *inside = leaf.split(".")
-    turn = column != "tools" and len(inside) > 2 and inside[2] != "list"
-    return column in COLUMNS and (not turn or inside[2] in fields)
+    if column == "tools" or len(inside) < 3:
+        return column
+    field = inside[0] if inside[1] == "list" else inside[2]
+    return column if field == "list" else f"{column}.{field}"  # `history` has lists of lists
 
 
 def _row(columns: dict[str, Any]) -> dict[str, Any]:
@@ -341,8 +353,9 @@ def _dataset_rows(source: str, split: str, saved: bool) -> Iterator[Row]:
     if not len(data):
         raise InputError(f"{source} (split {split}): no rows")
     known = [name for name in data.column_names if name in COLUMNS]
+    unread = dict.fromkeys(name for name in data.column_names if name not in COLUMNS)
     if not known:
         yield dict.fromkeys(data.column_names), f"{source}:{split}[0]"
         return
     for number, row in enumerate(data.select_columns(known)):
-        yield _row(row), f"{source}:{split}[{number}]"
+        yield _row(row) | unread, f"{source}:{split}[{number}]"

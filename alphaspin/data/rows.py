@@ -5,6 +5,7 @@ Whether a chat template honours what a turn says beside its content is for `chat
 
 import contextlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -36,6 +37,8 @@ ANSWERED = (*THINKING, "tool_calls")  # what a turn may say beside its content
 WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight")
 """Of a turn: 0 or false where it is not trained on."""
 OWN = ("role", "from", "content", "value", *WEIGHTS)  # what is understood here
+FLAG = re.compile("mask|ignore|skip|train|loss|weight|learn|supervis", re.IGNORECASE)
+"""Of a turn: what may be such a flag under another name, which would say nobody knows what."""
 REFUSED = {  # columns that change what a row means, and what to do about them
     "images": "only text is trained on",
     "image": "only text is trained on",
@@ -64,6 +67,7 @@ class Conversation:
     ends: tuple[int, ...]  # how many turns there are up to each answer that is to be learnt
     tools: list[Any] | None = None  # descriptions, for the template
     note: str | None = None  # what is to be said of the row
+    unread: frozenset[str] = frozenset()  # columns, and fields of turns, that nobody looks at
 
     @property
     def answered(self) -> bool:
@@ -84,7 +88,7 @@ def conversation(row: Any, answers: bool = True, fields: Collection[str] = FIELD
     """
     if not isinstance(row, dict):
         raise InputError(f"expected an object of columns, found {kind_of(row)}")
-    columns = cast("dict[str, Any]", row)
+    columns = {name: _listwise(value) for name, value in cast("dict[str, Any]", row).items()}
     names = _format(columns, answers)
     paired = names in (("prompt", "completion"), ("prompt", "response"))
     if paired and str(columns.get("label")).lower() in ("false", "0"):
@@ -95,11 +99,22 @@ def conversation(row: Any, answers: bool = True, fields: Collection[str] = FIELD
     if columns.get("weight") not in (None, 1, "1", ""):
         raise InputError(f"column weight = {columns['weight']!r}: rows cannot be weighted")
     turns = _turns(columns, names, answers)
-    messages, counted = _checked([*_before(columns, turns), *turns], answers, fields)
+    unread = columns.keys() - COLUMNS
+    messages, counted = _checked([*_before(columns, turns), *turns], answers, fields, unread)
     tools = _listed(columns.get("tools") or None, "tools", "descriptions") or None
     _check_whole(tools, "tools")
     note = PREFERRED if names[-1] == "chosen" else None
-    return Conversation(messages, counted, tools, note)
+    return Conversation(messages, counted, tools, note, frozenset(unread - {note and "rejected"}))
+
+
+def _listwise(value: Any) -> Any:
+    """Turns with one list a field, as `datasets` keeps a Sequence of them, as a list of turns."""
+    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if fields and all(isinstance(each, list) for each in fields.values()):
+        with contextlib.suppress(ValueError):  # of other lengths: no turns
+            rows = zip(*fields.values(), strict=True)
+            return [dict(zip(fields, row, strict=True)) for row in rows]
+    return value
 
 
 def turns_of(value: Any, role: str) -> list[Any]:
@@ -221,9 +236,12 @@ def _listed(value: Any, what: str, members: str) -> list[Any] | None:
 
 
 def _checked(
-    turns: list[Any], answers: bool, kept: Collection[str]
+    turns: list[Any], answers: bool, kept: Collection[str], unread: set[str]
 ) -> tuple[Messages, tuple[int, ...]]:
-    """The turns as messages, and how many there are up to each answer that counts."""
+    """The turns as messages, and how many there are up to each answer that counts.
+
+    What nobody looks at is added to `unread`.
+    """
     messages: Messages = []
     counted: list[int] = []
     for number, turn in enumerate(turns, 1):
@@ -238,6 +256,15 @@ def _checked(
             for key, value in fields.items()
             if value is not None and key in kept and key not in OWN
         }
+        for name in fields:
+            if name in kept or name in OWN:
+                continue
+            if fields[name] is not None and FLAG.search(name):
+                raise InputError(
+                    f"turn {number}: {name}: not known: whether a turn is trained on is told by "
+                    "`weight`, 0 or 1"
+                )
+            unread.add(f"{name} of turns")
         for name in UNTOLD:
             if message.get(name):
                 raise InputError(f"turn {number}: {name}: cannot be honoured")

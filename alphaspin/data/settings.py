@@ -39,6 +39,9 @@ class TextConfig(Section):
     """Share of demonstrations that `overlong: error` lets be cut."""
     too_long: Literal["error", "drop"] = "error"
     """A prompt beyond `max_prompt_tokens` is an error, or its row is dropped (and counted)."""
+    empty_prompt: Literal["error", "drop", "keep"] = "error"
+    """A user's turn without text is an error, its row is dropped (and counted), or it stays: for
+    texts that a base model continues from nothing."""
 
     @field_validator("template_options")
     @classmethod
@@ -56,7 +59,7 @@ class TextConfig(Section):
         for leave a run the digest that it had.
         """
         free = {"overlong_share"}
-        free |= set() if self.overlong == "drop" else {"overlong"}
+        free |= {key for key in ("overlong", "empty_prompt") if getattr(self, key) != "drop"}
         return free | (set() if self.template_options else {"template_options"})
 
     @property

@@ -5,7 +5,8 @@ An artefact is a folder. It is written under a temporary name, its files are has
 A reader accepts a folder whose files have the recorded hashes and nothing else, so a process killed
 at any instant leaves either the whole artefact or none. `hashes.json` also says where the artefact
 belongs: the run, its place there (with the kind and the iteration), and what it was made from; so
-one that was copied from elsewhere does not count. Nothing is pickled.
+one that was copied from elsewhere does not count. Nothing is pickled. A record is a file of JSON
+that says the same of itself, with a hash of all that it says.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import re
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 
@@ -27,6 +28,9 @@ HASHES = "hashes.json"
 MANIFEST = "manifest.json"
 SEAL = "sha256"
 TEMPORARY = ".tmp-"
+EDITED = (
+    "was edited, but is a record and no place for settings; restore it, or choose another --output"
+)
 
 
 def file_hash(path: Path) -> str:
@@ -52,9 +56,19 @@ def flush(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create a folder and its parents so that they survive a power cut."""
+    """Create a folder and its parents so that they survive a power cut.
+
+    Raises:
+        InputError: a link is there that leads to nothing.
+    """
     missing = [folder, *folder.parents]
     missing = [path for path in missing if not path.exists()]
+    for path in missing:
+        if path.is_symlink():
+            raise InputError(
+                f"{path}: is a link to {path.readlink()}, where nothing is: make that folder, or "
+                "name another"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
         flush(path.parent)
@@ -91,7 +105,7 @@ def commit(folder: Path, inputs: Mapping[str, str] | None = None) -> Generator[P
             yield temporary
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         hashes = {path.relative_to(temporary).as_posix(): file_hash(path) for path in files}
-        record = {"of": _whose(folder)[0], "inputs": inputs or {}, "files": hashes}
+        record = {"of": _whose(folder), "inputs": inputs or {}, "files": hashes}
         (temporary / HASHES).write_text(json.dumps(record, indent=1))
         for path in [*files, temporary / HASHES, temporary]:
             flush(path)
@@ -112,13 +126,14 @@ def remove(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _whose(folder: Path) -> tuple[dict[str, str], bool]:
-    """The run that a folder is in and its place there, and whether all artefacts there say so."""
-    for root in folder.absolute().parents:
+def _whose(path: Path) -> dict[str, str]:
+    """The run that a path is in and its place there; nothing where no run is around, or one that
+    was begun by a version whose artefacts did not say so."""
+    for root in path.absolute().parents:
         if (root / MANIFEST).is_file() and (manifest := _manifest(root / MANIFEST)):
-            place = folder.absolute().relative_to(root).as_posix()
-            return {"run": run_id(manifest), "place": place}, SEAL in manifest
-    return {}, False
+            place = path.absolute().relative_to(root).as_posix()
+            return {"run": run_id(manifest), "place": place} if SEAL in manifest else {}
+    return {}
 
 
 def run_id(manifest: dict[str, Any]) -> str:
@@ -179,15 +194,21 @@ def fault(folder: Path, inputs: Mapping[str, str] | None = None) -> str:
     record, wrong = _read(folder)
     if wrong:
         return wrong
-    (here, sealed), known = _whose(folder), record.get("of")
-    if not isinstance(known, dict):
-        return "it does not say what it is of" if sealed else ""
-    if here and known != here:
-        other = "" if known.get("run") == here["run"] else " of another run"
-        return f"it is {known.get('place', 'an artefact')}{other}"
+    here = _whose(folder)
+    if here and (elsewhere := _elsewhere(record.get("of"), here)):
+        return elsewhere
     if inputs is not None and record.get("inputs") != inputs:
         return "it was made from other " + ", ".join(sorted(inputs))
     return ""
+
+
+def _elsewhere(known: Any, here: dict[str, str]) -> str:
+    """Where what is here says that it belongs; nothing if here."""
+    if not isinstance(known, dict):
+        return "it does not say what it is of"
+    place, run = (cast("dict[str, Any]", known).get(key) for key in ("place", "run"))
+    other = "" if run == here["run"] else " of another run"
+    return f"it is {place or 'an artefact'}{other}" if known != here else ""
 
 
 def verifies(folder: Path, inputs: Mapping[str, str] | None = None) -> bool:
@@ -218,6 +239,43 @@ def write_atomically(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file of JSON, sealed, with where it belongs."""
+    write_atomically(path, json.dumps(sealed({**values, "of": _whose(path)}), indent=1))
+
+
+def read_record(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_record` wrote.
+
+    Files of versions that sealed none count in the runs that these began, and wherever no run is
+    around.
+
+    Args:
+        path: the file.
+        remedy: what makes it again.
+
+    Raises:
+        InputError: it is missing, damaged or edited, or belongs elsewhere.
+    """
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("no object")
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; {remedy}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}; {remedy}") from None
+    record, here = cast("dict[str, Any]", known), _whose(path)
+    wrong = ""
+    if (here or SEAL in record) and record != sealed(record):
+        wrong = "it is not as it was written"
+    elif here:
+        wrong = _elsewhere(record["of"], here)
+    if wrong:
+        raise InputError(f"{path}: {wrong}; {remedy}")
+    return record
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     """A run's manifest; nothing where the file is something else.
 
@@ -232,16 +290,13 @@ def _manifest(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, LookupError):
         return {}
     if SEAL in manifest and manifest != sealed(manifest):
-        raise InputError(
-            f"{path}: was edited, but is a record and no place for settings; restore it, or choose "
-            "another --output"
-        )
+        raise InputError(f"{path}: {EDITED}")
     return manifest
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with the hash of all else that it says."""
-    rest = {key: value for key, value in manifest.items() if key != SEAL}
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A manifest, or another record, with the hash of all else that it says."""
+    rest = {key: value for key, value in record.items() if key != SEAL}
     return {**rest, SEAL: _hash_of(rest)}
 
 
@@ -253,4 +308,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     if not (manifest := _manifest(path)):
         raise InputError(f"{path}: damaged; restore it, or choose another --output")
+    # Artefacts say which run they are of where its manifest is sealed.
+    if SEAL not in manifest and any(map(_says_whose, path.parent.rglob(HASHES))):
+        raise InputError(f"{path}: {EDITED}")
     return manifest
+
+
+def _says_whose(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("of"))
+    except (OSError, ValueError, AttributeError):
+        return False

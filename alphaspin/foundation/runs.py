@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -39,6 +40,11 @@ HASHED = (
 """An entry of a run's identity that holds a hash, and the setting that tells where that is from."""
 
 
+LOST = (
+    "metrics.jsonl: the records of {} are missing or were edited; their curves, times and alarms "
+    "are left out, and only the same run in another --output can make them again"
+)
+
 Mirror = Callable[[Mapping[str, float], int], None]
 """Called with (values by name, global step) for each record of numbers."""
 
@@ -66,8 +72,8 @@ class Metrics:
         self._tell = tell
         self._step = self._sent = len(self.read()) if mirror else 0
 
-    def read(self) -> list[dict[str, Any]]:
-        """All whole records; a line torn by a kill, or anything else, is passed over."""
+    def read(self, but: Collection[str] = ()) -> list[dict[str, Any]]:
+        """All whole records, but those of some stages; what is torn by a kill is passed over."""
         records: list[dict[str, Any]] = []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -75,7 +81,26 @@ class Metrics:
                     record = json.loads(line)
                     if isinstance(record, dict) and isinstance(record.get("stage"), str):
                         records.append(record)
-        return records
+        return [record for record in records if record["stage"] not in but]
+
+    def digest(self, stage: str) -> str | None:
+        """Hash of a stage's records, without the clock's part; None where there are none."""
+        records = [record for record in self.read() if record["stage"] == stage]
+        lines = [json.dumps({**record, "tokens_per_second": None}) for record in records]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else None
+
+    def lost(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Stages that have ended, and whose records are not those that they ended with.
+
+        Manifests of earlier versions do not know these; there have to be some.
+        """
+        known = manifest.get("metrics", {})
+        found = {stage: self.digest(stage) for stage in manifest["adapters"]}
+        return [
+            stage
+            for stage, digest in found.items()
+            if not digest or digest != known.get(stage, digest)
+        ]
 
     def rewind(self, stage: str, step: int = 0) -> None:
         """Forget what a stage recorded after `step`: that work is about to be repeated."""
@@ -231,15 +256,15 @@ class Run:
         write_atomically(path, json.dumps(manifest, indent=1))
         return manifest
 
-    def record_adapter(self, stage: str, weights: Path) -> None:
-        """Record an adapter's hash, or compare it with the one recorded.
+    def record_adapter(self, stage: str, weights: Path, metrics: Metrics) -> None:
+        """Record an adapter's hash and that of its metrics, or compare it with the one recorded.
 
         Raises:
             InputError: the file is another than the one that later artefacts were made with.
         """
         found, known = file_hash(weights), self.manifest["adapters"].get(stage)
         if known is None:
-            self.record(adapters={stage: found})
+            self.record(adapters={stage: found}, metrics={stage: metrics.digest(stage)})
         elif known != found:
             raise InputError(
                 f"{weights}: is not the adapter that this run made ({found[:12]} on disk, "

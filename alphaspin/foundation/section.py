@@ -103,6 +103,8 @@ class Section(BaseModel):
             if isinstance(part, bool) and bool not in (found := leaves(field.annotation)):
                 if found & {int, float}:
                     raise ValueError("needs a number, not true or false")
+            elif not isinstance(part, bool) and leaves(field.annotation) <= {bool}:
+                raise ValueError("needs true or false")
             elif isinstance(part, str) and part != field.default:
                 check_text(part)
         return value

@@ -202,7 +202,9 @@ class Session:
             folder,
         )
         adapter = train_sampler(self.backbone, task, self.metrics, self.team)
-        self.team.from_main(lambda: self.run.record_adapter(task.stage, adapter / WEIGHTS))
+        self.team.from_main(
+            lambda: self.run.record_adapter(task.stage, adapter / WEIGHTS, self.metrics)
+        )
         self.backbone.load_adapter(f"sampler-{iteration}", adapter)
 
     def reference_policies(self, iteration: int) -> list[str | None]:
@@ -274,11 +276,13 @@ class Session:
             adapter = folder / "adapter"
             known = stage in self.run.manifest["adapters"]
             if known and intact(adapter):
-                self.run.record_adapter(stage, adapter / WEIGHTS)  # an exchanged one is refused
+                self.run.record_adapter(
+                    stage, adapter / WEIGHTS, self.metrics
+                )  # an exchanged one is refused
             if not stands(adapter):
                 return False
             if not known:
-                self.run.record_adapter(stage, adapter / WEIGHTS)
+                self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)
             remove(folder / "checkpoints")
             return True
 

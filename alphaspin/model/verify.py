@@ -13,9 +13,8 @@ module's output moved by one rounding, and that moves the log-probs as far as ot
 same sums do.
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from alphaspin import __version__
 from alphaspin.errors import InputError
-from alphaspin.foundation.artefacts import write_atomically
+from alphaspin.foundation import console
+from alphaspin.foundation.artefacts import read_record, write_record
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
 from alphaspin.model.caches import CACHES, give_up
@@ -87,14 +87,18 @@ class Verdict:
     @staticmethod
     def read(folder: Path) -> "Verdict | None":
         """The one that is kept in a run folder."""
+        if not (folder / FILE).exists():
+            return None
         try:
-            return Verdict(**json.loads((folder / FILE).read_text()))
-        except (OSError, ValueError, TypeError):
+            found = read_record(folder / FILE, "the model is checked again")
+            return Verdict(**{field.name: found[field.name] for field in fields(Verdict)})
+        except (InputError, KeyError) as error:
+            console.note(str(error))
             return None
 
     def keep(self, folder: Path) -> None:
         """Write it where `read` looks."""
-        write_atomically(folder / FILE, json.dumps(asdict(self), indent=1))
+        write_record(folder / FILE, asdict(self))
 
 
 def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None = None) -> Verdict:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import yaml
@@ -27,12 +27,22 @@ from alphaspin.data.answers import checked_part
 from alphaspin.errors import InputError
 from alphaspin.evaluation.paired import AGAINST_BASE, Difference, Paired, difference
 from alphaspin.evaluation.record import Measures
-from alphaspin.foundation.artefacts import MANIFEST, read_manifest, run_id, stands, write_atomically
+from alphaspin.foundation import console
+from alphaspin.foundation.artefacts import (
+    MANIFEST,
+    read_manifest,
+    read_record,
+    stands,
+    write_atomically,
+)
 from alphaspin.foundation.paths import for_others, published, refuse_links
-from alphaspin.foundation.runs import Metrics
+from alphaspin.foundation.runs import LOST, Metrics
 from alphaspin.foundation.section import RECORDED, refusals
 from alphaspin.report.plots import POINTS, Steps, key, plot_iterates, plot_steps, radar
 from alphaspin.report.verdict import Facts, signed, verdict
+
+M = TypeVar("M", bound=BaseModel)
+AT_THE_END = "a run writes it when it ends: the command that started the run goes on with it"
 
 COLUMNS = [
     ("nll", "NLL per answer", "%.3f", 1),
@@ -79,7 +89,6 @@ class Summary(BaseModel):
 
     name: str
     config: Config
-    run: str | None = None
     environment: dict[str, str]
     adapters: dict[str, str]
     rows: list[Measures]
@@ -97,7 +106,7 @@ def write(folder: Path) -> Path:
     """Write `report.html` into a run folder, as a whole; returns its path.
 
     Raises:
-        InputError: the folder, its `summary.json` or its `metrics.jsonl` is missing or unreadable.
+        InputError: the folder or its `summary.json` is missing, unreadable or another's.
     """
     summary, records = read(folder)
     steps = training_steps(records)
@@ -161,32 +170,22 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run folder")
     refuse_links(folder)
-    path = folder / "summary.json"
+    path, metrics = folder / "summary.json", Metrics(folder / "metrics.jsonl")
+    manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    summary = _valid(Summary, path, read_record(path, AT_THE_END))
+    gone = metrics.lost(manifest or {"adapters": {} if metrics.read() else summary.adapters})
+    if gone and (told := LOST.format(", ".join(gone))) not in summary.alarms:
+        summary = summary.model_copy(update={"alarms": [told, *summary.alarms]})
+    return summary, metrics.read(but=gone)
+
+
+def _valid(kind: type[M], path: Path, values: Mapping[str, Any]) -> M:
+    """Values of a file, checked."""
     try:
-        if not path.exists():
-            raise InputError(
-                f"{path}: missing; a run writes it when it ends: the command that started the run "
-                "goes on with it"
-            )
-        known = json.loads(path.read_text(encoding="utf-8"))
-        summary = Summary.model_validate(known, context=RECORDED)
-        path = folder / "metrics.jsonl"
-        if not path.exists():
-            raise InputError(f"{path}: missing")
-        manifest = folder / MANIFEST
-        if manifest.exists() and summary.run not in (None, run_id(read_manifest(manifest))):
-            raise InputError(
-                f"{folder / 'summary.json'}: is of another run than {MANIFEST}; the command that "
-                "made this run writes its own"
-            )
-        return summary, Metrics(path).read()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        return kind.model_validate(values, context=RECORDED)
     except ValidationError as error:
         told = refusals(error.errors(), lambda item: ".".join(map(str, item["loc"])) or "content")
         raise InputError(f"{path}: {next(told)[1]}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -213,10 +212,18 @@ def read_comparisons(folder: Path) -> list[Comparison]:
     for place in sorted((folder / "evaluation").glob("heldout-*")):
         parts = _whole(place)
         rows = [_json(parts[name] / "evaluation.json") for name in in_order(parts)]
-        if rows:
-            about = _json(place / "about.json")
-            found.append(Comparison.model_validate({**about, "rows": rows}))
+        if rows and (about := read_about(place)):
+            found.append(_valid(Comparison, place / "about.json", {**about, "rows": rows}))
     return found
+
+
+def read_about(place: Path) -> dict[str, Any] | None:
+    """What a comparison says of itself, or None; why is said."""
+    try:
+        return read_record(place / "about.json", "`alphaspin evaluate` writes it again")
+    except InputError as error:
+        console.note(f"{place} is left out: {error}")
+        return None
 
 
 class Tasks(NamedTuple):

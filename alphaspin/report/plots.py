@@ -85,13 +85,16 @@ def plot_iterates(rows: Sequence[Measures], title: str, curves: Curves) -> Marku
     """Measures of base, iterates and (dashed) control, with bars of one standard error, or of the
     confidence interval where there is one."""
 
+    def of(row: Measures, measure: str) -> float:
+        """A number; NaN for none."""
+        found = getattr(row, measure, None)
+        return math.nan if found is None else found
+
     def bar(row: Measures, measure: str) -> tuple[float, float]:
         """Lengths of the bar below and above the value; NaN for none."""
-        value, low = getattr(row, measure), getattr(row, f"{measure}_low", None)
-        if low is not None:
-            return value - low, getattr(row, f"{measure}_high") - value
-        error = getattr(row, f"{measure}_se", None)
-        return (math.nan, math.nan) if error is None else (error, error)
+        value, low, high = (of(row, measure + end) for end in ("", "_low", "_high"))
+        error = of(row, f"{measure}_se")
+        return (error, error) if math.isnan(low) else (value - low, high - value)
 
     def paint(axes: Axes) -> None:
         for number, (measure, _, css) in enumerate(curves):
@@ -101,7 +104,7 @@ def plot_iterates(rows: Sequence[Measures], title: str, curves: Curves) -> Marku
             shift = 0.04 * (number - (len(curves) - 1) / 2)  # keeps bars from covering each other
             axes.errorbar(
                 [row.iteration + shift for row in line],
-                [scale * getattr(row, measure) for row in line],
+                [scale * of(row, measure) for row in line],
                 scale * np.array([bar(row, measure) for row in line]).T,
                 capsize=2,
                 **look(css),
