@@ -62,12 +62,14 @@ def test_limits_by_the_model_and_the_memory():
     prompt, response, note = chosen(text, lengths, lengths, positions=150)
     assert (prompt, response) == (75, 75)
     assert "the model's 150 positions: 100 % of the prompts" in note
-    assert chosen(text, [20] * 10, lengths, positions=100)[:2] == (32, 68)
-    assert chosen(text, lengths, [20] * 10, positions=100)[:2] == (68, 32)
+    assert chosen(text, [20] * 10, lengths, positions=100)[:2] == (20, 80)
+    assert chosen(text, lengths, [20] * 10, positions=100)[:2] == (80, 20)
+    # Where rounding up alone is too much, what is there fits, and answers have the rest.
+    assert chosen(text, [70] * 10, [33] * 10, positions=128)[:2] == (70, 58)
     # Both answers of a pair are in memory with their prompt.
     assert chosen(text, lengths, lengths, positions=500, tokens=288, each=2)[:2] == (96, 96)
     prompt, response, note = chosen(text, lengths, lengths, positions=500, tokens=200, each=2)
-    assert (prompt, response) == (96, 52)
+    assert (prompt, response) == (90, 55)
     assert "within the memory here" in note
     assert prompt + 2 * response <= 200
 
@@ -116,7 +118,11 @@ def test_a_run_keeps_the_limits_it_chose(tmp_path, capsys, monkeypatch):
         assert {key: found["text"][key] for key in limits} == limits
     monkeypatch.setattr("alphaspin.commands.sizing.STEP", 128)
     for text in ({}, limits, {"max_prompt_tokens": 32}):
-        assert job.run(Config.model_validate(settings | {"text": text}))["run"] == summary["run"]
+        again = job.run(Config.model_validate(settings | {"text": text}))
+        assert (again["rows"], again["config"]["text"]) == (
+            summary["rows"],
+            summary["config"]["text"],
+        )
     with pytest.raises(InputError, match=r"its config\.text\.max_response_tokens is 32, not 20"):
         job.run(Config.model_validate(settings | {"text": {"max_response_tokens": 20}}))
 

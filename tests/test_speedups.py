@@ -195,7 +195,7 @@ def test_weights_keep_their_format_on_cpus_with_bf16_units(
 def test_the_plan_knows_what_the_base_takes(family: str, tmp_path: Path) -> None:
     """With a head of its own and with a tied one."""
     helpers.save_model(tmp_path, family, hidden_size=256, intermediate_size=1024)
-    facts = plan.gather(Config.model_validate({"model": str(tmp_path)}))
+    _, facts = plan.gather(Config.model_validate({"model": str(tmp_path)}))
     backbone, _ = load_base(str(tmp_path), dtype="fp32", device=CPU, quantization="nf4")
     found = sum(p.untyped_storage().nbytes() for p in backbone.parameters())
     for layer in filter(is_quantised, backbone.modules()):

@@ -127,8 +127,8 @@ def choose_limits(
     """The limits that `auto` stands for, and a sentence about them.
 
     Each holds all of the data; or 99 % of them, where the longest is over twice as long. They are
-    rounded up, and lowered where a prompt and an answer exceed the model's positions, or one tree
-    the memory: answers first, down to a half of the positions, then prompts.
+    rounded up as far as there is room, and lowered where a prompt and an answer exceed the model's
+    positions, or one tree the memory: answers first, down to a half of the positions, then prompts.
 
     Args:
         text: its other limits stand.
@@ -139,12 +139,14 @@ def choose_limits(
     """
     answers = [one.whole for one in found if one.answer is not None]
     rest = min(RARE, text.overlong_share) if text.overlong == "error" else RARE
-    prompt, response = text.prompt_limit, text.response_limit
+    prompt, response = needed, wanted = text.prompt_limit, text.response_limit
     if "max_prompt_tokens" in text.auto:
         lengths = [len(one.prompt) for one in found]
-        prompt = _holding(lengths, RARE if text.too_long == "drop" else 0)
+        needed = _holding(lengths, RARE if text.too_long == "drop" else 0)
+        prompt = _rounded(needed)
     if "max_response_tokens" in text.auto:
-        response = _holding(answers, rest) if answers else WITHOUT_ANSWERS
+        wanted = _holding(answers, rest) if answers else WITHOUT_ANSWERS
+        response = _rounded(wanted)
     why = "by the data"
     for most, count, reason in (
         (positions, 1, f"within the model's {positions} positions"),
@@ -152,8 +154,10 @@ def choose_limits(
     ):
         if most is not None and prompt + count * response > most > 2 * each:
             why = reason
+            prompt = min(prompt, needed)  # without what rounding adds
             if "max_response_tokens" in text.auto:
-                response = min(response, max(most - prompt, most // 2) // count)
+                left = (most - prompt) // count
+                response = min(response, max(left, min(wanted, most // 2 // count)))
             if "max_prompt_tokens" in text.auto:
                 prompt = max(1, min(prompt, most - count * response))
     long = sum(len(one.prompt) > prompt for one in found) / len(found)
@@ -166,7 +170,11 @@ def choose_limits(
 
 
 def _holding(lengths: Sequence[int], rest: float) -> int:
-    """The longest, or what all but a share `rest` are within; a multiple of STEP."""
+    """The longest, or what all but a share `rest` are within."""
     longest = max(lengths)
     usual = int(np.quantile(lengths, 1 - rest, method="higher"))
-    return STEP * math.ceil((longest if longest <= 2 * usual else usual) / STEP)
+    return longest if longest <= 2 * usual else usual
+
+
+def _rounded(tokens: int) -> int:
+    return STEP * math.ceil(tokens / STEP)
