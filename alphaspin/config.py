@@ -268,12 +268,8 @@ class Config(Sections):
 
     def needs_local(self) -> str | None:
         """Whoever needs the local sampler."""
-        found = [
-            who
-            for who, needs in self._needs()
-            for need in needs
-            if need.key == "sampling.engine" and "vllm" not in need.values
-        ]
+        every = [(who, need) for who, needs in self._needs() for need in needs]
+        found = [w for w, n in every if n.key == "sampling.engine" and "vllm" not in n.values]
         quantised = self.train.quantization != "none"
         return next(iter(found), "train.quantization" if quantised else None)
 

@@ -7,6 +7,7 @@ else's, so no port is taken, no key is needed and nobody else can be behind the 
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -185,15 +186,15 @@ class Vllm:
         self.client(timeout=START).send(f"http://localhost{path}", {}, bytes, wanted=path)
 
     def failure(self, what: str) -> ServerError:
-        """An error with the last lines of the log."""
+        """An error with the first and last that the log tells of, or its last lines."""
         text = ""
         with contextlib.suppress(OSError):
-            text = self.log.read_text(encoding="utf-8", errors="replace")[-20_000:]
+            text = self.log.read_text(encoding="utf-8", errors="replace")[-100_000:]
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line and "Traceback" not in line]
-        told = " | ".join((errors or lines)[-3:])
+        errors = re.findall(r"\b[A-Z]\w*(?:Error|Exception): .+", text)
+        told = " | ".join(dict.fromkeys([errors[0], errors[-1]] if errors else lines[-3:]))
         plain = "".join(sign if sign.isprintable() else " " for sign in told)
-        return ServerError(f"vLLM {what} (log: {self.log}); last: {plain[-600:]}")
+        return ServerError(f"vLLM {what} (log: {self.log}); last: {plain[:600]}")
 
     def close(self) -> None:
         """End it, and wait until its memory is free."""

@@ -342,6 +342,10 @@ class ServerSampler:
                 raise ValueError("no token_ids in the reply: the server does not know them")
             if not all(type(i) is int and 0 <= i < size for i in ids):
                 raise ValueError(f"token_ids that the model has not: {short(ids)}")
+            if ids and not stopped and len(ids) < request.max_tokens and ids[-1] not in stop_ids:
+                raise ValueError(
+                    f"cut at {len(ids)} of {request.max_tokens} tokens: no more context"
+                )
         if stopped and not stop_ids.intersection(ids[-1:]):
             told = choice.get("stop_reason", choice.get("matched_stop"))
             end = told if isinstance(told, int) and told in stop_ids else self._chat.end_token_id
