@@ -256,7 +256,7 @@ class Foreign:
 
     def start(self) -> None:
         arguments = f"--port={self.port} --host=127.0.0.1 --served-model-name=base --dtype=float32"
-        arguments += " --max-model-len=64 --enforce-eager --kv-cache-memory-bytes=100000000"
+        arguments += " --max-model-len=128 --enforce-eager --kv-cache-memory-bytes=100000000"
         kept = environment(PYTHON) | {"TORCHDYNAMO_DISABLE": "1"}
         kept.pop("VLLM_ALLOW_RUNTIME_LORA_UPDATING")
         command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", f"--model={self.model}"]
@@ -316,8 +316,8 @@ def test_a_server_of_another_model(
     address = {"engine": "vllm", "url": f"http://127.0.0.1:{foreign.port}/v1"}
     with pytest.raises(InputError, match=r"sampling\.model = mine: .*/v1/models has base"):
         run(small(tmp_path, sampling=address | {"model": "mine"}))
-    long = {"max_response_tokens": 60}
-    with pytest.raises(InputError, match=r"context is 64 tokens.*start it with --max-model-len"):
+    long = {"max_response_tokens": 120}
+    with pytest.raises(InputError, match=r"context is 128 tokens.*start it with --max-model-len"):
         run(small(tmp_path, sampling=address | {"model": "base"}, text=long))
     assert not (tmp_path / "run").exists()
     with pytest.raises(ServerError, match=r"of the base differ from ours by .*another model"):
