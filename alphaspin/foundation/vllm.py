@@ -189,9 +189,10 @@ class Vllm:
         """An error with the first and last that the log tells of, or its last lines."""
         text = ""
         with contextlib.suppress(OSError):
-            text = self.log.read_text(encoding="utf-8", errors="replace")[-100_000:]
+            text = self.log.read_text(encoding="utf-8", errors="replace")[-10_000_000:]
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        errors = re.findall(r"\b[A-Z]\w*(?:Error|Exception): .+", text)
+        plain = "\n".join(line for line in lines if "WARNING" not in line)
+        errors = re.findall(r"\b[A-Z]\w*(?:Error|Exception): .+", plain)
         told = " | ".join(dict.fromkeys([errors[0], errors[-1]] if errors else lines[-3:]))
         plain = "".join(sign if sign.isprintable() else " " for sign in told)
         return ServerError(f"vLLM {what} (log: {self.log}); last: {plain[:600]}")

@@ -359,7 +359,7 @@ def test_a_server_that_refuses_adapters_or_is_restarted(
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_a_run_of_another_family(tmp_path: Path, family: str) -> None:
-    sizes = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 256}
+    sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 256}
     model = save_model(tmp_path / "model", family, use_sliding_window=False, **sizes)
     short = {"max_response_tokens": 12, "overlong": "cut"}
     summary = run(small(tmp_path, iterations=3, model=str(model), text=short))
