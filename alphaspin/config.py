@@ -58,6 +58,7 @@ from alphaspin.methods.base import Method, Sections
 from alphaspin.methods.spin import Spin
 from alphaspin.model.settings import NOT_HERE
 from alphaspin.opponents import OPPONENT
+from alphaspin.sampling.settings import OWN_KEYS
 
 S = TypeVar("S", bound=Section)
 
@@ -252,6 +253,10 @@ class Config(Sections):
             )
             engines = Need("sampling.engine", ("local", "vllm"), why)
             found.append(("lora.use_rslora", (engines,)))
+        if self.sampling.engine == "vllm" and self.sampling.owned:
+            why = "the opponents would be those of the base in full precision"
+            need = Need("train.quantization", ("none",), why)
+            found.append(("sampling.engine = vllm without url", (need,)))
         if self.sampling.engine == "transformers":
             why = (
                 "`transformers serve` has no adapters, so only the base can play; use local, vllm "
@@ -261,11 +266,18 @@ class Config(Sections):
             found.append(("sampling.engine = transformers", (need,)))
         return found
 
+    def needs_local(self) -> str | None:
+        """Whoever needs the local sampler."""
+        every = [(who, need) for who, needs in self._needs() for need in needs]
+        found = [w for w, n in every if n.key == "sampling.engine" and "vllm" not in n.values]
+        quantised = self.train.quantization != "none"
+        return next(iter(found), "train.quantization" if quantised else None)
+
     def _check(self, who: str, need: Need) -> None:
         value: Any = self
         for word in need.key.split("."):
             value = getattr(value, word)
-        if value not in need.values:
+        if value not in need.values and (need.key, value) != ("sampling.engine", "auto"):
             first = need.values[0]
             wanted = str(first).lower() if isinstance(first, bool) else first
             says = need.says or f"{need.key} = {wanted if wanted != () else 'nothing'}"
@@ -341,7 +353,7 @@ class Config(Sections):
                 "liger",
                 "sharding",
             },
-            "sampling": {"batch_size", "url", "key_variable", "workers"},
+            "sampling": {"batch_size", "url", "key_variable", "workers", *OWN_KEYS},
             "text": self.text.free(),
             "evaluate": {"show"} if self.evaluate.overlap == "drop" else {"show", "overlap"},
             "judge": {*self.judge.free, "folder"},

@@ -75,7 +75,7 @@ def raw() -> Iterator[Callable[[Callable[[socket.socket], None]], str]]:
 
 def ask(url: str, timeout: float = 5.0) -> Any:
     client = Client(url, setting="judge", key=KEY, attempts=2, backoff=0.001, timeout=timeout)
-    return client.post(
+    return client.send(
         f"{client.url}/x", {}, lambda reply: parsed(reply, "reply", lambda r: r["n"]), wanted="n"
     )
 

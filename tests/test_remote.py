@@ -190,6 +190,11 @@ def test_what_may_pass_is_asked_again(serve: Callable[..., Any], backbone: Backb
         ({"token_ids": [7.5], "finish_reason": "stop"}, 3, "the model has not"),
         ({"token_ids": [True], "finish_reason": "stop"}, 3, "the model has not"),
         ({"token_ids": [math.nan], "finish_reason": "stop"}, 3, "not a completion"),
+        (
+            {"token_ids": [7, 8], "finish_reason": "length"},
+            3,
+            "cut at 2 of 4 tokens: no more context",
+        ),
         ({"token_ids": [], "finish_reason": "length"}, 3, r"not 1 to 4 tokens with one end: \[\]"),
         (
             {"token_ids": [7, END, 8], "finish_reason": "stop"},

@@ -57,6 +57,7 @@ from alphaspin.model.repeatable import repeatable
 from alphaspin.model.routing import POLICY
 from alphaspin.model.scoring import ReferenceCache
 from alphaspin.model.verify import Verdict, verify
+from alphaspin.sampling.engine import Needs, OwnSampler, choose
 
 OTHER_DAY = (
     ". The chat template prints the date, and versions before this one did not keep that of the run"
@@ -149,7 +150,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             backbone, _ = load(longest)
         backbone.use_layout(config.train.layout)
         check_data(config, demonstrations, heldout)
-        check_lengths(config, backbone, demonstrations + heldout)
+        needed = check_lengths(config, backbone, demonstrations + heldout)
     if sharded:
         team.shard(backbone)
     found = team.from_main(lambda: (kept := Verdict.read(config.run_folder())) and asdict(kept))
@@ -189,8 +190,11 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         identity["clock"] = now
     elif chat.dates:
         hint = OTHER_DAY
+    needs = Needs(config.model, config.lora.r, needed, config.run_folder(), config.needs_local())
+    engine = choose(config.sampling, chat, backbone, team, needs)
     with (
         contextlib.closing(open_run(team, config.run_folder(), identity, hint)) as folder,
+        contextlib.closing(engine) if isinstance(engine, OwnSampler) else contextlib.nullcontext(),
         trackers.finishing(accelerator),
     ):
         with team.together():
@@ -217,6 +221,7 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             metrics,
             ReferenceCache(),
             TeamJudge.of(team, cached) if judged else None,
+            engine,
         )
         rows = play(session, callbacks)
 
@@ -275,8 +280,12 @@ def open_run(team: Team, path: Path, identity: dict[str, Any], hint: str = "") -
     return folder
 
 
-def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> None:
-    """Whether the model has positions for the longest prompt and a full answer, and all tokens."""
+def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> int:
+    """Tokens of the longest prompt with a full answer, for which the model must have positions.
+
+    Raises:
+        InputError: it has not, or not all tokens.
+    """
     longest = max(len(demo.prompt) for demo in demos)
     needed = longest + config.text.response_limit
     if backbone.max_positions is not None and needed > backbone.max_positions:
@@ -291,6 +300,7 @@ def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]
             f"model = {config.model}: its tokenizer makes token {highest}, but the model has only "
             f"{rows}; they do not belong together"
         )
+    return needed
 
 
 def introduce(

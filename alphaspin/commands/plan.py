@@ -28,6 +28,7 @@ from alphaspin.foundation import console
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.section import at
 from alphaspin.model.load import choose_bf16, loading
+from alphaspin.sampling.engine import CPU_CACHE, SHARE
 from alphaspin.training.trainer import total_steps
 
 MIB, GIB = 2**20, 2**30
@@ -137,6 +138,32 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
     ]
 
 
+def engine_memory(config: Config, facts: PlanHints, base: float, width: int) -> list[str]:
+    """What a vLLM of the run's own takes beside the trainer; nothing where there will be none."""
+    sampling = config.sampling
+    if not sampling.owned or (sampling.engine == "auto" and config.needs_local()):
+        return []
+    own = base / (sampling.tensor_parallel or 1)
+    if device().type == "cpu":
+        needed, rest = base + own + CPU_CACHE, f"keys and values {CPU_CACHE / GIB:.2f}; it stays"
+    else:
+        # Two vectors a token and layer; with grouped heads, fewer numbers.
+        each = 2 * facts.layers * facts.hidden * width / (sampling.tensor_parallel or 1)
+        answer = facts.prompt_tokens + config.text.response_limit
+        needed = base + own + each * answer
+        rest = (
+            f"keys and values, {each * answer / GIB:.3f} an answer at most, in {SHARE:.0%} of what "
+            f"is left; asleep in training, with {base / GIB:.2f} in host memory"
+        )
+        total = torch.cuda.mem_get_info()[1]
+        if needed > SHARE * total:
+            rest += f". That does NOT fit into {total / GIB:.1f}: raise sampling.tensor_parallel"
+    return [
+        f"memory, sampling: about {needed / GIB:.2f} GiB on {device().type} = base "
+        f"{base / GIB:.2f} + vLLM's {own / GIB:.2f} + {rest}"
+    ]
+
+
 def estimates(config: Config, facts: PlanHints) -> list[str]:
     """Memory and disk, with the rule each number comes from."""
     width = 2 if choose_bf16(config.train.dtype, device()) else 4
@@ -163,6 +190,7 @@ def estimates(config: Config, facts: PlanHints) -> list[str]:
         f"memory, training: about {training / GIB:.2f} GiB on {device().type} = base "
         f"{base / GIB:.2f} ({bits}) + adapter, gradient and {config.train.optimizer} "
         f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f}",
+        *engine_memory(config, facts, base, width),
         f"  not needed: [tokens, vocabulary] logits of a micro-batch, {logits / GIB:.2f} GiB fp32",
         f"disk: about {(answers + cached + adapters + 2 * checkpoint) / MIB:,.1f} MiB = answers of "
         f"full length {answers / MIB:,.1f} + reference log-probs {cached / MIB:,.1f} + adapters "

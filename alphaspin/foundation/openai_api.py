@@ -105,14 +105,29 @@ class _Reply(http.client.HTTPResponse):
 class _Http(http.client.HTTPConnection):
     response_class = _Reply
 
+    def __init__(self, host: str, *, path: str | None = None, **options: Any):
+        super().__init__(host, **options)
+        self._path = path
+
+    def connect(self) -> None:
+        if self._path is None:
+            return super().connect()
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
 
 class _Https(http.client.HTTPSConnection):
     response_class = _Reply
 
 
 class _Plain(urllib.request.HTTPHandler):
+    def __init__(self, path: str | None):
+        super().__init__()
+        self._path = path
+
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Http, req)
+        return self.do_open(_Http, req, path=self._path)
 
 
 class _Secure(urllib.request.HTTPSHandler):
@@ -140,6 +155,7 @@ class Client:
         attempts: int = 5,
         backoff: float = 1.0,
         timeout: float = 120.0,
+        socket_path: str | None = None,
     ):
         """Nothing is sent yet.
 
@@ -151,6 +167,7 @@ class Client:
             attempts: tries per request.
             backoff: first pause between tries, in seconds.
             timeout: of one try, in seconds.
+            socket_path: of a server on this machine, whatever the host of the address.
 
         Raises:
             InputError: no such kind of address.
@@ -159,7 +176,10 @@ class Client:
             self.url = checked_address(url)
         except InputError as error:
             raise InputError(f"{setting} {short(url)}: {error}") from None
-        self._opener = urllib.request.build_opener(_Plain, _Secure, _Stay)
+        ways: list[Any] = [_Plain(socket_path), _Secure, _Stay]
+        if socket_path:
+            ways.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*ways)
         self._key = key
         self._headers = {"Content-Type": "application/json"}
         if key:
@@ -172,7 +192,7 @@ class Client:
     ) -> Iterator[tuple[int, T]]:
         """Numbers and results of `ask` as they come; after a failure, of what is under way still.
 
-        `ask` gets an event that ends its waiting (see `post`).
+        `ask` gets an event that ends its waiting (see `send`).
         """
         stop = threading.Event()
 
@@ -198,10 +218,10 @@ class Client:
         if failure:
             raise failure
 
-    def post(
+    def send(
         self,
         address: str,
-        body: dict[str, Any],
+        body: dict[str, Any] | None,
         read: Callable[[bytes], T],
         *,
         wanted: str,
@@ -211,7 +231,7 @@ class Client:
 
         Args:
             address: of the request, in full.
-            body: sent as JSON.
+            body: sent as JSON; None for a GET.
             read: raises ValueError for a reply that does not count.
             wanted: what one asks for, in a word.
             stop: ends pauses between tries.
@@ -225,12 +245,13 @@ class Client:
             if attempt and stop.wait(max(wait, self._backoff * 2 ** (attempt - 1))):
                 return None
             try:
-                request = urllib.request.Request(address, json.dumps(body).encode(), self._headers)
+                content = None if body is None else json.dumps(body).encode()
+                request = urllib.request.Request(address, content, self._headers)
                 with self._opener.open(request, timeout=self._timeout) as response:
                     return read(_whole(response))
             except urllib.error.HTTPError as error:
                 trouble = self._line(f"HTTP {error.code}: {_told(error)}")
-                if error.code not in (408, 429) and error.code < 500:
+                if error.code not in (408, 429) and (error.code < 500 or error.code == 501):
                     raise ServerError(f"{address}: {trouble}", error.code) from None
                 wait = _seconds(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException, ValueError) as error:

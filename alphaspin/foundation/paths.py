@@ -94,7 +94,7 @@ def published(name: str) -> str:
     return re.sub(r"(^|(?<=^set aside from ))/(.*/)?(?=.)", "", name)
 
 
-PRIVATE = ("output", "folder", "url", "key_variable")
+PRIVATE = ("output", "folder", "url", "key_variable", "vllm_python", "vllm_arguments")
 """Settings that are nobody else's concern: where results and modules are, who is asked."""
 
 

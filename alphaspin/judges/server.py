@@ -130,7 +130,7 @@ class ServerJudge:
                 return math.nan
 
         address = f"{self._client.url}/chat/completions"
-        return self._client.post(address, body, read, wanted="verdict", stop=stop)
+        return self._client.send(address, body, read, wanted="verdict", stop=stop)
 
     def verdict(self, reply: str) -> float:
         """What a reply says.

@@ -7,9 +7,10 @@ looking for what it left; all of it is a function of (seed, t, example).
 import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +34,11 @@ from alphaspin.model.stepper import Policy, corrected
 from alphaspin.model.tree import Tree
 from alphaspin.opponents.base import EMA, Player, Shard, choose_prompts
 from alphaspin.sampling.answer import Answer, Draw
-from alphaspin.sampling.decode import Request
+from alphaspin.sampling.decode import Request, decode
+from alphaspin.sampling.engine import OwnSampler
 from alphaspin.sampling.gflownet import Task, train_sampler
 from alphaspin.sampling.mixture import Setting, sample
-from alphaspin.sampling.remote import engine
+from alphaspin.sampling.remote import ServerSampler
 
 
 @dataclass(slots=True)
@@ -53,6 +55,8 @@ class Session:
     metrics: Metrics
     cache: ReferenceCache
     judge: TeamJudge | None = None
+    engine: ServerSampler | OwnSampler | None = None
+    """What answers in the place of the local sampler."""
 
     def folder(self, iteration: int) -> Path:
         """Artefacts of iteration t."""
@@ -132,7 +136,10 @@ class Session:
             self.load_sampler(iteration, player)
         made_of = self.lineage(iteration)
         count = sum(len(shard.draws) for shard in shards)
-        with console.bar(f"t={iteration} {kind}", count, "answers") as advance:
+        with (
+            self.awake(shards, made_of),
+            console.bar(f"t={iteration} {kind}", count, "answers") as advance,
+        ):
 
             def present(number: int, shard: Shard) -> None:
                 del number
@@ -149,6 +156,17 @@ class Session:
             self.team.each(shards, make, present)
         for shard in shards:
             yield from load_answers(shard.folder)
+
+    def awake(
+        self, shards: Sequence[Shard], made_of: dict[str, str]
+    ) -> AbstractContextManager[Any]:
+        """The run's own engine, awake where one of the shards is to be sampled."""
+        engine, team = self.engine, self.team
+        if isinstance(engine, OwnSampler) and team.from_main(
+            lambda: any(not stands(shard.folder, made_of) for shard in shards)
+        ):
+            return engine.awake()
+        return nullcontext()
 
     def drawn(
         self,
@@ -174,7 +192,8 @@ class Session:
         if player.sampler == "gflownet":
             policy = corrected(policy, f"sampler-{iteration}")
         requests = [Request(p, policy, cap, d) for p, d in zip(prompts, noise, strict=True)]
-        return engine(config.sampling, self.chat)(
+        ask = self.engine.decode if self.engine else decode
+        return ask(
             self.backbone,
             requests,
             stop_ids=stops,

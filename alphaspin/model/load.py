@@ -57,7 +57,7 @@ def load_base(
     if quantization != "none":
         check_installed("bitsandbytes", f"train.quantization = {quantization}", "quantization")
     transformers.utils.logging.disable_progress_bar()
-    where = _where(path)
+    where = local_path(path)
     folder = Path(where)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError(f"model = {path}: {_adapter_of(folder)}")
@@ -109,11 +109,12 @@ def load_base(
 
 def base_hash(path: str) -> str | None:
     """The hash of a base's weights and configuration; None for a hub id."""
-    folder = Path(_where(path))
+    folder = Path(local_path(path))
     return folder_hash(folder, ("*.safetensors", "config.json")) if folder.exists() else None
 
 
-def _where(path: str) -> str:
+def local_path(path: str) -> str:
+    """The folder of `tiny`; what else a model is called stays."""
     return str(packaged("tiny/model")) if path == "tiny" else path
 
 

@@ -6,13 +6,24 @@ from pydantic import Field, model_validator
 
 from alphaspin.foundation.kinds import Need
 from alphaspin.foundation.openai_api import Address, Variable
-from alphaspin.foundation.section import PositiveFloat, PositiveInt, Section, refuse_unused
+from alphaspin.foundation.paths import Place
+from alphaspin.foundation.section import (
+    Names,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    refuse_unused,
+)
 from alphaspin.model.settings import LoraConfig
 
 SAMPLING_KEYS: dict[str, tuple[str, ...]] = {
-    key: ("vllm", "sglang", "transformers") for key in ("url", "model", "key_variable", "workers")
+    **{key: ("vllm", "sglang", "transformers") for key in ("url", "model", "key_variable")},
+    "workers": ("vllm", "auto", "sglang", "transformers"),
+    **{key: ("vllm", "auto") for key in ("vllm_python", "vllm_arguments", "tensor_parallel")},
 }
 """Settings of sampling that only servers look at."""
+OWN_KEYS = ("vllm_python", "vllm_arguments", "tensor_parallel")
+"""Those of a vLLM that the run starts itself."""
 
 
 WEIGHED = Need(
@@ -26,17 +37,25 @@ WEIGHED = Need(
 class SamplingConfig(Section):
     """How opponents answer."""
 
-    engine: Literal["local", "vllm", "sglang", "transformers"] = "local"
-    """`local`: this process. Else the kind of the OpenAI-compatible server at `url`: vLLM or
-    SGLang, which load the run's adapters from its folder, or `transformers serve`, which has the
-    base only. Evaluation is always local."""
+    engine: Literal["local", "auto", "vllm", "sglang", "transformers"] = "local"
+    """`local`: this process. `vllm` without `url`: vLLM, which the run starts and ends itself; with
+    it, a server that is there. `sglang`, `transformers`: a server at `url`; the latter has the base
+    only. `auto`: vLLM of one's own on a GPU, where it is installed and knows the model, local
+    otherwise, and wherever local is needed. Evaluation is always local."""
     url: Address | None = None
     """Address of the server, up to and with `/v1`."""
+    vllm_python: Place | None = None
+    """Interpreter of the environment in which vLLM is installed; by default this one's."""
+    vllm_arguments: Names | None = None
+    """Further arguments of the vLLM that the run starts, as `--gpu-memory-utilization=0.4`."""
+    tensor_parallel: PositiveInt | None = None
+    """GPUs, and so processes of the run, that share one vLLM; by default one, or all of a node
+    where the base is sharded."""
     model: str | None = None
     """Name under which the server has the base."""
     key_variable: Variable | None = None
     """Environment variable that holds the server's API key."""
-    workers: PositiveInt = 64
+    workers: PositiveInt = 256
     """Requests to the server under way at once."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature; the theory of self-play assumes 1."""
@@ -59,10 +78,20 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def _complete(self) -> "SamplingConfig":
         refuse_unused(self, "sampling.engine", self.engine, SAMPLING_KEYS, "sampling.")
+        asked = "without sampling.url" if self.url is None else "with sampling.url"
+        unused = ("model", "key_variable") if self.url is None else OWN_KEYS
+        for name in unused if self.engine == "vllm" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"sampling.{name} has no effect {asked}: leave it out")
         for name in ("url", "model"):
-            if self.engine != "local" and getattr(self, name) is None:
+            if self.engine != "local" and not self.owned and getattr(self, name) is None:
                 raise ValueError(f"sampling.engine = {self.engine} needs sampling.{name}")
         return self
+
+    @property
+    def owned(self) -> bool:
+        """Whether the run starts its engine itself, should it have one."""
+        return self.engine in ("auto", "vllm") and self.url is None
 
 
 class GFlowNetConfig(Section):
