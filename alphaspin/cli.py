@@ -49,7 +49,9 @@ usage: alphaspin COMMAND …
   gflownet --adapter FOLDER --output FOLDER …   train a sampler of the exact mixture with the base
   report RUN                                    write RUN/report.html afresh
   report RUN RUN … --to PAGE.html               compare runs; seeds of one setting together
-  doctor, --version                             what is installed and which kernels will be used
+  doctor [--short]                              what is installed and which kernels will be used;
+                                                short: a block for a bug report
+  --version                                     of alphaspin
 
 `alphaspin COMMAND --help` explains the options; of train, `--help-all` has every one."""
 
@@ -292,9 +294,9 @@ def _report(words: Sequence[str]) -> None:
 def _doctor(words: Sequence[str]) -> None:
     from alphaspin.commands import doctor
 
-    if words:
-        raise InputError("usage: alphaspin doctor")
-    doctor.show()
+    if [*words] not in ([], ["--short"]):
+        raise InputError("usage: alphaspin doctor [--short]")
+    doctor.show_short() if words else doctor.show()
 
 
 def _command(words: Sequence[str]) -> None:

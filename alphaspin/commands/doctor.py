@@ -2,10 +2,15 @@
 
 import importlib.util
 import platform
+import re
+import warnings
+from collections.abc import Callable
 from importlib import metadata
 
+import alphaspin_kernels as kernels
 import torch
 from alphaspin_kernels import kernel_status
+from torch import Tensor
 
 from alphaspin import __version__
 from alphaspin.foundation import console
@@ -13,7 +18,19 @@ from alphaspin.model.load import choose_bf16
 from alphaspin.model.speedups import liger_problem
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
-OPTIONAL = ("bitsandbytes", "liger_kernel", "lm_eval", "tensorboard", "wandb")
+OPTIONAL = (
+    *("bitsandbytes", "liger_kernel", "lm_eval"),
+    *("mlflow", "tensorboard", "trackio", "wandb"),
+)
+TRIALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear_logprob": lambda x, i: kernels.linear_logprob(x, x, i),
+    "logits_logprob": lambda x, i: kernels.logits_logprob(x, i),
+    "mixture_logprob": lambda x, i: kernels.mixture_logprob(x, -x, x, i, 0.5),
+    "segmented_lora": lambda x, i: kernels.segmented_lora(x, x, [(x[:4], x[:, :4])], [len(i)], 1.0),
+    "sequence_logprob": lambda x, i: kernels.sequence_logprob(x, x, i, i[[0, -1]] + i[:2]),
+    "subtb_loss": lambda x, i: kernels.subtb_loss(x[:, 1:], x, x, i, 0.9),
+}
+"""A call of each operator, of a square matrix and the numbers of its rows."""
 
 
 def show() -> None:
@@ -37,6 +54,44 @@ def show() -> None:
         ("attention, sampling", "PyTorch SDPA on a cache with a slot per sequence"),
     ]
     console.table("", ["what", "finding"], [list(line) for line in lines])
+
+
+def show_short() -> None:
+    """Print a block for a bug report: versions, device, and how each kernel does here.
+
+    Nothing about other devices, and no paths.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    system = f"{platform.system()} {platform.machine()}"
+    installed = [(n, _version(n)) for n in (*PACKAGES, *OPTIONAL) if importlib.util.find_spec(n)]
+    missing = [name for name in PACKAGES if not importlib.util.find_spec(name)]
+    status = kernel_status()
+    lines = [
+        f"alphaspin {__version__}, Python {platform.python_version()}, {system}",
+        ", ".join(f"{name} {version}" for name, version in installed),
+        *(f"not installed: {name}" for name in missing),
+        f"{_device(device)}; {torch.get_num_threads()} threads",
+        f"base and activations: {_dtype(device).split(':')[0]}",
+        *(f"{name}: {status[f'{name}.{device.type}']}; {_tried(name, device)}" for name in TRIALS),
+    ]
+    # Not through `console`, which would break lines where the terminal ends.
+    print("\n".join(re.sub(r"(?<![\w.])/(?:[^\s/(),;:]+/)*", "", line) for line in lines))
+
+
+@torch.no_grad()
+def _tried(name: str, device: torch.device) -> str:
+    """What came of a call in fp32, beside the same in float64, which PyTorch serves."""
+    numbers, call = torch.arange(16, device=device), TRIALS[name]
+    x_NN = torch.sin(torch.arange(256.0, device=device)).view(16, 16)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line says already what is missing
+            found = call(x_NN, numbers).double()
+        exact = call(x_NN.double(), numbers)
+    except Exception as error:  # whatever a compiler or a driver raises: it is the finding
+        reason = next(iter(str(error).splitlines()), "")
+        return f"FAILED here: {type(error).__name__}: {reason}"
+    return f"ran, {float((found - exact).abs().max() / exact.abs().max()):.0e} off float64"
 
 
 def _version(name: str) -> str:
