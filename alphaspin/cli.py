@@ -103,7 +103,10 @@ def parse(words: Sequence[str]) -> tuple[Config, bool]:
         _first_help(kind, start)
     changes = arguments.read(kind, rest, start)
     plan_only = changes.pop("plan", False)
-    config = _checked(Config, arguments.merged(start.model_dump(), changes))
+    values = start.model_dump()
+    if changes.get("lora", {}).get("start"):  # whose form gives way to that of the adapter
+        values["lora"] = {"dropout": values["lora"]["dropout"]}
+    config = _checked(Config, arguments.merged(values, changes))
     # Hints are facts about the recipe's own model and data, and so is its split.
     if (config.model, config.data) != (recipe.model, recipe.data) and "hints" not in changes:
         config = config.model_copy(update={"hints": None})

@@ -133,6 +133,7 @@ PATHS = (
     ("", "heldout"),
     ("text", "template"),
     ("judge", "model"),
+    ("lora", "start"),
 )
 """Settings (with their sections) that may be paths, of things whose hashes count too."""
 
@@ -246,6 +247,18 @@ class Config(Sections):
             found.append(
                 ("lora.target_parameters", tuple(Need(k, (v,), why) for k, v in keys.items()))
             )
+        if self.lora.start:
+            why = (
+                "the base plays with an adapter; `transformers serve` has none, and an engine of "
+                "the run's own is not yet given it (a server with sampling.url is)"
+            )
+            served = ("local",) if self.sampling.owned else ("local", "vllm", "sglang")
+            engines = Need("sampling.engine", served, why)
+            why = "its sampler would start from the base without the adapter; use mixture-smc"
+            others = tuple(name for name, kind in OPPONENT.kinds.items() if "gflownet" in kind.uses)
+            if self.selfplay.opponent in others:
+                engines = Need("selfplay.opponent", ("mixture-smc",), why)
+            found.append(("lora.start", (engines,)))
         if self.lora.use_rslora:
             why = (
                 "sglang scales every adapter by alpha / r; without use_rslora, lora.alpha = "

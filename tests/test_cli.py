@@ -357,6 +357,10 @@ def test_an_adapter_is_no_model(folder: Path, copied: Path, alphaspin: Any) -> N
     arguments = [f"--model={adapter}", f"--data={folder / 'data.jsonl'}", "--output=never"]
     code, printed = alphaspin("train", *arguments)
     assert code == EXIT_INPUT and f"is an adapter of {folder / 'model'} and no model" in printed
+    assert f"--model {folder / 'model'} --lora.start {adapter}" in printed
+    own = [f"--model={folder / 'model'}", f"--lora.start={adapter}"]  # as it says
+    code, printed = alphaspin("train", *arguments[1:], *own, "--plan")
+    assert code == 0 and "steps" in printed
 
 
 def test_it_says_its_version(alphaspin: Any) -> None:

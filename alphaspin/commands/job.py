@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -33,7 +34,7 @@ from alphaspin.evaluation import measures
 from alphaspin.evaluation.paired import by_prompt, chosen, kinds, paired
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation import console
-from alphaspin.foundation.artefacts import write_record
+from alphaspin.foundation.artefacts import commit, file_hash, stands, write_record
 from alphaspin.foundation.openai_api import key_of
 from alphaspin.foundation.paths import check_there
 from alphaspin.foundation.runs import (
@@ -50,11 +51,11 @@ from alphaspin.judges.cache import CachedJudge
 from alphaspin.judges.shared import TeamJudge
 from alphaspin.methods.selfplay import Callback, play, teller
 from alphaspin.methods.session import Session
-from alphaspin.model.backbone import Backbone
+from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.distributed import Team
-from alphaspin.model.load import base_hash, choose_bf16, load_base
+from alphaspin.model.load import base_hash, base_of, choose_bf16, load_base
 from alphaspin.model.repeatable import repeatable
-from alphaspin.model.routing import POLICY
+from alphaspin.model.routing import POLICY, START
 from alphaspin.model.scoring import ReferenceCache
 from alphaspin.model.verify import Verdict, verify
 from alphaspin.sampling.engine import Needs, OwnSampler, choose
@@ -160,6 +161,8 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
             backbone.enable_activation_checkpointing()
         # What would fail in a later phase had better fail before a folder is bound to these
         # settings.
+        if config.lora.start:
+            backbone.start_from(Path(config.lora.start), config.lora)
         backbone.add_adapter(POLICY, config.lora, seed=config.seed, iteration=0)
         measures.checked_answers(heldout, config.evaluate.answer)
         verdict = verify(backbone, POLICY, longest=longest, kept=kept)
@@ -180,6 +183,8 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         "data": fingerprint(demonstrations),
         "heldout": fingerprint(heldout),
     }
+    if config.lora.start:
+        identity["start"] = file_hash(Path(config.lora.start) / WEIGHTS)
     check_settings(team, identity | {"config": config.model_dump(mode="json")})
     if judge:
         identity["judge"] = judge.identity
@@ -208,6 +213,10 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
                 settings = given.model_dump(mode="json")
                 folder.record(environment=environment(team), config=settings)
                 verdict.keep(folder.path)
+                if config.lora.start:
+                    keep_start(folder, Path(config.lora.start))
+        if config.lora.start:
+            backbone.adapter_folders[START] = folder.path / "start" / "adapter"
         introduce(config, folder, backbone, chat, demonstrations, heldout, team)
         cached = CachedJudge(judge, folder.path / "verdicts") if judge else None
         session = Session(
@@ -280,6 +289,21 @@ def open_run(team: Team, path: Path, identity: dict[str, Any], hint: str = "") -
     return folder
 
 
+def keep_start(folder: Run, start: Path) -> None:
+    """Copy the adapter that a run starts from into its folder.
+
+    Raises:
+        InputError: it has changed since it was read.
+    """
+    adapter = folder.path / "start" / "adapter"
+    if not stands(adapter):
+        with commit(adapter) as temporary:
+            for name in (WEIGHTS, "adapter_config.json"):
+                shutil.copyfile(start / name, temporary / name)
+    if file_hash(adapter / WEIGHTS) != folder.manifest["identity"]["start"]:
+        raise InputError(f"lora.start = {start}: changed while it was read; start again")
+
+
 def check_lengths(config: Config, backbone: Backbone, demos: list[Demonstration]) -> int:
     """Tokens of the longest prompt with a full answer, for which the model must have positions.
 
@@ -317,6 +341,12 @@ def introduce(
         f"run folder {folder.path} · {team.world_size} x {team.device.type} · "
         f"{len(demonstrations)} demonstrations, {len(heldout)} held out"
     )
+    if config.lora.start:
+        console.note(
+            f"starts from {config.lora.start}, which says it is an adapter of "
+            f"{base_of(Path(config.lora.start)) or 'a model without a name'}: below, the base is "
+            f"{config.model} with it"
+        )
     for note in backbone.notes():
         console.note(note)
     if warning := config.preference.warning(config):

@@ -157,6 +157,10 @@ class Played:
             liger=train.liger,
             longest=self.config.text.longest,
         )
+        if digest := identity.get("start"):
+            adapter = Policy("start", 0, self.path / "start", digest).adapter()
+            assert adapter
+            backbone.start_from(adapter, self.config.lora)
         if kept := Verdict.read(self.path):
             kept.apply(backbone)
         backbone.use_layout(train.layout)

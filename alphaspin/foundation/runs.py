@@ -36,6 +36,7 @@ HASHED = (
     ("heldout", "", "heldout"),
     ("data", "text", "template"),  # the tokens are hashed
     ("judge", "judge", "model"),
+    ("start", "lora", "start"),
 )
 """An entry of a run's identity that holds a hash, and the setting that tells where that is from."""
 

@@ -10,6 +10,7 @@ layers in it. What can be said without it is in `routing`, `head` and `layout`.
 """
 
 import copy
+import hashlib
 import inspect
 import itertools
 import warnings
@@ -43,6 +44,7 @@ from alphaspin.model.repeatable import lenient
 from alphaspin.model.routing import (
     NOT_JOINT,
     POLICY,
+    START,
     Route,
     RoutedLinear,
     is_routable,
@@ -211,6 +213,8 @@ class Backbone(nn.Module):
     def add_adapter(self, name: str, config: LoraConfig, *, seed: int, iteration: int) -> None:
         """Create a fresh adapter, whose update is zero (B = 0, A random from (seed, t)).
 
+        After `start_from` it is a copy of that one.
+
         Raises:
             InputError: `lora.targets` or `lora.target_parameters` names nothing in this model, or
                 what cannot have adapters here.
@@ -232,7 +236,33 @@ class Backbone(nn.Module):
             task_type="CAUSAL_LM",
         )
         self._inject(name, peft_config, rng.key(seed, iteration, "adapter") % 2**63)
-        self._fill(name, self.adapter_state(name))  # what cannot be read back is not trained
+        # What cannot be read back is not trained.
+        self._fill(name, self.adapter_state(self.route.start or name))
+
+    def start_from(self, folder: Path, config: LoraConfig) -> None:
+        """From here on None is the base with the adapter in `folder`, whose form is `config`.
+
+        Raises:
+            InputError: it is an adapter of other layers.
+        """
+        self.add_adapter(START, config, seed=0, iteration=0)
+        state = load_file(folder / WEIGHTS, device=str(self.device))
+        wanted = {key: value.shape for key, value in self.adapter_state(START).items()}
+        found = {key: value.shape for key, value in state.items()}
+        for key in sorted({*wanted, *found}):
+            if wanted.get(key) != found.get(key):
+                has, needs = (
+                    [*sides[key]] if key in sides else "none" for sides in (found, wanted)
+                )
+                raise InputError(
+                    f"lora.start = {folder}: is no adapter of this base: {key} is {has} there, and "
+                    f"for the base it would be {needs}"
+                )
+        self._fill(START, state)
+        self.route.start = START
+        whole = f"{self.identity} {file_hash(folder / WEIGHTS)} {config.scaling}"
+        self.adapter_ids[None] = hashlib.sha256(whole.encode()).hexdigest()
+        self.adapter_folders[START] = folder
 
     def _inject(self, name: str, config: PeftLoraConfig, seed: int) -> None:
         config._register_custom_module({nn.Linear: RoutedLinear, Conv1D: RoutedLinear})
@@ -367,6 +397,7 @@ class Backbone(nn.Module):
         adapted module's output is off by one rounding.
         """
         route, active = self.route, self._peft.active_adapter
+        name = name or route.start
 
         def hidden_of(ids_RS: Tensor, seed: int | None) -> Tensor:
             route.rounding = (

@@ -118,15 +118,20 @@ def local_path(path: str) -> str:
     return str(packaged("tiny/model")) if path == "tiny" else path
 
 
+def base_of(adapter: Path) -> str:
+    """The model that an adapter says it is of, or nothing."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        text = (adapter / "adapter_config.json").read_text(encoding="utf-8")
+        return str(json.loads(text)["base_model_name_or_path"] or "")
+    return ""
+
+
 def _adapter_of(folder: Path) -> str:
     """What is said of an adapter in the place of a model."""
-    base = ""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        text = (folder / "adapter_config.json").read_text(encoding="utf-8")
-        base = str(json.loads(text)["base_model_name_or_path"] or "")
+    base = base_of(folder)
     return (
-        f"is an adapter of {base or 'some model'} and no model: give {base or 'that model'}, or "
-        "what PEFT's merge_and_unload makes of the two"
+        f"is an adapter of {base or 'some model'} and no model; to start from it: --model "
+        f"{base or 'THAT-MODEL'} --lora.start {folder}"
     )
 
 

@@ -25,6 +25,7 @@ from alphaspin.model.batching import Batch, Segment
 from alphaspin.model.speedups import dequantise, is_quantised
 
 POLICY = "policy"
+START = "start"
 STATE_SPACE = frozenset(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"))
 """Families of which PEFT 0.21 refuses `out_proj`."""
 NOT_JOINT = "reference.mode = joint is not for this model family (use cached or online)"
@@ -40,6 +41,7 @@ class Route:
     the number of their layer, that `batch` has used and `beside` is to use. `plain` leaves
     everything to PEFT's active adapter, with `rounding`, if there is one, adding errors of one
     rounding to each output.
+    `start` is the adapter, if any, that belongs to the base: segments of no other run under it.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -49,6 +51,7 @@ class Route:
     inside: bool = False
     dequantised: dict[int, Tensor] | None = None
     plain: bool = False
+    start: str | None = None
     rounding: torch.Generator | None = None
 
     def units(self, rows: int, name: str) -> int:
@@ -102,7 +105,7 @@ class RoutedLinear(LoraLinear):
             adapters, counts, scaling = [None], [0], [0.0]
             near = None if near is None else [None]
         for segment in self.route.segments:
-            name = segment.adapter
+            name = segment.adapter or self.route.start
             counts.append(unit * (segment.stop - segment.start))
             if name is None or name not in self.lora_A:
                 adapters.append(None)
@@ -195,7 +198,7 @@ def _run_for_each(layer: ParamWrapper, route: Route, x: Tensor, *args: Any, **kw
         span = slice(unit * segment.start, unit * segment.stop)
         with ExitStack() as stack:
             for wrapper in wrappers:
-                stack.enter_context(wrapper._activate_lora([segment.adapter or ""]))
+                stack.enter_context(wrapper._activate_lora([segment.adapter or route.start or ""]))
             mine = {key: value[span] for key, value in kwargs.items()}
             parts.append(inner(x[span], *(value[span] for value in args), **mine))
     return torch.cat(parts)

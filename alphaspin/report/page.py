@@ -413,7 +413,8 @@ def describe(config: Config) -> str:
     parts = [
         *config.preference.deed(config, config.model),
         f"judge {config.judge.title()}" if config.preference.judged else "",
-        f"{'rsLoRA' if lora.use_rslora else 'LoRA'} of rank {lora.r} with alpha {lora.alpha:g}",
+        f"{'rsLoRA' if lora.use_rslora else 'LoRA'} of rank {lora.r} with alpha {lora.alpha:g}"
+        + (f", going on from {lora.start}, which belongs to the base" if lora.start else ""),
         "plain further SFT at equal cost as control" if config.control == "sft" else "",
     ]
     return "; ".join(part for part in parts if part) + "."

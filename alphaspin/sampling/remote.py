@@ -246,14 +246,15 @@ class ServerSampler:
 
     def _served(self, backbone: Backbone, adapter: str | None) -> str:
         """The name under which the server has a policy, which it may have to load first."""
-        if adapter is None:
+        hash = backbone.adapter_ids[adapter]
+        if adapter is None and (adapter := backbone.route.start) is None:
             return self._model
         if self._engine == "transformers":
             raise InputError(
                 "sampling.engine = transformers: `transformers serve` has no adapters, only the "
                 "base can play: use vllm, sglang or local"
             )
-        name = f"alphaspin-{backbone.adapter_ids[adapter][:16]}"
+        name = f"alphaspin-{hash[:16]}"
         root = self._client.url
         if self._engine == "sglang":
             root = root.removesuffix("/v1")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from alphaspin.foundation.kinds import Need
 from alphaspin.foundation.openai_api import Address, Variable
@@ -125,3 +125,10 @@ class GFlowNetConfig(Section):
     """Optimiser steps between two durable checkpoints."""
     lora: LoraConfig = LoraConfig()
     """The adapter: what it adds to the base corrects token-level decoding of the mixture."""
+
+    @field_validator("lora")
+    @classmethod
+    def _fresh(cls, lora: LoraConfig) -> LoraConfig:
+        if lora.start:
+            raise ValueError("gflownet.lora.start: the sampler starts from zero; leave it out")
+        return lora
