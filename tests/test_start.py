@@ -183,7 +183,7 @@ def test_servers_load_it(folder: Path, engine: Any, monkeypatch: pytest.MonkeyPa
     backbone, _ = started(folder, folder / "sft")
     config = SamplingConfig(engine=engine, url="http://localhost/v1", model="served")
     server, sent = ServerSampler(config, cast(Any, None)), list[dict[str, str]]()
-    monkeypatch.setattr(server._client, "post", lambda url, body, *_, **__: sent.append(body))
+    monkeypatch.setattr(server._client, "send", lambda url, body, *_, **__: sent.append(body))
     name = f"alphaspin-{backbone.adapter_ids[None][:16]}"
     assert server._served(backbone, None).removeprefix("served:") == name
     assert sent == [{"lora_name": name, "lora_path": str((folder / "sft").resolve())}]
