@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from alphaspin.cli import parse
+from alphaspin.commands import job
 from alphaspin.commands.played import Played
 from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.model.backbone import WEIGHTS, Backbone
@@ -187,6 +188,12 @@ def test_servers_load_it(folder: Path, engine: Any, monkeypatch: pytest.MonkeyPa
     name = f"alphaspin-{backbone.adapter_ids[None][:16]}"
     assert server._served(backbone, None).removeprefix("served:") == name
     assert sent == [{"lora_name": name, "lora_path": str((folder / "sft").resolve())}]
+
+
+def test_a_vllm_of_its_own_does_not(folder: Path, tmp_path: Path) -> None:
+    run = command(folder, tmp_path / "run", **{"sampling.engine": "vllm"})
+    with pytest.raises(InputError, match=r"lora\.start needs the local sampler, or a server"):
+        job.run(parse(run[1:]))
 
 
 def command(folder: Path, run: Path, **changes: str) -> list[str]:

@@ -250,7 +250,7 @@ def _card(
     identity = manifest["identity"]
     lineage = [
         ("base", config.model, identity["base"]),
-        *[("first adapter", config.lora.start, identity.get("start"))] * bool(config.lora.start),
+        *((("first adapter", config.lora.start, identity["start"]),) if config.lora.start else ()),
         ("demonstrations", config.data, identity["data"]),
         ("held-out prompts", config.heldout or "set aside from them", identity["heldout"]),
         *((f"adapter {stage}", "", digest) for stage, digest in manifest["adapters"].items()),
