@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from alphaspin.cli import parse
-from alphaspin.commands import job
 from alphaspin.commands.played import Played
 from alphaspin.errors import EXIT_INPUT, InputError
 from alphaspin.model.backbone import WEIGHTS, Backbone
@@ -190,12 +189,6 @@ def test_servers_load_it(folder: Path, engine: Any, monkeypatch: pytest.MonkeyPa
     assert sent == [{"lora_name": name, "lora_path": str((folder / "sft").resolve())}]
 
 
-def test_a_vllm_of_its_own_does_not(folder: Path, tmp_path: Path) -> None:
-    run = command(folder, tmp_path / "run", **{"sampling.engine": "vllm"})
-    with pytest.raises(InputError, match=r"lora\.start needs the local sampler, or a server"):
-        job.run(parse(run[1:]))
-
-
 def command(folder: Path, run: Path, **changes: str) -> list[str]:
     words = settings(folder, run, **{"lora.start": str(folder / "sft"), **changes})
     return [word for word in words if not word.startswith("--lora.r=")]
@@ -298,6 +291,7 @@ def test_what_is_no_plain_adapter_is_refused(
             ],
             "`transformers serve` has none",
         ),
+        (["--sampling.engine=vllm"], "an engine of the run's own is not yet given it"),
     ],
 )
 def test_settings_that_contradict_it_are_refused(folder: Path, words: list[str], said: str) -> None:

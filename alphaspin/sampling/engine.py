@@ -90,8 +90,6 @@ def _why_not(config: SamplingConfig, backbone: Backbone, team: Team, needs: Need
         return f"{needs.local} needs it"
     if auto and team.device.type != "cuda":
         return "there is no GPU"
-    if backbone.route.start:
-        return "a run from lora.start needs the local sampler, or a server of yours"
     package = installed(config.vllm_python)
     if package is None:
         where = config.vllm_python or "this environment"
