@@ -120,7 +120,7 @@ def cost(config: Config, t: int, gpu: roofline.Gpu) -> tuple[float, float, float
     batch. The rest: the model of benchmarks/roofline.py. Attention's cache, the GFlowNet's training
     and the evaluation are not in it.
     """
-    facts = gather(config)
+    config, facts = gather(config)
     prompts = min(at(config.selfplay.prompts, t), facts.demonstrations)
     both = facts.prompt_tokens + 2 * facts.response_tokens  # a pair shares its prompt
     answers = prompts * facts.response_tokens

@@ -313,7 +313,9 @@ def gpu(version: tuple[int, int] = NEWEST) -> Generator[Log]:
         _made[0].impl("_copy_from", _copy_from, "PrivateUse1")
     modules = [import_module(f"alphaspin_kernels._triton.{operator}") for operator in OPERATORS]
     kernels = {id(k): k for m in modules for k in vars(m).values() if isinstance(k, common.Kernel)}
-    properties = SimpleNamespace(multi_processor_count=4, name="pretended", major=9, minor=0)
+    properties = SimpleNamespace(
+        multi_processor_count=4, name="pretended", major=9, minor=0, total_memory=80 * 2**30
+    )
     OnGpu.events, OnGpu.torch_version = Log(), version
     with pytest.MonkeyPatch.context() as patch, Redirect():
         patch.setattr(common, "TORCH", version)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from alphaspin import cli
 from alphaspin.api import evaluate, export
-from alphaspin.commands import gflownet_job, job, plan
+from alphaspin.commands import gflownet_job, job, sizing
 from alphaspin.commands.exporting import writable
 from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
 from alphaspin.commands.played import Played
@@ -98,8 +98,10 @@ def test_every_setting_that_is_a_path(project: Path, tmp_path: Path) -> None:
     sampler = GFlowNetRun(adapter="~/a", output="o", model="base", data="~/project/rows.jsonl")
     assert (sampler.adapter, sampler.output) == (str(tmp_path / "a"), str(project / "o"))
     assert (sampler.model, sampler.data) == (base, rows)
-    options = EvaluateOptions(heldout="rows.jsonl", include_path="~/t", model="base", data="~/d")
-    assert options.heldout == rows and options.include_path == str(tmp_path / "t")
+    options = EvaluateOptions(heldout="rows.jsonl", model="base", data="~/d")
+    assert options.heldout == rows
+    tasks = EvaluateOptions(tasks=("a",), include_path="~/t", model="base")
+    assert tasks.include_path == str(tmp_path / "t")
     assert options.model == base and options.data == str(tmp_path / "d")
     assert ExportOptions(to="~/out", merge=True).to == str(tmp_path / "out")
     with pytest.raises(ValueError, match="no home folder ~nobody-here"):
@@ -354,7 +356,7 @@ def test_a_plan_for_gpt2_and_for_what_cannot_be_sized(
     def odd(*_: object) -> None:
         raise AttributeError("'Odd' object has no attribute 'hidden_size'")
 
-    monkeypatch.setattr(plan, "target_modules", odd)
+    monkeypatch.setattr(sizing, "target_modules", odd)
     code, printed = alphaspin("plan", *options)
     assert code == EXIT_INPUT and "--plan cannot size this family" in printed
     assert "`hints` section" in printed and "Traceback" not in printed

@@ -359,7 +359,8 @@ def test_a_record_that_was_edited_or_is_anothers_is_not_believed(
 
     edited(verified, packed="because I say so")
     code, printed = alphaspin("evaluate", run, "--judge.kind=verifiable")
-    assert code == 0 and "verified.json: it is not as it was written" in printed
+    assert code == 0
+    assert "verified.json:itisnotasitwaswritten" in "".join(printed.split())
 
 
 def test_metrics_that_are_lost_or_edited_are_told(run: Path, alphaspin: Command) -> None:

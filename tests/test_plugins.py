@@ -14,6 +14,7 @@ from alphaspin import Config, InputError, play
 from alphaspin.cli import parse
 from alphaspin.commands.played import Played
 from alphaspin.config import explain
+from alphaspin.data.settings import LIMITS
 from alphaspin.losses.dpo import dpo
 from alphaspin.report.page import describe
 
@@ -74,7 +75,8 @@ def test_an_example_trains_and_its_folder_tells_how_to_go_on(
     assert any(r.get("grad_norm", 0) > 0 for r in run.metrics)
     monkeypatch.chdir(tmp_path)
     again = Played.open(tmp_path / "run").config
-    assert again == config and describe(again) == describe(config)
+    limits = {key: getattr(again.text, key) for key in LIMITS}
+    assert again == config.sized(limits) and describe(again) == describe(config)
     assert play(again).summary["adapters"] == run.summary["adapters"]
     file = here / f"{name_of(chosen).partition(':')[0]}.py"
     file.write_text(file.read_text() + "# edited\n")

@@ -55,7 +55,7 @@ class SamplingConfig(Section):
     """Name under which the server has the base."""
     key_variable: Variable | None = None
     """Environment variable that holds the server's API key."""
-    workers: PositiveInt = 256
+    workers: PositiveInt = 64
     """Requests to the server under way at once."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature; the theory of self-play assumes 1."""
