@@ -14,7 +14,7 @@ from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration
 from alphaspin.errors import InputError
-from alphaspin.foundation import runs
+from alphaspin.foundation import artefacts, runs
 from alphaspin.foundation.artefacts import SEAL
 from alphaspin.foundation.paths import packaged
 from alphaspin.methods.spin import Pair, telling_start
@@ -186,6 +186,7 @@ def test_a_run_whose_template_prints_the_date_goes_on_tomorrow(tmp_path, monkeyp
         del manifest["identity"]["clock"]
         del manifest[SEAL]
         file.write_text(json.dumps(manifest))
+        monkeypatch.setattr(artefacts, "_says_whose", lambda _: False)
     monkeypatch.setattr(Tomorrow, "days", 1)
     if recorded:
         assert job.run(settings)["adapters"] == summary["adapters"]

@@ -195,7 +195,31 @@ def test_grpo(tmp_path: Path, lora: bool, settings: dict[str, Any]) -> None:
     trainer.current_gradient_accumulation_steps = 1  # as the training loop has it
     batch = trainer._prepare_inputs(batch_of(trainer))
     assert batch["advantages"].abs().max() > 0
+    if "top_entropy_quantile" in settings:
+        apart(trainer, batch)
     assert_same(trainer, batch)
+
+
+def apart(trainer: Any, batch: Any) -> None:
+    """Set the quantile between two entropies that rounding cannot exchange.
+
+    What is sampled differs between CPUs, and completions of one prompt begin with equal entropies.
+    """
+    seen: list[torch.Tensor] = []
+    original = trainer.get_high_entropy_mask
+
+    def recording(entropies: torch.Tensor, mask: torch.Tensor, threshold: float) -> torch.Tensor:
+        seen.append(entropies[mask.bool()])
+        return original(entropies, mask, threshold)
+
+    trainer.get_high_entropy_mask = recording
+    step(trainer, batch)
+    trainer.get_high_entropy_mask = original
+    sorted_N = seen[0].sort().values
+    gaps = sorted_N.diff()
+    widest = int(gaps.argmax())
+    assert gaps[widest] > 1e-3
+    trainer.top_entropy_quantile = 1 - (widest + 0.5) / (len(sorted_N) - 1)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
