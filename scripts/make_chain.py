@@ -3,9 +3,9 @@
 A prompt asks three or four of tiny's questions at once, an answer gives all answers in order, 30 to
 60 tokens long, and is right only when each of them is. The model has 1.7 million parameters, twice
 tiny's; its base has the same past (clean text, then sloppy text in which a part of an answer may go
-wrong by itself) and then **one whole epoch of SFT on the demonstrations**, the setting that SPIN was
-proposed for: self-play meets demonstrations that the base was already tuned on. There are 12,288 of
-them, twice what six iterations of 1,024 use.
+wrong by itself) and then **one whole epoch of SFT on the demonstrations**, the setting that SPIN
+was proposed for: self-play meets demonstrations that the base was already tuned on. There are
+12,288 of them, four times what six iterations of 512 use.
 
     python scripts/make_chain.py --out FOLDER        # about an hour on one core
 
@@ -71,7 +71,8 @@ def demonstrations(split: str, number: int, seed: int) -> list[Question]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Make the data, the tokenizer, and the model, and write them."""
+    parser = argparse.ArgumentParser(description='Make the world "chain".')
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -89,8 +90,8 @@ def main() -> None:
     sample = [next(singles) for _ in range(20_000)]
     tokenizer = tiny.make_tokenizer(text for pair in sample for text in pair)
     model = tiny.make_model(tokenizer, seed, **SIZES)
-    steps, train = tiny.clean_text(seed + 2), tiny.train
-    train(model, tokenizer, steps, steps=SINGLE_STEPS, lr=LR, name="single")
+    train, single = tiny.train, tiny.clean_text(seed + 2)
+    train(model, tokenizer, single, steps=SINGLE_STEPS, lr=LR, name="single")
     train(model, tokenizer, clean(seed + 3), steps=CHAIN_STEPS, lr=LR / 2, name="chain")
     print("chain: greedy", tiny.accuracy(model, tokenizer, tuning, sample=False), flush=True)
     train(model, tokenizer, web(seed + 4), steps=WEB_STEPS, lr=WEB_LR, name="web")
