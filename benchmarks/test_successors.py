@@ -72,7 +72,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def settings(world: str, label: str, seed: int) -> Config:
     """One run; SFT is the control of SPIN's, of the same prompts, steps and learning rates."""
     changes = SETTINGS[label]
-    name = f"{world}-" + re.sub(r"\W+", "-", label.replace("∞", "all")).strip("-")
+    name = f"{world}-" + re.sub(
+        r"\W+", "-", label.replace("χ²", "chi2").replace("∞", "all"), flags=re.ASCII
+    ).strip("-")
     fields = WORLDS[world] | COMMON | changes | {"name": name, "seed": seed}
     play = WORLDS[world]["selfplay"] | {"iterations": ITERATIONS}
     fields["selfplay"] = play | changes.get("selfplay", {})
