@@ -111,16 +111,19 @@ def settings(label: str, beta: float, seed: int) -> Config:
 
 def play(label: str, beta: float, seed: int) -> dict[str, Any]:
     """The rows of one run's table; a finished run is read, not played."""
+    torch.set_num_threads(1)
+    return {"label": label, "beta": beta, "seed": seed} | outcome(settings(label, beta, seed))
+
+
+def outcome(config: Config) -> dict[str, Any]:
+    """What a run came to; a finished run is read, not played."""
     from alphaspin.commands.job import run
 
-    torch.set_num_threads(1)
-    config = settings(label, beta, seed)
     done = config.run_folder() / "summary.json"
     summary = json.loads(done.read_text()) if done.exists() else run(config)
     keys = ("name", "nll", "sampled", "greedy")
     rows = [{key: row[key] for key in keys} for row in summary["rows"]]
-    seconds = sum(summary["seconds"].values())
-    return {"label": label, "beta": beta, "seed": seed, "rows": rows, "seconds": seconds}
+    return {"rows": rows, "seconds": sum(summary["seconds"].values())}
 
 
 def tuned(seed: int) -> None:

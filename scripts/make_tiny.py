@@ -389,14 +389,22 @@ def make_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    *,
+    hidden_size: int = 128,
+    intermediate_size: int = 352,
+    num_hidden_layers: int = 4,
+    max_new_tokens: int = 32,
+) -> LlamaForCausalLM:
     """Build the untrained model."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_TOKENS,
@@ -411,7 +419,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=32,
+        max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -499,9 +507,7 @@ def accuracy(
     longest = max(map(len, heads))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(head)) + head for head in heads])
-    out = model.generate(
-        input_ids=ids, attention_mask=(ids != pad).long(), do_sample=sample, max_new_tokens=32
-    )
+    out = model.generate(input_ids=ids, attention_mask=(ids != pad).long(), do_sample=sample)
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     hits: dict[str, list[bool]] = {"all": []}
     for row, text in zip(rows, texts, strict=True):
