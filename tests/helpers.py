@@ -150,3 +150,17 @@ def overridden(words: Sequence[str], later: Sequence[str]) -> list[str]:
     """Options, without those that are given again later: an option may stand once."""
     again = {word.split("=")[0] for word in later}
     return [*(word for word in words if word.split("=")[0] not in again), *later]
+
+
+def one_iteration(model: Path, data: Path, output: Path, *, evaluated: int) -> dict[str, Any]:
+    """Settings of a run of one step on six prompts, for what is about the files it leaves."""
+    return {
+        "model": str(model),
+        "data": str(data),
+        "output": str(output),
+        "text": {"max_response_tokens": 10},
+        "selfplay": {"iterations": 1, "prompts": 6},
+        "lora": {"r": 2},
+        "train": {"batch_size": 6, "lr": 1e-2},
+        "evaluate": {"prompts": evaluated},
+    }

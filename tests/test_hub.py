@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import yaml
-from helpers import arithmetic, save_model, write_rows
+from helpers import arithmetic, one_iteration, save_model, write_rows
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import _http
 
@@ -166,16 +166,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(folder / "base")
     (folder / "base/README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
     write_rows(folder / "rows.jsonl", arithmetic(20))
-    settings: dict[str, Any] = {
-        "model": str(folder / "base"),
-        "data": str(folder / "rows.jsonl"),
-        "output": str(folder / "run"),
-        "text": {"max_response_tokens": 10},
-        "selfplay": {"iterations": 1, "prompts": 6},
-        "lora": {"r": 2},
-        "train": {"batch_size": 6, "lr": 1e-2},
-        "evaluate": {"prompts": 2},
-    }
+    settings = one_iteration(folder / "base", folder / "rows.jsonl", folder / "run", evaluated=2)
     job.run(Config.model_validate(settings))
     return folder / "run"
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arithmetic, http_servers, make_tokenizer, save_model, write_rows
+from helpers import (
+    arithmetic,
+    http_servers,
+    make_tokenizer,
+    one_iteration,
+    save_model,
+    write_rows,
+)
 from safetensors.torch import load_file
 
 import alphaspin.foundation.locks as locks_module
@@ -40,16 +47,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for row in rows:
         row["prompt"] += EVIL
     write_rows(folder / "rows|<b>.jsonl", rows)
-    settings: dict[str, Any] = {
-        "model": str(folder / "base"),
-        "data": str(folder / "rows|<b>.jsonl"),
-        "output": str(folder / "run"),
-        "text": {"max_response_tokens": 10},
-        "selfplay": {"iterations": 1, "prompts": 6},
-        "lora": {"r": 2},
-        "train": {"batch_size": 6, "lr": 1e-2},
-        "evaluate": {"prompts": 4},
-    }
+    settings = one_iteration(
+        folder / "base", folder / "rows|<b>.jsonl", folder / "run", evaluated=4
+    )
     job.run(Config.model_validate(settings))
     evaluate(folder / "run")
     return folder

@@ -294,10 +294,8 @@ class Session:
         def look() -> bool:
             adapter = folder / "adapter"
             known = stage in self.run.manifest["adapters"]
-            if known and intact(adapter):
-                self.run.record_adapter(
-                    stage, adapter / WEIGHTS, self.metrics
-                )  # an exchanged one is refused
+            if known and intact(adapter):  # an exchanged one is refused
+                self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)
             if not stands(adapter):
                 return False
             if not known:

@@ -98,26 +98,24 @@ class RoutedLinear(LoraLinear):
         x_NI = x.reshape(-1, x.shape[-1])
         unit = self.route.units(len(x_NI), self.name)
         adapters: list[tuple[Tensor, Tensor] | None] = []
-        near: list[tuple[Tensor, Tensor] | None] | None = [] if rounds(x_NI) else None
+        near: list[tuple[Tensor, Tensor] | None] = []
+        rounded = rounds(x_NI)
         counts: list[int] = []
         scaling: list[float] = []
         if self.route.segments[0].adapter != POLICY:  # what is trained comes first
-            adapters, counts, scaling = [None], [0], [0.0]
-            near = None if near is None else [None]
+            adapters, near, counts, scaling = [None], [None], [0], [0.0]
         for segment in self.route.segments:
             name = segment.adapter or self.route.start
             counts.append(unit * (segment.stop - segment.start))
             if name is None or name not in self.lora_A:
                 adapters.append(None)
+                near.append(None)
                 scaling.append(0.0)
-                if near is not None:
-                    near.append(None)
                 continue
             layers = (self.lora_A[name], self.lora_B[name])
             down, up = (cast(nn.Linear, layer).weight for layer in layers)
             adapters.append((down, up))
-            if near is not None:
-                near.append(self._near(name, down, up, x.dtype))
+            near.append(self._near(name, down, up, x.dtype) if rounded else None)
             scaling.append(cast(float, self.scaling[name]))
         # Noise is the policy's alone: earlier iterates were trained with it but do not play so.
         noise = self.lora_dropout[POLICY] if self.training and POLICY in self.lora_dropout else None
@@ -142,7 +140,7 @@ class RoutedLinear(LoraLinear):
             dropout=noise.p if isinstance(noise, nn.Dropout) else 0.0,
             seed=self.route.seed + self.number,
             again=again,
-            rounded=near,
+            rounded=near if rounded else None,
         )
         return y_NO.view(*x.shape[:-1], -1)
 
