@@ -17,11 +17,12 @@ OUT ?= $(CURDIR)/gpu-results
 demo: .venv/installed  ## self-play on the embedded model
 	$(BIN)/alphaspin-train
 
-test: .venv/installed  ## tests, linters, types: what CI runs
+test: .venv/installed  ## tests, linters, types, benchmarks on small inputs: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
 	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks -n 2  # each measurement once, small
 
 test-all: .venv/installed  ## the same tests with more kill points and all model families
 	@command -v chromium || command -v google-chrome || echo "no chromium: tests/test_browser.py is skipped"

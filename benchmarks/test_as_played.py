@@ -23,7 +23,7 @@ from measure import Goal
 from test_end_to_end import PREVIOUS, Ours, Size, Trl, Variant, base
 
 from alphaspin import load_config, play
-from alphaspin.commands.job import load_data
+from alphaspin.commands.inputs import load_data
 from alphaspin.commands.played import Played
 from alphaspin.foundation.paths import packaged
 from alphaspin.methods.session import load_answers

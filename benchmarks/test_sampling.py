@@ -4,6 +4,7 @@ Random Llamas emit their end token too rarely to matter, so lengths vary by caps
 its own, and `generate` gets a stopping criterion per row. Only tokens up to the caps count.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,12 +120,14 @@ def ours(backbone: Backbone, asked: Sequence[Request], batch_size: int, record: 
 def two_models(models: Sequence[Any], weights: Sequence[float], asked: Sequence[Request]) -> int:
     """Plain transformers: each policy has its own forward pass, cache and full logits."""
     caches = [DynamicCache(config=model.config) for model in models]
+    old = "past_key_values"  # its name before transformers 5.24, or so
+    name = old if old in inspect.signature(models[0].forward).parameters else "cache"
     ids = torch.from_numpy(np.stack([r.prompt for r in asked])).long()
     with torch.no_grad():
         for _ in range(asked[0].max_tokens):
             mixed = sum(
                 weight
-                * model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                * model(input_ids=ids, use_cache=True, logits_to_keep=1, **{name: cache})
                 .logits[:, -1]
                 .log_softmax(-1)
                 for model, cache, weight in zip(models, caches, weights, strict=True)
