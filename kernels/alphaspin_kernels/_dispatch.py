@@ -16,6 +16,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -84,21 +85,24 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """The results, with their derivative where an argument requires one."""
-        differentiated = False
         if torch.compiler.is_compiling() or _observed():
             return self.registered(*arguments)
+        differentiated = False
         for argument in arguments:
             for x in argument if type(argument) is list else (argument,):
-                if isinstance(x, Tensor):
-                    if type(x) not in _PLAIN or x.device.type not in ("cpu", "cuda"):
-                        return self.registered(*arguments)
-                    differentiated = differentiated or x.requires_grad
+                kind = type(x)
+                if kind in _NOT_TENSORS:
+                    continue
+                if kind not in _PLAIN or not (x.is_cpu or x.is_cuda):
+                    return self.registered(*arguments)
+                differentiated = differentiated or x.requires_grad
         if differentiated and self._direct is not None and torch.is_grad_enabled():
             return self._direct.apply(*arguments)
         return self.run(*arguments)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_NOT_TENSORS = frozenset({NoneType, bool, int, float, str})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def _observed() -> bool:
@@ -122,12 +126,12 @@ def _direct(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            if all(grad is None for grad in grads):  # nothing arrived at any result
+            if all([grad is None for grad in grads]):  # nothing arrived at any result
                 return (None,) * ctx.arguments
             found = backward(ctx, *grads)
-            found = found if isinstance(found, tuple) else (found,)
+            found = found if type(found) is tuple else (found,)
             # A list of tensors is no tensor here.
-            return tuple(None if isinstance(grad, list) else grad for grad in found)
+            return tuple([None if type(grad) is list else grad for grad in found])
 
     return Direct
 
@@ -170,6 +174,7 @@ def choose(operator: str, tensor: Tensor) -> Implementation:
     return "torch"
 
 
+@functools.cache  # Triton decides when kernels are made; and every call of an operator asks
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET") == "1"

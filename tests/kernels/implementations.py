@@ -34,7 +34,8 @@ def force(monkeypatch):
 
     def use(name: str) -> None:
         if name == "triton" and not GPU:
-            monkeypatch.setenv("TRITON_INTERPRET", "1")
+            monkeypatch.setenv("TRITON_INTERPRET", "1")  # for Triton, and for us, who ask once
+            monkeypatch.setattr(_dispatch, "interpreting", lambda: True)
         torch.set_default_device("cuda" if name == "triton" and GPU else "cpu")
         choose = lambda operator, tensor: "torch" if tensor.dtype == torch.float64 else name  # noqa: E731
         monkeypatch.setattr(_dispatch, "choose", choose)
