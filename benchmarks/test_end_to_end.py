@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,11 @@ PREVIOUS = "previous"
 BETA, RATE = 0.1, 1e-3
 STEPS = 3
 LORA = LoraConfig(r=16, alpha=32)
+
+
+def adamw(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """What both train with: transformers' default is fused, and so is ours."""
+    return torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class Ours(Variant):
         self.micro, self.alpha, self.mode, self.settings = micro, alpha, mode, train
         self.beta, self.skip = beta, skip  # pairs with equal responses, as methods.spin does
         self.parameters = self.backbone.policy_parameters()
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=RATE, weight_decay=0.0)
+        self.optimizer = adamw(self.parameters.values())
 
     def use(self, trees: list[Tree]) -> None:
         self.trees = trees
@@ -278,7 +283,7 @@ class Trl(Variant):
         )
         self.micro = micro
         trained = [p for p in self.trainer.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+        self.optimizer = adamw(trained)
 
     def use(self, trees: list[Tree]) -> None:
         self.features: list[dict[str, Any]] = [

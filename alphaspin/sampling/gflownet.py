@@ -375,7 +375,7 @@ def _train(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> None
         kept=replay,
     )
     parameters = backbone.policy_parameters().values()
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
     run(team, backbone, optimizer, loop, metrics)
 
 

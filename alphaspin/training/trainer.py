@@ -14,6 +14,7 @@ Shapes: B examples of a micro-batch, K responses each (chosen, rejected, and per
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +193,11 @@ def _statistics(
 def _optimizer(
     parameters: dict[str, torch.nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw_8bit":
-        from bitsandbytes.optim.adamw import AdamW8bit as kind
-    else:
-        kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[config.optimizer]
+    match config.optimizer:
+        case "adamw_8bit":
+            from bitsandbytes.optim.adamw import AdamW8bit as kind
+        case "rmsprop":
+            kind = torch.optim.RMSprop
+        case "adamw":  # fused: one pass over memory, one launch; the default of transformers too
+            kind = partial(torch.optim.AdamW, fused=True)
     return kind(parameters.values(), lr=0.0, weight_decay=config.weight_decay)
