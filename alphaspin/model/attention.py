@@ -102,7 +102,7 @@ def lay_out(sequences: Sequence[tuple[NDArray[np.int64], int]], tokens: int) -> 
             buckets.append((0, len(ids)))
         count, width = buckets[-1]
         buckets[-1] = (count + 1, width)
-        token.append(np.pad(ids, (0, width - len(ids)), mode="edge"))
+        token.append(ids[np.minimum(np.arange(width), len(ids) - 1)])  # np.pad takes 15 µs
         home[ids[copied:]] = place + np.arange(copied, len(ids))
         copies.append(place + np.arange(copied))
         place += width

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -431,6 +431,11 @@ class Backbone(nn.Module):
         return {n: p for n, p in self.named_parameters() if f".{POLICY}." in n}
 
     # Forward passes
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, at little cost where nothing changes: each step asks for it."""
+        changes = any(module.training != mode for module in self.modules())
+        return super().train(mode) if changes else self
 
     def forward(self, batch: Batch, beside: Batch | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states that predict the targets.
