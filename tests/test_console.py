@@ -36,6 +36,13 @@ def test_nobody_reads(command: str, code: int) -> None:
     assert found.returncode == code and b"rror" not in found.stderr, found.stderr
 
 
+def test_help_does_not_wait_for_what_only_training_needs() -> None:
+    """torch comes with the losses; its friends take thrice as long, and no option needs them."""
+    late = ["transformers", "peft", "accelerate", "datasets", "matplotlib", "triton"]
+    code = f"import sys, alphaspin.cli; print([m for m in {late} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"[]\n"
+
+
 def test_printing_goes_on_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)

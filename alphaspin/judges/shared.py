@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from alphaspin.errors import Interrupted
 from alphaspin.foundation import console
 from alphaspin.judges.base import Comparison, Judge
-from alphaspin.model.distributed import Team
+
+if TYPE_CHECKING:
+    from alphaspin.model.distributed import Team
 
 
 @dataclass(frozen=True)
@@ -17,14 +20,14 @@ class TeamJudge:
     With a label it has a progress bar.
     """
 
-    team: Team
+    team: "Team"
     judge: Judge | None  # in process 0
     identity: str
     both_orders: bool
     label: str | None = None
 
     @classmethod
-    def of(cls, team: Team, judge: Judge | None) -> "TeamJudge":
+    def of(cls, team: "Team", judge: Judge | None) -> "TeamJudge":
         """`judge` is there in process 0."""
         identity, both_orders = team.gather(judge and [judge.identity, judge.both_orders])[0]
         return cls(team, judge, identity, both_orders)

@@ -23,7 +23,7 @@ from alphaspin.foundation.artefacts import TEMPORARY
 from faults import disk
 
 SWEEP = bool(os.environ.get("ALPHASPIN_SWEEP"))
-ERRORS = 400 if SWEEP else 8
+ERRORS = 400 if SWEEP else 4
 FLIPS = 200 if SWEEP else 14
 PARTS = 6
 

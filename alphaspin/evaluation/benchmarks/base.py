@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -29,11 +29,11 @@ from alphaspin.foundation.runs import SignalGuard
 from alphaspin.judges.base import Comparison, Judge, JudgeConfig
 from alphaspin.judges.cache import CachedJudge
 from alphaspin.judges.shared import TeamJudge
-from alphaspin.model.backbone import Backbone
-from alphaspin.model.distributed import Team
 from alphaspin.sampling.answer import Draw
-from alphaspin.sampling.decode import Request, decode
 from alphaspin.sampling.settings import SamplingConfig
+
+if TYPE_CHECKING:
+    from alphaspin.model.backbone import Backbone
 
 LOADED = "evaluated"
 """Name under which the adapter in question is loaded."""
@@ -122,7 +122,7 @@ class Contest:
 
     folder: Path
     entrants: Sequence[Entrant]
-    backbone: Backbone
+    backbone: "Backbone"
     chat: ChatFormat
     config: Any
     options: Any
@@ -174,6 +174,8 @@ class Contest:
 
     def ask(self, label: str, judge: Judge, pairs: Sequence[Comparison]) -> list[float]:
         """Its verdicts; NaN for a reply that cannot be read."""
+        from alphaspin.model.distributed import Team
+
         team = Team(self.backbone.device, self.guard)
         asked = TeamJudge(team, judge, judge.identity, judge.both_orders, label)
         (found,) = asked.compare(pairs)
@@ -245,6 +247,8 @@ class Contest:
         start: int,
     ) -> list[dict[str, Any] | None]:
         """The answers to the next turn of each dialogue; None where it has no more."""
+        from alphaspin.sampling.decode import Request, decode
+
         loaded, turn = self.use(entrant), max(map(len, replies))
         going = [i for i, one in enumerate(part) if len(one.turns) > turn]
         requests: list[Request] = []

@@ -13,27 +13,30 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from alphaspin.errors import InputError
 from alphaspin.evaluation.benchmarks.base import Benchmark, Contest, Entrant, Record, digest
 from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import folder_hash
 from alphaspin.foundation.section import Names
-from alphaspin.model.backbone import Backbone
-from alphaspin.model.batching import Segment
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from alphaspin.model.backbone import Backbone
 
 DEFINITIONS = tuple(f"**/*.{kind}" for kind in ("yaml", "py", "jsonl", "json", "csv", "parquet"))
 """Files of `include_path` that results depend on."""
 
 
 @contextmanager
-def all_rows_under(backbone: Backbone, adapter: str | None) -> Generator[None]:
+def all_rows_under(backbone: "Backbone", adapter: str | None) -> Generator[None]:
     """Send every row of any pass of the base to one adapter, or to none, whoever makes the pass."""
 
-    def route(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from alphaspin.model.batching import Segment
+
+    def route(module: "nn.Module", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del module
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         backbone.route.segments = (Segment(adapter, 0, len(ids)),)
