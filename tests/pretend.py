@@ -7,6 +7,7 @@ functions that launch them. Underneath is PyTorch's hook for devices written in 
 autograd, views and parameters are PyTorch's own.
 """
 
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Generator
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import plain_varlen
 import pytest
 import torch
 from alphaspin_kernels import OPERATORS
@@ -25,6 +27,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from alphaspin.model import varlen
 
 ROOT = Path(__file__).parents[1]
 CUDA, UNDERNEATH = torch.device("cuda", 0), torch.device("privateuseone", 0)
@@ -52,7 +56,8 @@ HOT = {
 ADDING = frozenset(
     ["index_add", "index_add_", "scatter_add", "scatter_add_", "index_copy", "index_copy_"]
 )
-ATTENTION = frozenset(["_softmax_backward_data"])  # what a fused backward pass would be here
+# What a fused backward pass would be here, and one that is.
+ATTENTION = frozenset(["_softmax_backward_data", "_varlen_attn_backward"])
 NO_ORDER = frozenset(["cumsum", "cumsum_", "histc", "put_", "median", "nll_loss_forward"])
 
 
@@ -210,6 +215,11 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         if OnGpu.torch_version < (2, 10) and c.dtype != b.dtype:  # pytorch 167931
             raise RuntimeError(f"self and mat2 must have the same dtype, got {c.dtype}, {b.dtype}")
         return torch.addmm(c.float(), a.float(), b.float(), **kwargs)
+    if func.namespace == "torch_attn":
+        if args[0].dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        backward = func.overloadpacket.__name__ == "_varlen_attn_backward"
+        return plain_varlen.backward(*args) if backward else plain_varlen.forward(*args)
     return func(*args, **kwargs)
 
 
@@ -318,6 +328,9 @@ def gpu(version: tuple[int, int] = NEWEST) -> Generator[Log]:
     )
     OnGpu.events, OnGpu.torch_version = Log(), version
     with pytest.MonkeyPatch.context() as patch, Redirect():
+        patch.setattr(varlen, "CHOSEN", {})
+        if version < (2, 10):
+            patch.setitem(sys.modules, "torch.nn.attention.varlen", None)
         patch.setattr(common, "TORCH", version)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)

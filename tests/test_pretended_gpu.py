@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import numpy as np
 import pretend
 import pytest
 import smoke
@@ -14,12 +15,14 @@ from accelerate import Accelerator
 from alphaspin_kernels import linear_logprob
 from alphaspin_kernels._triton import common
 
-from alphaspin.commands import job
+from alphaspin.commands import doctor, job
 from alphaspin.config import Config
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.repeatable import repeatable
+from alphaspin.model.batching import collate
+from alphaspin.model.repeatable import backward, repeatable
 from alphaspin.model.routing import RoutedLinear
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.tree import Tree
 from alphaspin.model.verify import Verdict
 from alphaspin.sampling.decode import invert, running
 
@@ -79,6 +82,7 @@ def check(summary: dict[str, Any], events: Any, iterations: int) -> None:
     assert summary["trained_tokens"]["train"] > 0
     for kernel in ("_low_kernel", "_linear_kernel", "_update_kernel", "_chunk_kernel"):
         assert events.kernels[kernel], f"{kernel} was never launched"
+    assert events.operators["torch_attn._varlen_attn_backward.default"]
     assert not events.unordered
     hot = {where for where in events.waits if where[0]}
     assert hot <= WAITS.keys(), f"the host waits in {hot - WAITS.keys()}"
@@ -105,6 +109,36 @@ def test_operators(name: str, version: tuple[int, int]) -> None:
     assert events.kernels
     summands = [op for op in events.operators if op.startswith("aten.addmm.dtype")]
     assert bool(summands) == (version >= (2, 10) and name in ("linear_logprob", "sequence_logprob"))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "version", "reason"),
+    [
+        ("llama", torch.bfloat16, pretend.NEWEST, ""),
+        ("mistral", torch.bfloat16, pretend.NEWEST, ""),
+        ("gemma2", torch.bfloat16, pretend.NEWEST, "varlen_attn has no soft cap"),
+        ("llama", torch.bfloat16, (2, 8), "torch: not installed"),
+        ("llama", torch.float32, pretend.NEWEST, "they have no torch.float32"),
+    ],
+)
+def test_attention(family: str, dtype: torch.dtype, version: tuple[int, int], reason: str) -> None:
+    """A call a layer where there is a kernel, with gradients in one order; else one a length."""
+    random = np.random.default_rng(0)
+    prompt, *responses = (helpers.tokens(random, 3, 9) for _ in range(3))
+    trees = [Tree(prompt, tuple(responses)), Tree(prompt, tuple(responses[::-1]))]
+    with pretend.gpu(version) as events, repeatable():
+        backbone = Backbone(helpers.make_model(family).to(dtype).to("cuda"), "a model", "its hash")
+        config = LoraConfig(r=2, alpha=2, targets=("q_proj",))
+        backbone.add_adapter("policy", config, seed=0, iteration=0)
+        batch = collate([("policy", trees)], layout="packed").to(backbone.device)
+        events.operators.clear(), events.waits.clear()
+        backward(backbone(batch).sum(), backbone)
+        (note,) = (x for x in backbone.notes() if x.startswith("attention"))
+        calls = [events.operators[f"torch_attn._varlen_attn{x}.default"] for x in ("", "_backward")]
+        assert version < (2, 10) or "one call a layer, by torch" in doctor._attention(pretend.CUDA)
+    assert calls == ([0, 0] if reason else [2, 2])
+    assert reason in note and ("by torch 2" in note) == (not reason)
+    assert not events.waits and not events.unordered
 
 
 def test_what_is_refused() -> None:

@@ -60,12 +60,12 @@ def draw_after_seed(seed: int) -> int:
 
 def wrong_window(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
     """Only beyond 20 tokens: the trial at loading does not see it."""
-    right = attention._causal
+    right = attention.causal
 
     def wrong(q: Any, k: Any, v: Any, scaling: Any, window: Any, *rest: Any) -> Any:
         return right(q, k, v, scaling, 20, *rest)
 
-    patch.setattr(attention, "_causal", wrong)
+    patch.setattr(attention, "causal", wrong)
 
 
 def wrong_strength(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from alphaspin import __version__
 from alphaspin.foundation import console
+from alphaspin.model import attention, varlen
 from alphaspin.model.load import choose_bf16
 from alphaspin.model.speedups import liger_problem
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets")
 OPTIONAL = (
-    *("bitsandbytes", "liger_kernel", "lm_eval"),
+    *("bitsandbytes", "flash_attn", "liger_kernel", "lm_eval"),
     *("mlflow", "tensorboard", "trackio", "wandb"),
 )
 TRIALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -45,11 +46,7 @@ def show() -> None:
         ("threads", f"{torch.get_num_threads()} for PyTorch on the CPU"),
         ("base and activations", _dtype(device)),
         *((f"kernel {name}", reason) for name, reason in kernel_status().items()),
-        (
-            "attention, training",
-            "PyTorch SDPA, causal and without a mask (FlashAttention on a GPU); plain products for "
-            "soft-capped scores (Gemma 2), which SDPA has not",
-        ),
+        ("attention, training", _attention(device)),
         ("norms, RoPE, MLPs", _layers(device)),
         ("attention, sampling", "PyTorch SDPA on a cache with a slot per sequence"),
     ]
@@ -72,6 +69,7 @@ def show_short() -> None:
         *(f"not installed: {name}" for name in missing),
         f"{_device(device)}; {torch.get_num_threads()} threads",
         f"base and activations: {_dtype(device).split(':')[0]}",
+        f"attention, training: {_attention(device)}",
         *(f"{name}: {status[f'{name}.{device.type}']}; {_tried(name, device)}" for name in TRIALS),
     ]
     # Not through `console`, which would break lines where the terminal ends.
@@ -115,6 +113,17 @@ def _layers(device: torch.device) -> str:
     if problem:
         return f"transformers' own; Liger's kernels: {problem}"
     return "Liger's kernels, for families that it knows (train.liger)"
+
+
+def _attention(device: torch.device) -> str:
+    """Of Llama 3.1 8B's layers, where there is a GPU; those of a run tell of their own."""
+    if device.type == "cuda":
+        form = varlen.Form(device, torch.bfloat16, (32, 8), (128, 128), False, False, False, True)
+        return str(varlen.find(form, attention.causal))
+    return (
+        "PyTorch SDPA, a call for each length, and plain products for soft caps (Gemma 2); on a "
+        "GPU one call a layer by flash-attn, where it is installed, or by torch's varlen_attn"
+    )
 
 
 def _dtype(device: torch.device) -> str:

@@ -51,6 +51,7 @@ from alphaspin.judges.cache import CachedJudge
 from alphaspin.judges.shared import TeamJudge
 from alphaspin.methods.selfplay import Callback, play, teller
 from alphaspin.methods.session import Session
+from alphaspin.model import varlen
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import base_hash, base_of, choose_bf16, load_base
@@ -370,6 +371,7 @@ def environment(team: Team) -> dict[str, str]:
         "device": f"{device.type} {name}".strip(),
         "threads": str(torch.get_num_threads()),
         "processes": str(team.world_size),
+        **({"attention": " / ".join(ways)} if (ways := varlen.on(device)) else {}),
     }
 
 

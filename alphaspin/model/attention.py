@@ -8,6 +8,8 @@ sequences of similar length side by side, so that it is plain causal attention w
     sequences   p0 p1 p2 w0 w1  .
                 p0 p1 p2 l0 l1 l2
 
+On a GPU one call of a kernel for sequences of unlike length serves them all (see `varlen`).
+
 transformers takes the function by its name (`AttentionInterface`), hands it the family's scaling,
 window and soft cap, and builds no mask for a name that has none.
 
@@ -27,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from alphaspin.errors import InputError
+from alphaspin.model import varlen
 
 TREES = "alphaspin_trees"
 WITHOUT_EFFECT = frozenset(
@@ -49,7 +52,7 @@ class Places:
 
     token: [M] int64, the token at each place (any at a place left empty). home: [T] int64, the
     place whose output is the token's. copies: [E] int64, places at which a token stands again.
-    buckets: (Q, S) each, M = Σ Q·S.
+    buckets: (Q, S) each, M = Σ Q·S. row: the same without places left empty.
 
     Where only the last P of the tokens ask (`asking`), the layer is given these alone, `before` are
     keys and values of the others, and `query` the token of them (from 0) at each place.
@@ -59,6 +62,7 @@ class Places:
     home: Tensor
     copies: Tensor
     buckets: tuple[tuple[int, int], ...]
+    row: varlen.Row
     query: Tensor | None = None
     before: tuple[Tensor, Tensor] | None = None
 
@@ -66,14 +70,15 @@ class Places:
         """The same on `device`."""
         parts = (self.token.to(device), self.home.to(device), self.copies.to(device))
         query = None if self.query is None else self.query.to(device)
-        return Places(*parts, self.buckets, query)
+        return Places(*parts, self.buckets, self.row.to(device), query)
 
     def asking(self, silent: Tensor, asking: Tensor) -> "Places":
         """The same for the tokens in another order: those [T - P] without a query come first."""
         order = torch.cat([silent, asking])
         token = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))[self.token]
         query = (token - len(silent)).clamp(min=0)  # what is not asked for may be anything
-        return Places(token, self.home[order], self.copies, self.buckets, query)
+        row = self.row.asking(silent, asking)
+        return Places(token, self.home[order], self.copies, self.buckets, row, query)
 
 
 class Keys(Exception):
@@ -88,10 +93,12 @@ def lay_out(sequences: Sequence[tuple[NDArray[np.int64], int]], tokens: int) -> 
     """Places of a row's tokens.
 
     Args:
-        sequences: (its tokens, how many at its start are copies), each token once without copies.
+        sequences: (its tokens, how many at its start are copies), each token once without copies,
+            in the order of the row.
         tokens: T.
     """
     home = np.empty(tokens, np.int64)
+    row = varlen.Row.of(sequences)
     sequences = sorted(sequences, key=lambda sequence: -len(sequence[0]))
     token: list[NDArray[np.int64]] = []
     copies: list[NDArray[np.int64]] = []
@@ -111,6 +118,7 @@ def lay_out(sequences: Sequence[tuple[NDArray[np.int64], int]], tokens: int) -> 
         torch.from_numpy(home),
         torch.from_numpy(np.concatenate(copies)),
         tuple(buckets),
+        row,
     )
 
 
@@ -203,24 +211,36 @@ def attend(
     rows, heads, width = query.shape[:3]
     if places.before is not None:
         key, value = (torch.cat(x, 2) for x in zip(places.before, (key, value), strict=True))
-    home = places.home[len(places.home) - rows * width :]
+    q_TAD, k_TGD, v_TGD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    limits = varlen.Limits(scaling, sliding_window, softcap)
+    kernel = varlen.choose(q_TAD, k_TGD, v_TGD, limits, s_aux, causal)
+    if kernel is not None:
+        y_TAD = varlen.attention(kernel, q_TAD, k_TGD, v_TGD, places.row, limits)
+    else:
+        y_TAD = _by_length(q_TAD, k_TGD, v_TGD, places, limits, s_aux)
+    return y_TAD.view(rows, width, heads, -1), None
+
+
+def _by_length(
+    q: Tensor, k: Tensor, v: Tensor, places: Places, limits: varlen.Limits, sinks: Tensor | None
+) -> Tensor:
+    """The same, bucket by bucket, of q [T, A, D], k and v [T, G, D]: [T, A, D]."""
+    home = places.home[len(places.home) - len(q) :]
     everywhere = (places.token, places.home, places.copies)
     asked = everywhere if places.query is None else (places.query, home, places.copies[:0])
     spread: list[tuple[Tensor, ...]] = []
     sizes = [count * length for count, length in places.buckets]
-    for x, where in ((query, asked), (key, everywhere), (value, everywhere)):
-        x_MAD = _Spread.apply(x.transpose(1, 2).flatten(0, 1), *where)
-        spread.append(x_MAD.split(sizes))
+    for x, where in ((q, asked), (k, everywhere), (v, everywhere)):
+        spread.append(cast(Tensor, _Spread.apply(x, *where)).split(sizes))
     outputs: list[Tensor] = []
     for (count, length), *parts in zip(places.buckets, *spread, strict=True):
-        q, k, v = (x.view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
-        y_QASD = _causal(q, k, v, scaling, sliding_window, softcap, s_aux)
+        given = (x.view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
+        y_QASD = causal(*given, *limits, sinks)
         outputs.append(y_QASD.transpose(1, 2).flatten(0, 1))
-    y_TAD = pick(torch.cat(outputs), home)
-    return y_TAD.view(rows, width, heads, -1), None
+    return pick(torch.cat(outputs), home)
 
 
-def _causal(
+def causal(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.artefacts import file_hash
+from alphaspin.model import varlen
 from alphaspin.model.attention import KEYS_ONLY, TREES, Keys, Places, pick
 from alphaspin.model.batching import Batch, Segment
 from alphaspin.model.head import head_product, numbers, scale_and_cap
@@ -621,6 +622,10 @@ class Backbone(nn.Module):
             )
         elif self.whole_reason:
             found.append(f"the whole last layer for all tokens: {self.whole_reason}")
+        if self.layout == "packed":
+            found.extend(
+                f"attention, scoring and training: {way}" for way in varlen.on(self.device)
+            )
         if self.cache_reason:
             instead = "each of its tokens" if self.cache == "none" else "the family's own cache"
             found.append(f"answers with {instead}, which is slower: {self.cache_reason}")

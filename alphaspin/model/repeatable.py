@@ -53,12 +53,12 @@ def backward(loss: Tensor, backbone: "Backbone") -> None:
     There for packed trees, that is for families whose layers mix tokens by attention alone.
     """
     strict = loss.is_cuda and backbone.layout == "packed"
-    with _refusing(strict and os.environ.get(WORKSPACE) in ORDERED):
+    with refusing(strict and os.environ.get(WORKSPACE) in ORDERED):
         loss.backward()
 
 
 @contextmanager
-def _refusing(refuse: bool) -> Generator[None]:
+def refusing(refuse: bool) -> Generator[None]:
     """Within `repeatable`, refuse operators without an ordered path, or only warn of them."""
     before = torch.is_deterministic_algorithms_warn_only_enabled()
     if torch.are_deterministic_algorithms_enabled() and before == refuse:
@@ -73,4 +73,4 @@ def _refusing(refuse: bool) -> Generator[None]:
 
 def lenient() -> Any:
     """For what a backward pass computes again, which is the layers' own code."""
-    return _refusing(False)
+    return refusing(False)

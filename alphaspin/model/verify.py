@@ -29,6 +29,7 @@ from alphaspin import __version__
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.artefacts import read_record, write_record
+from alphaspin.model import varlen
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
 from alphaspin.model.caches import CACHES, give_up
@@ -123,6 +124,7 @@ def verify(backbone: Backbone, like: str, *, longest: int, kept: Verdict | None 
         "layout": backbone.layout,
         "whole": backbone.whole_reason,
         "cache": backbone.cache,
+        "attention": varlen.on(backbone.device),
         "targets": [str(lora.target_modules), str(lora.target_parameters), lora.r],
         "versions": [torch.__version__, transformers.__version__, peft.__version__, __version__],
     }
