@@ -62,8 +62,8 @@ def wrong_window(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
     """Only beyond 20 tokens: the trial at loading does not see it."""
     right = attention.causal
 
-    def wrong(q: Any, k: Any, v: Any, scaling: Any, window: Any, *rest: Any) -> Any:
-        return right(q, k, v, scaling, 20, *rest)
+    def wrong(q: Any, k: Any, v: Any, limits: Any, *rest: Any) -> Any:
+        return right(q, k, v, limits._replace(window=20), *rest)
 
     patch.setattr(attention, "causal", wrong)
 

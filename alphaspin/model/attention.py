@@ -234,8 +234,8 @@ def _by_length(
         spread.append(cast(Tensor, _Spread.apply(x, *where)).split(sizes))
     outputs: list[Tensor] = []
     for (count, length), *parts in zip(places.buckets, *spread, strict=True):
-        given = (x.view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
-        y_QASD = causal(*given, *limits, sinks)
+        q_, k_, v_ = (x.view(count, length, -1, x.shape[-1]).transpose(1, 2) for x in parts)
+        y_QASD = causal(q_, k_, v_, limits, sinks)
         outputs.append(y_QASD.transpose(1, 2).flatten(0, 1))
     return pick(torch.cat(outputs), home)
 
@@ -244,12 +244,11 @@ def causal(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-    sink_A: Tensor | None,
+    limits: varlen.Limits,
+    sink_A: Tensor | None = None,
 ) -> Tensor:
     """Causal attention, [Q, A, S, D] of q and v's D."""
+    scaling, window, softcap = limits
     length, grouped = q.shape[2], q.shape[1] != k.shape[1]
     plain = not softcap and sink_A is None
     seen = None

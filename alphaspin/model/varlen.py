@@ -64,9 +64,12 @@ class Row:
         again[number, tokens] = copies
         cu_k = np.cumsum([0, *(len(ids) for ids, _ in sequences)])
         cu_q = cu_k - np.cumsum([0, *(copies for _, copies in sequences)])
-        sizes = [int(np.diff(cu).max()) for cu in (cu_q, cu_k)]
-        cu = (torch.from_numpy(cu.astype(np.int32)) for cu in (cu_q, cu_k))
-        return Row(*map(torch.from_numpy, (keys, home, again)), *cu, *sizes)
+        return Row(
+            *(torch.from_numpy(x) for x in (keys, home, again)),
+            *(torch.from_numpy(x.astype(np.int32)) for x in (cu_q, cu_k)),
+            max_q=int(np.diff(cu_q).max()),
+            max_k=int(np.diff(cu_k).max()),
+        )
 
     def asking(self, silent: Tensor, asking: Tensor) -> "Row":
         """The same of tokens in another order: those [T - P] without a query come first.
@@ -232,7 +235,7 @@ def choose(
 
     Args:
         sinks: of the heads, or None.
-        exact: attention by plain products: of q, k, v [1, A, S, D], limits and sinks.
+        exact: attention by plain products, of q, k, v [1, A, S, D] and limits.
     """
     if not q.is_cuda:
         return None
@@ -263,6 +266,7 @@ def find(form: Form, exact: Callable[..., Tensor]) -> Choice:
         return Choice(None, "", (f"flash-attn or varlen_attn: {what}",))
     refused: list[str] = []
     for name, (module, function, adapt) in KERNELS.items():
+        kernel = None
         try:
             kernel = adapt(getattr(import_module(module), function))
             reason = _wrong(kernel, form, exact)
@@ -311,8 +315,8 @@ def _wrong(kernel: Kernel, form: Form, exact: Callable[..., Tensor]) -> str:
     def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         found: list[Tensor] = []
         for ids, copies in sequences:
-            own = (x[torch.from_numpy(ids)].transpose(0, 1)[None] for x in (q, k, v))
-            found.append(exact(*own, *limits, None)[0].transpose(0, 1)[copies:])
+            q_, k_, v_ = (x[torch.from_numpy(ids)].transpose(0, 1)[None] for x in (q, k, v))
+            found.append(exact(q_, k_, v_, limits)[0].transpose(0, 1)[copies:])
         return torch.cat(found)
 
     def both(function: Callable[..., Tensor], move: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -324,7 +328,11 @@ def _wrong(kernel: Kernel, form: Form, exact: Callable[..., Tensor]) -> str:
         return [x.detach().cpu().float() for x in (y, *(cast(Tensor, x.grad) for x in leaves))]
 
     there = row.to(form.device)
-    found = both(lambda *x: attention(kernel, *x, there, limits), lambda x: x.to(form.device))
+
+    def trial(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(kernel, q, k, v, there, limits)
+
+    found = both(trial, lambda x: x.to(form.device))
     right = both(plain, lambda x: x.float())
     for what, mine, its in zip(("values", "dq", "dk", "dv"), found, right, strict=True):
         error = float((mine - its).norm() / its.norm())
