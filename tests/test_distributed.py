@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fake_vllm
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_resume import child, result, settings
 from torch.distributed.tensor import DTensor
 
+from alphaspin.commands import job
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, InputError
 from alphaspin.foundation.artefacts import TEMPORARY
 from alphaspin.foundation.runs import Metrics, Run
@@ -74,11 +76,19 @@ def both(body: Any, *arguments: tuple[Any, ...]) -> list[int]:
     return codes
 
 
-def play(arguments: list[str], log: Path, fault: Fault | None = None) -> list[int]:
+def gathering(arguments: list[str], *rest: Any) -> None:
+    """A run whose sampler may gather a sharded base for each token, as a real one's may not."""
+    job.check_sharded = lambda *_: None
+    child(arguments, *rest)
+
+
+def play(
+    arguments: list[str], log: Path, fault: Fault | None = None, body: Any = gathering
+) -> list[int]:
     """Exit codes of a run of two processes, which log into `log`0 and `log`1."""
     rank, event, action = fault or (0, None, "")
     return both(
-        child,
+        body,
         *((arguments, event if i == rank else None, action, f"{log}{i}") for i in range(2)),
     )
 
@@ -171,15 +181,22 @@ def test_one_of_the_processes_is_killed(
 
 
 def test_a_sharded_base_is_gathered_once_for_all_policies(
-    world: tuple[Path, dict[str, str]], tmp_path: Path
+    world: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `reference.mode: auto` does with a sharded base and one epoch; bits of one process."""
-    folder, _ = world
-    alone = options(folder, tmp_path / "alone", **{"reference.mode": "joint"})
+    """What `reference.mode: auto` does with a sharded base and one epoch; bits of one process.
+
+    An engine answers in both, and a function of the request, also where the base is evaluated.
+    """
+    site = fake_vllm.install(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("FAKE_VLLM", str(tmp_path))
+    folder, changes = world[0], {"sampling.engine": "vllm", "sampling.workers": "2"}
+    alone = options(folder, tmp_path / "alone", **{"reference.mode": "joint"}, **changes)
     process = fork(child, alone, None, "", str(tmp_path / "log"))
     process.start()
-    sharded = options(folder, tmp_path / "sharded", **{"train.sharding": "fsdp"})
-    assert play(sharded, tmp_path / "log") == [0, 0], (tmp_path / "log0").read_text()
+    sharded = options(folder, tmp_path / "sharded", **{"train.sharding": "fsdp"}, **changes)
+    codes = play(sharded, tmp_path / "log", body=child)
+    assert codes == [0, 0], (tmp_path / "log0").read_text()
     process.join()
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert "gathered once" in (tmp_path / "log0").read_text()
@@ -191,6 +208,21 @@ def test_a_sharded_base_is_gathered_once_for_all_policies(
         for run in ("alone", "sharded")
     ]
     assert found[0] == found[1] and len(found[0]) == 2
+    (path,) = (tmp_path / "sharded").glob("iterations/1/evaluation/evaluation.json")
+    answers = json.loads(path.read_text())["answer_tokens"]
+    assert all(ids == [5 + (ids[0] - 5 + k) % 290 for k in range(len(ids))] for ids in answers)
+
+
+def test_a_sharded_base_does_not_sample(tmp_path: Path) -> None:
+    """Refused before anything is loaded: there is no such model."""
+    rows = write_rows(tmp_path / "data.jsonl", arithmetic(4))
+    arguments = [f"--{key}={value}" for key, value in {
+        "model": tmp_path / "none", "data": rows, "output": tmp_path / "run",
+        "train.sharding": "fsdp"}.items()]  # fmt: skip
+    assert play(arguments, tmp_path / "log", body=child) == [EXIT_INPUT, EXIT_INPUT]
+    told = "".join((tmp_path / f"log{rank}").read_text() for rank in range(2))
+    assert "would gather the whole base" in told and "sampling.engine = vllm" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_signal_to_one_stops_all_and_one_can_go_on_alone(

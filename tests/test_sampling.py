@@ -22,13 +22,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from alphaspin.model import caches
+from alphaspin.model import backbone as module
+from alphaspin.model import caches, routing
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.caches import CACHES
 from alphaspin.model.routing import POLICY
-from alphaspin.model.scoring import sequence_logps
+from alphaspin.model.scoring import logps, sequence_logps
 from alphaspin.model.stepper import Policy, Stepper, mixture
-from alphaspin.model.tree import Tokens
+from alphaspin.model.tree import Tokens, Tree
 from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.decode import Request, decode, filtered, invert, uniforms
 from alphaspin.sampling.settings import SamplingConfig
@@ -422,3 +423,48 @@ def test_sampling_leaves_no_trace_in_scoring(llama: Path) -> None:
         requests = make_requests(make_prompts(5, 1), POLICIES)
         decode(backbone, requests, stop_ids=STOPS, config=SamplingConfig(batch_size=2))
         assert torch.equal(sequence_logps(backbone, batch), before)
+
+
+@pytest.mark.parametrize("name", [PREVIOUS, None])
+def test_one_policy_is_decoded_with_its_adapter_in_the_weights(
+    llama: Path, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No layer works out an update, and the tokens have the probabilities that scoring gives."""
+    backbone = load(llama, POLICY, PREVIOUS)
+    policy = {name: 1.0}
+    requests = [
+        Request(prompt, policy, 9, Draw(3, 0, "sample", i))
+        for i, prompt in enumerate(make_prompts(6, 5))
+    ]
+    run = partial(
+        decode, backbone, stop_ids=STOPS, config=SamplingConfig(batch_size=5), record=True
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "COPIES", -1)
+        apart = run(requests)
+    with monkeypatch.context() as patch:
+        patch.delattr(routing, "segmented_lora")
+        merged = run(requests)
+        with pytest.raises(NameError):
+            run([*requests, Request(requests[0].prompt, {POLICY: 1.0}, 2, None)])
+        with pytest.raises(NameError):
+            run([Request(requests[0].prompt, mixture(PREVIOUS, 0.5), 2, None)])
+    assert backbone.route.merged is None
+    trees = [Tree(r.prompt, (a.tokens,)) for r, a in zip(requests, merged, strict=True)]
+    scored = logps(backbone, name, trees, 6)
+    for mine, other, score in zip(merged, apart, scored, strict=True):
+        assert np.array_equal(mine.tokens, other.tokens)
+        assert mine.logps is not None and other.logps is not None
+        assert np.abs(mine.logps - other.logps).max() < 3e-6
+        assert abs(mine.logps.sum() - score[0]) < 2e-5
+
+
+def test_what_is_not_merged(llama: Path) -> None:
+    """Weights in 16 bits, which would round the update; and after an error nothing stays so."""
+    backbone = load(llama, POLICY, PREVIOUS)
+    with pytest.raises(RuntimeError, match="stop"), backbone.merged(PREVIOUS):
+        assert backbone.route.merged is not None
+        raise RuntimeError("stop")
+    assert backbone.route.merged is None
+    with backbone.bfloat16().merged(PREVIOUS):
+        assert backbone.route.merged is None

@@ -59,7 +59,7 @@ from alphaspin.model.repeatable import repeatable
 from alphaspin.model.routing import POLICY, START
 from alphaspin.model.scoring import ReferenceCache
 from alphaspin.model.verify import Verdict, verify
-from alphaspin.sampling.engine import Needs, OwnSampler, choose
+from alphaspin.sampling.engine import Needs, OwnSampler, check_sharded, choose
 
 OTHER_DAY = (
     ". The chat template prints the date, and versions before this one did not keep that of the run"
@@ -118,6 +118,9 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
     team = Team.of(accelerator, guard)
     console.console.quiet = not team.main
     sharded = config.train.sharding == "fsdp" and team.world_size > 1
+    if sharded:
+        with team.together():
+            check_sharded(config.sampling, team.device, config.lora.r, config.needs_local())
     weights = team.from_main(lambda: base_hash(config.model))  # hundreds of GB, perhaps: once
     now = team.from_main(lambda: clock(config.run_folder()))
     given = config

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,7 +70,7 @@ class Bench:
     heldout: prompts with their demonstrations. chat: for decoding to text. pattern: which part of
     an answer must match (`evaluate.answer`). cap: longest answer in tokens. sampling: how answers
     are drawn. scored: pairs per scoring pass. team: processes that share the prompts and all get
-    the result.
+    the result. ask: what answers, as `decode`, while it is `awake`; engine: its name.
     """
 
     backbone: Backbone
@@ -81,6 +82,9 @@ class Bench:
     sampling: SamplingConfig
     scored: int
     team: Team
+    ask: Callable[..., list[Answer]] = decode
+    awake: Callable[[], AbstractContextManager[Any]] = nullcontext
+    engine: str | None = None
 
     @classmethod
     def of(
@@ -113,6 +117,7 @@ class Bench:
             (self.seed, self.cap, sorted(self.chat.stop_token_ids)),
             (sampling.temperature, sampling.top_p, sampling.top_k),
             (self.pattern, scale),
+            *([self.engine] if self.engine else []),
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -149,7 +154,7 @@ def evaluate(
     def answers(
         indices: Sequence[int], noise: Sequence[Draw | None]
     ) -> list[tuple[list[int], bool]]:
-        found = decode(
+        found = bench.ask(
             backbone,
             [Request(prompts[i], {adapter: 1.0}, bench.cap, noise[i]) for i in indices],
             stop_ids=chat.stop_token_ids,
@@ -166,13 +171,14 @@ def evaluate(
             )
         )
 
-    sampled, greedy = (
-        [
-            Answer(np.array(tokens, np.int32), truncated)
-            for tokens, truncated in team.spread(partial(answers, noise=noise), len(heldout))
-        ]
-        for noise in (draws, [None] * len(heldout))
-    )
+    with bench.awake():
+        sampled, greedy = (
+            [
+                Answer(np.array(tokens, np.int32), truncated)
+                for tokens, truncated in team.spread(partial(answers, noise=noise), len(heldout))
+            ]
+            for noise in (draws, [None] * len(heldout))
+        )
     texts = [chat.decode(answer.tokens) for answer in sampled]
     greedy_texts = [chat.decode(answer.tokens) for answer in greedy]
 

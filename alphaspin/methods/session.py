@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,13 @@ class Session:
         return {"iterates": hashlib.sha256("".join(before).encode()).hexdigest()}
 
     def bench(self) -> Bench:
-        """What its evaluations share."""
-        return Bench.of(self.config, self.backbone, self.chat, self.heldout, self.team)
+        """What its evaluations share; of a sharded base the engine answers here too."""
+        bench = Bench.of(self.config, self.backbone, self.chat, self.heldout, self.team)
+        if self.engine is None or not self.team.sharded:
+            return bench
+        awake = self.engine.awake if isinstance(self.engine, OwnSampler) else nullcontext
+        name = self.config.sampling.engine
+        return replace(bench, ask=self.engine.decode, awake=awake, engine=name)
 
     def examples(self, iteration: int) -> list[int]:
         """The demonstrations that iteration t uses, as indices in random order."""

@@ -57,6 +57,9 @@ from alphaspin.model.routing import (
 )
 from alphaspin.model.settings import NOT_HERE, LoraConfig
 
+COPIES = 2**30
+"""Of weights with an adapter, at most: in layers that large the update costs next to nothing."""
+EXACT = (torch.float32, torch.float64)
 SEEN = 2**62  # added to the seed of the noise on tokens that only have keys and values
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 WEIGHTS = "adapter_model.safetensors"
@@ -670,6 +673,27 @@ class Backbone(nn.Module):
         """The decoder, for code that calls it itself (sampling); `segments` cover all rows."""
         self.route.segments = tuple(segments)
         return self.decoder
+
+    @contextmanager
+    @torch.no_grad()
+    def merged(self, name: str | None) -> Generator[None]:
+        """Within, all passes are of one policy, and its update is added to the weights once.
+
+        That saves two products a layer, and what calling them costs. Nothing is done where the
+        weights have 16 bits, which would round the update away, or 4, where they are shared out
+        among processes, or where their copies would take more than `COPIES` bytes.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, RoutedLinear)]
+        weights = [m.get_base_layer().weight for m in layers]
+        if (
+            all(type(w) is nn.Parameter and w.dtype in EXACT for w in weights)
+            and sum(w.numel() * w.element_size() for w in weights) <= COPIES
+        ):
+            self.route.merged = {layer.number: layer.with_update(name) for layer in layers}
+        try:
+            yield
+        finally:
+            self.route.merged = None
 
     @contextmanager
     def _attending_trees(self) -> Generator[None]:

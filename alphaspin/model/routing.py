@@ -42,6 +42,7 @@ class Route:
     everything to PEFT's active adapter, with `rounding`, if there is one, adding errors of one
     rounding to each output.
     `start` is the adapter, if any, that belongs to the base: segments of no other run under it.
+    `merged` are weights, by the number of their layer, in which the one policy of all tokens is.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -52,6 +53,7 @@ class Route:
     dequantised: dict[int, Tensor] | None = None
     plain: bool = False
     start: str | None = None
+    merged: dict[int, Tensor] | None = None
     rounding: torch.Generator | None = None
 
     def units(self, rows: int, name: str) -> int:
@@ -95,6 +97,9 @@ class RoutedLinear(LoraLinear):
         """
         if self.route.plain:
             return self._plain(super().forward(x, *args, **kwargs))
+        if self.route.merged is not None:
+            bias = cast(nn.Linear, self.base_layer).bias
+            return nn.functional.linear(x, self.route.merged[self.number], bias)
         x_NI = x.reshape(-1, x.shape[-1])
         unit = self.route.units(len(x_NI), self.name)
         adapters: list[tuple[Tensor, Tensor] | None] = []
@@ -143,6 +148,16 @@ class RoutedLinear(LoraLinear):
             rounded=near if rounded else None,
         )
         return y_NO.view(*x.shape[:-1], -1)
+
+    def with_update(self, name: str | None) -> Tensor:
+        """W + (alpha / r) B A [O, I], in the dtype of W; W itself for the base."""
+        base = cast(nn.Linear, self.base_layer)
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        name = name or self.route.start
+        if name is None or name not in self.lora_A:
+            return weight
+        down, up = (cast(nn.Linear, of[name]).weight for of in (self.lora_A, self.lora_B))
+        return torch.addmm(weight, up, down, alpha=cast(float, self.scaling[name]))
 
     def _near(
         self, name: str, down: Tensor, up: Tensor, dtype: torch.dtype

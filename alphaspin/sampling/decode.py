@@ -11,6 +11,7 @@ Shapes: N sequences, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,7 +139,10 @@ def decode(
     Raises:
         ValueError: weights that are not those of a mixture.
     """
-    return _Decoding(backbone, requests, stop_ids, config, record, progress).run()
+    decoding = _Decoding(backbone, requests, stop_ids, config, record, progress)
+    alone = {name for request in requests for name, _ in components(request.policy)}
+    with backbone.merged(*alone) if len(alone) == 1 else nullcontext():
+        return decoding.run()
 
 
 class _Decoding:

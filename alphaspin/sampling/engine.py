@@ -39,6 +39,10 @@ MOST_LORAS = 8
 """Adapters in a batch, of as many players that processes may ask at once."""
 
 
+INSTEAD = "one at sampling.url; or, where the base fits one device, train.sharding = none"
+"""The ways out for a base that is sharded, where vLLM is not there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a run asks of its engine.
@@ -57,7 +61,7 @@ class Needs:
 def choose(
     config: SamplingConfig, chat: ChatFormat, backbone: Backbone, team: Team, needs: Needs
 ) -> "ServerSampler | OwnSampler | None":
-    """What answers under `sampling.engine`; None is the local sampler.
+    """What answers under `sampling.engine`; None is the local sampler, never of a sharded base.
 
     Raises:
         InputError: an engine that is not there or cannot do what is asked of it; a key that is not
@@ -71,24 +75,61 @@ def choose(
             if team.main:
                 server.check(needs.longest)
         return server
-    reason = team.from_main(lambda: _why_not(config, backbone, team, needs))
-    if reason and config.engine == "auto":
+    reason = team.from_main(
+        lambda: why_not(config, team.device, needs.rank, needs.local) or _unknown(config, backbone)
+    )
+    if reason and config.engine == "auto" and not team.sharded:
         console.note(f"sampling.engine = auto: the local sampler answers: {reason}")
         return None
     with team.together():
         if reason:
             raise InputError(
-                f"sampling.engine = vllm without sampling.url: {reason}; or set it to local"
+                f"sampling.engine = {config.engine} without sampling.url: {reason}; {INSTEAD}"
+                if team.sharded
+                else f"sampling.engine = vllm without sampling.url: {reason}; or set it to local"
             )
     return OwnSampler(config, chat, backbone, team, needs)
 
 
-def _why_not(config: SamplingConfig, backbone: Backbone, team: Team, needs: Needs) -> str | None:
-    """Why no vLLM can be started; with `auto`, why none should be."""
+def check_sharded(
+    config: SamplingConfig, device: torch.device, rank: int, local: str | None
+) -> None:
+    """Whether somebody else than a sharded base answers: it would be gathered for each token.
+
+    Args:
+        config: of the run.
+        device: of this process.
+        rank: the largest of its adapters.
+        local: who needs the local sampler, if anybody.
+
+    Raises:
+        InputError: nobody does.
+    """
+    engine, reason = config.engine, None
+    if engine == "local":
+        reason = "each token of an answer would gather the whole base"
+    elif config.owned:
+        reason = why_not(config, device, rank, local)
+    if reason and local:
+        raise InputError(
+            f"train.sharding = fsdp: {local} needs the local sampler, in which each token would "
+            "gather the whole base: choose another, or train.sharding = none"
+        )
+    if reason:
+        raise InputError(
+            f"train.sharding = fsdp with sampling.engine = {engine}: {reason}; let an engine "
+            f"answer: sampling.engine = vllm, which the run starts, or {INSTEAD}"
+        )
+
+
+def why_not(
+    config: SamplingConfig, device: torch.device, rank: int, local: str | None
+) -> str | None:
+    """Why no vLLM can be started; with `auto`, why none should be. As for `check_sharded`."""
     auto = config.engine == "auto"
-    if auto and needs.local:
-        return f"{needs.local} needs it"
-    if auto and team.device.type != "cuda":
+    if auto and local:
+        return f"{local} needs it"
+    if auto and device.type != "cuda":
         return "there is no GPU"
     package = installed(config.vllm_python)
     if package is None:
@@ -97,11 +138,16 @@ def _why_not(config: SamplingConfig, backbone: Backbone, team: Team, needs: Need
             f"vllm is not installed in {where}: pip install vllm, or, as it pins packages, into an "
             "environment of its own, whose interpreter sampling.vllm_python names"
         )
-    name = type(backbone._causal_lm).__name__
-    if auto and not knows(package, name):
+    if rank > RANKS[-1]:
+        return f"vLLM takes adapters up to rank {RANKS[-1]}, and {rank} is asked for"
+    return None
+
+
+def _unknown(config: SamplingConfig, backbone: Backbone) -> str | None:
+    """With `auto`, that vLLM has no such model."""
+    name, package = type(backbone._causal_lm).__name__, installed(config.vllm_python)
+    if config.engine == "auto" and package and not knows(package, name):
         return f"vLLM's table of models has no {name}"
-    if needs.rank > RANKS[-1]:
-        return f"vLLM takes adapters up to rank {RANKS[-1]}, and {needs.rank} is asked for"
     return None
 
 
