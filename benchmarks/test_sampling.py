@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from alphaspin.model import backbone as module
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.stepper import Policy, Stepper, mixture
@@ -110,9 +111,18 @@ def generate(model: Any, asked: Sequence[Request], batch_size: int, cache: str |
     return sum(r.max_tokens for r in asked)
 
 
-def ours(backbone: Backbone, asked: Sequence[Request], batch_size: int, record: bool) -> int:
+def ours(
+    backbone: Backbone,
+    asked: Sequence[Request],
+    batch_size: int,
+    record: bool,
+    copies: int = module.COPIES,
+) -> int:
+    """With an adapter in copies of the weights of so many bytes at most."""
     config = SamplingConfig(batch_size=batch_size)
-    answers = decode(backbone, asked, stop_ids=STOPS, config=config, record=record)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "COPIES", copies)
+        answers = decode(backbone, asked, stop_ids=STOPS, config=config, record=record)
     assert [len(a.tokens) for a in answers] == [r.max_tokens for r in asked]
     return sum(r.max_tokens for r in asked)
 
@@ -236,8 +246,12 @@ def test_sampling(
     base, adapted = (requests(size, caps, {name: 1.0}, prompt, 0) for name in (None, ADAPTER))
     variants: dict[str, tuple[Callable[..., int], list[dict[str, Any]]]] = {
         "alphaspin": (lambda **s: ours(backbone, base, record=False, **s), sizes),
-        "alphaspin, adapter not merged": (
+        "alphaspin, adapter merged": (
             lambda **s: ours(backbone, adapted, record=False, **s),
+            sizes,
+        ),
+        "alphaspin, adapter not merged": (
+            lambda **s: ours(backbone, adapted, record=False, copies=-1, **s),
             sizes,
         ),
         "generate": (lambda **s: generate(plain, base, cache=None, **s), sizes),

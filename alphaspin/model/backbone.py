@@ -684,7 +684,7 @@ class Backbone(nn.Module):
         among processes, or where their copies would take more than `COPIES` bytes.
         """
         layers = [m for m in self.model.modules() if isinstance(m, RoutedLinear)]
-        weights = [m.get_base_layer().weight for m in layers]
+        weights = [cast(nn.Linear, m.base_layer).weight for m in layers]
         if (
             all(type(w) is nn.Parameter and w.dtype in EXACT for w in weights)
             and sum(w.numel() * w.element_size() for w in weights) <= COPIES

@@ -41,7 +41,8 @@ class SamplingConfig(Section):
     """`local`: this process. `vllm` without `url`: vLLM, which the run starts and ends itself; with
     it, a server that is there. `sglang`, `transformers`: a server at `url`; the latter has the base
     only. `auto`: vLLM of one's own on a GPU, where it is installed and knows the model, local
-    otherwise, and wherever local is needed. Evaluation is always local."""
+    otherwise, and wherever local is needed. Evaluation is local, but of a sharded base, which does
+    not sample."""
     url: Address | None = None
     """Address of the server, up to and with `/v1`."""
     vllm_python: Place | None = None
