@@ -48,8 +48,9 @@ def test_every_query_once(trees: list[Tree], window: int | None, softcap: float 
     for places in (batch.places, batch.last and batch.last.places):
         if places is None:
             continue
-        asked = q[: int(places.row.cu_q[-1])]
-        one = partial(varlen.attention, kernel, row=places.row, limits=limits)
+        row = places.row()
+        asked = q[: int(row.cu_q[-1])]
+        one = partial(varlen.attention, kernel, row=row, limits=limits)
         other = partial(attention._by_length, places=places, limits=limits, sinks=None)
         near = 2e-6 if softcap else 1e-12  # there softmax is in fp32
         pairs = zip(

@@ -17,8 +17,9 @@ Shapes: T tokens of the row, M places of all sequences, E places of copies; Q se
 in a bucket; A heads (G for keys), D width of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -52,7 +53,8 @@ class Places:
 
     token: [M] int64, the token at each place (any at a place left empty). home: [T] int64, the
     place whose output is the token's. copies: [E] int64, places at which a token stands again.
-    buckets: (Q, S) each, M = Σ Q·S. row: the same without places left empty.
+    buckets: (Q, S) each, M = Σ Q·S. row: makes the same without places left empty, which CPUs do
+    not need.
 
     Where only the last P of the tokens ask (`asking`), the layer is given these alone, `before` are
     keys and values of the others, and `query` the token of them (from 0) at each place.
@@ -62,7 +64,7 @@ class Places:
     home: Tensor
     copies: Tensor
     buckets: tuple[tuple[int, int], ...]
-    row: varlen.Row
+    row: Callable[[], varlen.Row]
     query: Tensor | None = None
     before: tuple[Tensor, Tensor] | None = None
 
@@ -70,14 +72,19 @@ class Places:
         """The same on `device`."""
         parts = (self.token.to(device), self.home.to(device), self.copies.to(device))
         query = None if self.query is None else self.query.to(device)
-        return Places(*parts, self.buckets, self.row.to(device), query)
+        row = self.row
+        if device.type == "cuda":
+            there = row().to(device)
+            row = lambda: there  # noqa: E731
+        return Places(*parts, self.buckets, row, query)
 
     def asking(self, silent: Tensor, asking: Tensor) -> "Places":
         """The same for the tokens in another order: those [T - P] without a query come first."""
         order = torch.cat([silent, asking])
         token = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))[self.token]
         query = (token - len(silent)).clamp(min=0)  # what is not asked for may be anything
-        row = self.row.asking(silent, asking)
+        whole = self.row
+        row = lambda: whole().asking(silent, asking)  # noqa: E731
         return Places(token, self.home[order], self.copies, self.buckets, row, query)
 
 
@@ -98,7 +105,7 @@ def lay_out(sequences: Sequence[tuple[NDArray[np.int64], int]], tokens: int) -> 
         tokens: T.
     """
     home = np.empty(tokens, np.int64)
-    row = varlen.Row.of(sequences)
+    row = partial(varlen.Row.of, sequences)
     sequences = sorted(sequences, key=lambda sequence: -len(sequence[0]))
     token: list[NDArray[np.int64]] = []
     copies: list[NDArray[np.int64]] = []
@@ -215,7 +222,7 @@ def attend(
     limits = varlen.Limits(scaling, sliding_window, softcap)
     kernel = varlen.choose(q_TAD, k_TGD, v_TGD, limits, s_aux, causal)
     if kernel is not None:
-        y_TAD = varlen.attention(kernel, q_TAD, k_TGD, v_TGD, places.row, limits)
+        y_TAD = varlen.attention(kernel, q_TAD, k_TGD, v_TGD, places.row(), limits)
     else:
         y_TAD = _by_length(q_TAD, k_TGD, v_TGD, places, limits, s_aux)
     return y_TAD.view(rows, width, heads, -1), None
