@@ -26,6 +26,8 @@ from alphaspin_kernels import (
 from helpers import arithmetic, save_model, write_rows
 from torch import Tensor
 
+from alphaspin.model import varlen
+
 N, H, V = 37, 64, 513
 
 
@@ -217,7 +219,7 @@ def main(name: str, folder: Path) -> None:
         play(name, folder)
     if device == "cuda":
         torch.cuda.synchronize()  # a kernel may have failed after its launch
-    print(f"{name}: right on {device}")
+    print(f"{name}: right on {device}", *varlen.on(torch.device(device)), sep="; attention: ")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from alphaspin_kernels._triton import common
 
 from alphaspin.commands import doctor, job
 from alphaspin.config import Config
+from alphaspin.model import varlen
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate
 from alphaspin.model.repeatable import backward, repeatable
@@ -80,6 +81,7 @@ def check(summary: dict[str, Any], events: Any, iterations: int) -> None:
     """What has to hold of every run."""
     assert len(summary["rows"]) >= iterations + 1
     assert summary["trained_tokens"]["train"] > 0
+    assert "one call a layer, by torch" in summary["environment"]["attention"]
     for kernel in ("_low_kernel", "_linear_kernel", "_update_kernel", "_chunk_kernel"):
         assert events.kernels[kernel], f"{kernel} was never launched"
     assert events.operators["torch_attn._varlen_attn_backward.default"]
@@ -134,6 +136,7 @@ def test_attention(family: str, dtype: torch.dtype, version: tuple[int, int], re
         events.operators.clear(), events.waits.clear()
         backward(backbone(batch).sum(), backbone)
         (note,) = (x for x in backbone.notes() if x.startswith("attention"))
+        assert note.endswith(*varlen.on(torch.device("cuda")))
         calls = [events.operators[f"torch_attn._varlen_attn{x}.default"] for x in ("", "_backward")]
     assert calls == ([0, 0] if reason else [2, 2])
     assert reason in note and ("by torch 2" in note) == (not reason)

@@ -255,8 +255,9 @@ def choose(
 
 
 def on(device: torch.device) -> list[str]:
-    """Which ways the layers of this process have taken on a device, and why."""
-    return sorted({str(choice) for form, choice in CHOSEN.items() if form.device == device})
+    """Which ways the layers of this process have taken on such a device, and why."""
+    # By its type: what Accelerate calls the only GPU may have no number.
+    return sorted({str(way) for form, way in CHOSEN.items() if form.device.type == device.type})
 
 
 def find(form: Form, exact: Callable[..., Tensor]) -> Choice:
