@@ -240,6 +240,41 @@ def test_masked_vocabulary(implementation):
     torch.testing.assert_close(ours["hidden"].double(), exact["hidden"], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("h", "before", "after", "copied"),
+    [(72, 0, 0, True), (72, 8, 16, True), (72, 0, 1, False), (72, 1, 7, False), (65, 0, 0, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("implementation", [TRITON], indirect=True)
+def test_the_copy_engine_gets_what_it_takes(
+    h, before, after, copied, softcap, implementation, monkeypatch
+):
+    """Rows of 16 bytes one after another, as tensor descriptors; others go by pointers."""
+    head = importlib.import_module("alphaspin_kernels._triton.head")
+    taken, blocks = [], head.blocks
+    monkeypatch.setattr(
+        head, "blocks", lambda *args, **kw: taken.append(kw["tma"]) or blocks(*args, **kw)
+    )
+    case = problem(n=150, h=h, v=301, k=2, dtype=torch.bfloat16, bias=True)
+    columns = (before, after)
+    case["weight"] = torch.nn.functional.pad(case["weight"], columns)[:, before : before + h]
+    exact = reference.linear_logprob(
+        *(double(case)[name] for name in ("hidden", "weight", "targets")),
+        bias=case["bias"].double(),
+        softcap=softcap,
+        temperature=0.7,
+    )
+    ours = linear_logprob(
+        *(case[name] for name in ("hidden", "weight", "targets")),
+        bias=case["bias"],
+        softcap=softcap,
+        temperature=0.7,
+    )
+    torch.testing.assert_close(ours.double(), exact, rtol=4e-7, atol=3e-6)
+    assert taken[0] is copied
+
+
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("k", [None, 3])
 def test_ignored_rows_are_not_read(k, trainable, implementation):
