@@ -25,6 +25,7 @@ from alphaspin_kernels._triton.common import (
     Kernel,
     Launch,
     bounded,
+    chunk_entries,
     dot,
     head_arguments,
     multiples_of_16,
@@ -34,9 +35,7 @@ from alphaspin_kernels._triton.common import (
 from alphaspin_kernels.checks import check_targets
 from alphaspin_kernels.numerics import active_rows, target_slope
 
-# Logits of a chunk take at most 4096 x 2048 x 4 bytes: 32 MiB stay in the L2 cache of an H100.
 ROWS = 4096
-CHUNKS = ((1024, 8192), (ROWS, 2048))  # (rows up to, entries): few rows would wait for launches
 # A weight p slope / slope(peak) of 16 bits is at most 2^14.
 SMALLEST_SLOPE = tl.constexpr(2.0**-14)
 # Tile skipping decides for SKIP_R rows and SKIP_T entries at a time.
@@ -279,7 +278,7 @@ def _forward_with_row(
     skip_below: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (count, width), vocabulary, per_row = hidden_RH.shape, weight.shape[0], targets_RK.shape[1]
-    chunk = _chunk(count)
+    chunk = chunk_entries(count, width, vocabulary, _chunks(width, vocabulary, frozen=True))
     fp32 = {"dtype": torch.float32, "device": hidden_RH.device}
     peak_R = torch.full((count,), LOWEST.value, **fp32)
     sum_R, skipped_R = torch.zeros((2, count), **fp32)
@@ -389,7 +388,9 @@ def linear_logprob_backward(
     d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty((0,))
     d_bias = weight.new_empty((len(weight) if needs_bias else 0,))
     d_hidden_AH = torch.zeros_like(hidden_AH, dtype=torch.float32) if needs_hidden else None
-    chunk = _chunk(len(active_A))
+    vocabulary, width = weight.shape
+    rows = min(len(active_A), ROWS)
+    chunk = chunk_entries(rows, width, vocabulary, _chunks(width, vocabulary, frozen=False))
     for start in range(0, len(weight), chunk):
         weight_CH = weight[start : start + chunk]
         entries = len(weight_CH)
@@ -428,8 +429,9 @@ def linear_logprob_backward(
     return d_hidden, d_weight, d_bias
 
 
-def _chunk(rows: int) -> int:
-    return next((chunk for limit, chunk in CHUNKS if rows <= limit), CHUNKS[-1][1])
+def _chunks(width: int, vocabulary: int, *, frozen: bool) -> tuple[int, ...]:
+    """Chunks of which a row fits into the registers: the largest where it is read in vectors."""
+    return (4096, 16384) if frozen and multiples_of_16(width, vocabulary) else (4096, 8192)
 
 
 # Warps: as few as spill no registers, whatever triton and GPU (`python -m alphaspin_kernels.gate`).
@@ -483,9 +485,11 @@ def _forms(dtype: torch.dtype, *, even: bool, full: bool) -> list[Launch]:
 
     bias = " bias" * full
     found: list[Launch] = []
-    for _, chunk in CHUNKS:
+    # Full chunks are even where the last is not.
+    for chunk in sorted({*_chunks(0, 0 if even else 1, frozen=True), *_chunks(0, 0, frozen=False)}):
         options = {**head, "TILED": full, **_chunk_blocks(dtype, chunk, even)}
         found.append(form(_chunk_kernel, "p" + bias, options))
+    for chunk in _chunks(0, 0, frozen=False):
         found.append(form(_gradient_kernel, "g" + bias, head | _gradient_blocks(chunk, even)))
     if full:
         options = {"EVEN_H": even, **_kept_blocks(dtype, even)}
