@@ -281,7 +281,7 @@ def blocks(
     """
     # Tiles of rows, entries, H; warps and stages; TWO and FLAT.
     if targets and (tma or even) and dtype != torch.float32:
-        sizes = (128, 128, 64, 8, 3) if capability >= 100 else (64, 64, 64, 4, 3)
+        sizes = (128, 128, 64, 8, 3) if tma and capability >= 100 else (64, 64, 64, 4, 3)
     elif targets:
         sizes = (64, 64, 32, 8 if not even else 4, 3)
     elif tma and capability >= 100:
@@ -298,14 +298,17 @@ def blocks(
     return dict(zip(names, sizes, strict=not targets)) | {"TMA": tma, "EVEN_H": even}
 
 
+def _engine(dtype: torch.dtype, capability: int) -> bool:
+    """Whether tiles come by the copy engine: 16 bits, on 9.x and 10.x (12.x has half the memory)."""
+    return dtype != torch.float32 and capability // 10 in (9, 10)
+
+
 def _copied(x: Tensor) -> bool:
-    """Whether the copy engine takes the matrix: 16-byte rows, one after another, on 9.0."""
-    bytes_apart = x.stride(0) * x.element_size()
+    """Whether the copy engine takes the matrix: 16-byte rows, one after another."""
     return (
-        x.element_size() == 2
-        and capability_of(x) >= 90
+        _engine(x.dtype, capability_of(x))
         and x.stride(0) >= x.shape[1]
-        and bytes_apart % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
     )
 
@@ -416,7 +419,7 @@ def launches(capability: int, *, mixed: bool) -> list[Launch]:
     """Every form in which the kernels can be launched; options once all off and once all on."""
     found: list[Launch] = []
     for (dtype, name), full in itertools.product(SIGNATURE.items(), (False, True)):
-        tma = capability >= 90 and dtype != torch.float32
+        tma = _engine(dtype, capability)
         for targets in (False,) if mixed else (False, True):
             for copied, even in ((tma, not tma), (False, False)):
                 own = blocks(dtype, capability, tma=copied, even=even, mixed=mixed, targets=targets)
