@@ -299,7 +299,7 @@ def blocks(
 
 
 def _engine(dtype: torch.dtype, capability: int) -> bool:
-    """Whether tiles come by the copy engine: 16 bits, on 9.x and 10.x (12.x has half the memory)."""
+    """Whether tiles come by the copy engine: 16 bits, on 9.x and 10.x (12.x has less memory)."""
     return dtype != torch.float32 and capability // 10 in (9, 10)
 
 
