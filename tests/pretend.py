@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from alphaspin.model import varlen
 
@@ -289,6 +291,10 @@ def device_of(value: Any) -> torch.device | None:
     return value if isinstance(value, torch.device) else None
 
 
+def on_host(x: Any) -> Any:
+    return replace(x, base=x.base.host) if isinstance(x, TensorDescriptor) else x.host
+
+
 class Interpreted:
     """A form of a Triton kernel: checks where its arguments are, and gives it their numbers."""
 
@@ -300,11 +306,12 @@ class Interpreted:
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **options: Any) -> Any:
-            elsewhere = [x for x in (*args, *options.values()) if type(x) is Tensor]
+            given = (getattr(x, "base", x) for x in (*args, *options.values()))
+            elsewhere = [x for x in given if type(x) is Tensor]
             if elsewhere:
                 raise RuntimeError(f"{self.form.fn.__name__}: a pointer to memory of the CPU")
             OnGpu.events.kernels[self.form.fn.__name__] += 1
-            numbers = tree_map_only(OnGpu, lambda x: x.host, (args, options))
+            numbers = tree_map_only((OnGpu, TensorDescriptor), on_host, (args, options))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("TRITON_INTERPRET", "1")
                 return self.form[grid](*numbers[0], **numbers[1])
@@ -321,8 +328,8 @@ def gpu(version: tuple[int, int] = NEWEST) -> Generator[Log]:
         _made[0].impl("empty.memory_format", _empty, "PrivateUse1")
         _made[0].impl("empty_strided", _empty_strided, "PrivateUse1")
         _made[0].impl("_copy_from", _copy_from, "PrivateUse1")
-    modules = [import_module(f"alphaspin_kernels._triton.{operator}") for operator in OPERATORS]
-    kernels = {id(k): k for m in modules for k in vars(m).values() if isinstance(k, common.Kernel)}
+    for operator in OPERATORS:
+        import_module(f"alphaspin_kernels._triton.{operator}")
     properties = SimpleNamespace(
         multi_processor_count=4, name="pretended", major=9, minor=0, total_memory=80 * 2**30
     )
@@ -341,7 +348,7 @@ def gpu(version: tuple[int, int] = NEWEST) -> Generator[Log]:
         patch.setattr(torch.cuda, "get_device_name", lambda *_: "pretended")
         load = lambda path, device: {k: v.to(device) for k, v in load_file(path).items()}  # noqa: E731
         patch.setattr("alphaspin.model.backbone.load_file", load)
-        for kernel in kernels.values():
+        for kernel in common.Kernel.made:
             forms = {even: Interpreted(form) for even, form in kernel.forms.items()}
             patch.setattr(kernel, "forms", forms)
         yield OnGpu.events

@@ -15,7 +15,7 @@ from alphaspin_kernels import (
     mixture_logprob,
     segmented_lora,
 )
-from alphaspin_kernels._triton.common import Kernel, multiples_of_16
+from alphaspin_kernels._triton.common import Fast, Kernel, multiples_of_16
 from alphaspin_kernels.gate import SHARED, Report
 from implementations import needs_triton
 
@@ -38,10 +38,26 @@ def test_no_spills_shared_memory_in_limits_and_tensor_cores(operator, capability
         ({"spilled": 8}, "8 bytes of registers"),
         ({"shared": 300_000}, "300000 bytes of shared memory of 232448"),
         ({"tensor_cores": False}, "no wgmma.mma_async in the PTX"),
+        ({"serialised": True}, "each wgmma waits"),
+        ({"copies": 0}, "no UTMALDG"),
+        ({"shape": "m64n128k16"}, "m64n128k16 instead of m64n256k16"),
+        ({"epilogue": 15.4}, "15.4 of 6.0 instructions an entry"),
     ],
 )
 def test_what_the_gate_refuses(changes, problem):
-    good = Report("kernel", 90, 128, 0, 100_000, products=True, tensor_cores=True)
+    good = Report(
+        name="kernel",
+        capability=90,
+        registers=128,
+        spilled=0,
+        shared=100_000,
+        products=True,
+        tensor_cores=True,
+        shape="m64n256k16",
+        copies=6,
+        epilogue=5.1,
+        fast=Fast("m64n256k16", 128 * 256, 6.0),
+    )
     assert good.problems() == []
     assert problem in replace(good, **changes).problems()[0]
 
@@ -52,7 +68,7 @@ def test_only_forms_the_gate_compiles_are_launched(sizes, force, monkeypatch):
     """Of a kernel's two forms, the one for multiples of 16 gets nothing else."""
     force("triton")
     linear = importlib.import_module("alphaspin_kernels._triton.linear_logprob")
-    monkeypatch.setattr(linear, "CHUNKS", ((16, 256),))
+    monkeypatch.setattr(linear, "_chunks", lambda *_, frozen: (256,))
     launched = watch(monkeypatch)
     rows, hidden, vocabulary = sizes
     # Columns before and after those of every matrix: addresses, strides that are not multiples.
@@ -86,13 +102,10 @@ def test_only_forms_the_gate_compiles_are_launched(sizes, force, monkeypatch):
 def watch(monkeypatch) -> set[tuple[str, bool]]:
     """The kernels and forms launched from now on; asserts that they fit their arguments."""
     launched: set[tuple[str, bool]] = set()
-    for operator in OPERATORS:
-        module = importlib.import_module(f"alphaspin_kernels._triton.{operator}")
-        for kernel in vars(module).values():
-            if isinstance(kernel, Kernel):
-                for even, form in kernel.forms.items():
-                    replacement = Watched(form, even, kernel.aligned, launched)
-                    monkeypatch.setitem(kernel.forms, even, replacement)
+    for kernel in Kernel.made:
+        for even, form in kernel.forms.items():
+            replacement = Watched(form, even, kernel.aligned, launched)
+            monkeypatch.setitem(kernel.forms, even, replacement)
     return launched
 
 

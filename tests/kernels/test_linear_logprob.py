@@ -26,6 +26,7 @@ from implementations import (
     LargestTensor,
     generator,
     needs_csrc,
+    needs_triton,
     poisoned,
 )
 
@@ -44,7 +45,7 @@ def use(implementation: str, force, monkeypatch: pytest.MonkeyPatch) -> None:
     if implementation == "triton":
         kernels = importlib.import_module("alphaspin_kernels._triton.linear_logprob")
         monkeypatch.setattr(kernels, "ROWS", 16)
-        monkeypatch.setattr(kernels, "CHUNKS", ((16, CSRC_TILE),))
+        monkeypatch.setattr(kernels, "_chunks", lambda *_, frozen: (CSRC_TILE,))
     if implementation == "packed":
         packed = torch.ops.alphaspin.linear_logprob_cpu_packed
         monkeypatch.setattr(torch.ops.alphaspin, "linear_logprob_cpu", packed)
@@ -238,6 +239,61 @@ def test_masked_vocabulary(implementation):
     ours = differentiate(linear_logprob, case, False)
     torch.testing.assert_close(ours["logp"].double(), exact["logp"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours["hidden"].double(), exact["hidden"], rtol=1e-2, atol=1e-2)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("rows", "width", "vocabulary", "chunk", "gigabytes"),
+    [
+        # 8 times: fp32 mean 4 + 4, hidden states 2 bytes; logits and p 12 bytes an entry.
+        (4096, 4096, 128_256, 16384, 8 * 0.16777 + 6.30402),
+        (1024, 4096, 128_256, 4096, 32 * 0.04194),  # 25 MB a chunk stay in the cache
+        (300, 4096, 128_256, 16384, 8 * 0.01229),
+        (4096, 4096, 50_257, 8192, 7 * 0.16777 + 2.47023),
+    ],
+)
+def test_chunks_that_move_the_fewest_bytes(rows, width, vocabulary, chunk, gigabytes):
+    linear = importlib.import_module("alphaspin_kernels._triton.linear_logprob")
+    common = importlib.import_module("alphaspin_kernels._triton.common")
+    sizes = linear._chunks(width, vocabulary, frozen=True)
+    assert common.chunk_entries(rows, width, vocabulary, sizes) == chunk
+    moved = common.chunk_bytes(rows, width, vocabulary, chunk) / 1e9
+    assert moved == pytest.approx(gigabytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("h", "before", "after", "copied"),
+    [(72, 0, 0, True), (72, 8, 16, True), (72, 0, 1, False), (72, 1, 7, False), (65, 0, 0, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("implementation", [TRITON], indirect=True)
+def test_the_copy_engine_gets_what_it_takes(
+    h, before, after, copied, softcap, implementation, monkeypatch
+):
+    """Rows of 16 bytes one after another, as tensor descriptors; others go by pointers."""
+    head = importlib.import_module("alphaspin_kernels._triton.head")
+    taken, blocks = [], head.blocks
+    monkeypatch.setattr(
+        head, "blocks", lambda *args, **kw: taken.append(kw["tma"]) or blocks(*args, **kw)
+    )
+    case = problem(n=150, h=h, v=301, k=2, dtype=torch.bfloat16, bias=True)
+    columns = (before, after)
+    case["weight"] = torch.nn.functional.pad(case["weight"], columns)[:, before : before + h]
+    exact = reference.linear_logprob(
+        *(double(case)[name] for name in ("hidden", "weight", "targets")),
+        bias=case["bias"].double(),
+        softcap=softcap,
+        temperature=0.7,
+    )
+    ours = linear_logprob(
+        *(case[name] for name in ("hidden", "weight", "targets")),
+        bias=case["bias"],
+        softcap=softcap,
+        temperature=0.7,
+    )
+    torch.testing.assert_close(ours.double(), exact, rtol=4e-7, atol=3e-6)
+    assert taken[0] is copied
 
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])

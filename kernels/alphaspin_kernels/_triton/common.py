@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -14,6 +14,8 @@ from torch import Tensor
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 LOWEST = tl.constexpr(-3.4028234e38)  # of fp32
+# What stays in the L2 cache: 50 MB on an H100, less what streams through it.
+CACHE = 32 << 20
 SIGNATURE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -26,7 +28,10 @@ class Kernel:
     1, at the launch that first has it: forms that the gate has not seen.
     """
 
+    made: ClassVar[list["Kernel"]] = []
+
     def __init__(self, aligned: str) -> None:
+        self.made.append(self)
         self.aligned = aligned.split()
 
     def __call__(self, function: Any) -> "Kernel":
@@ -51,6 +56,21 @@ def multiples_of_16(*arguments: Tensor | int | None) -> bool:
 
 
 @dataclass(frozen=True)
+class Fast:
+    """What the gate asserts of a form beyond that it fits.
+
+    Attributes:
+        shape: of the tensor cores' instruction, in the PTX.
+        elements: results of a tile's product, which the epilogue takes.
+        epilogue: fp32 instructions for each of them, at most.
+    """
+
+    shape: str
+    elements: int
+    epilogue: float
+
+
+@dataclass(frozen=True)
 class Launch:
     """One compiled form of a kernel.
 
@@ -62,6 +82,7 @@ class Launch:
         num_warps: warps per program.
         num_stages: depth of the software pipeline.
         products: whether it has ``tl.dot``, so that tensor-core instructions are expected.
+        fast: what makes it fast, where that is known and the gate shall hold it.
     """
 
     kernel: Any
@@ -71,6 +92,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     products: bool = False
+    fast: "Fast | None" = None
 
     @classmethod
     def of(
@@ -81,6 +103,7 @@ class Launch:
         options: dict[str, Any],
         *,
         products: bool = False,
+        fast: "Fast | None" = None,
     ) -> "Launch":
         """Shorter to write: ``[("*bf16", "hidden weight")]``, and options as a launch has them.
 
@@ -93,7 +116,7 @@ class Launch:
         named = {name: kind for kind, names in types for name in names.split() if name in own}
         options |= dict.fromkeys(set(own) - named.keys() - options.keys())
         aligned = tuple(name for name in kernel.aligned if even and name in named)
-        return cls(kernel[even], named, options, aligned, products=products, **compiler)
+        return cls(kernel[even], named, options, aligned, products=products, fast=fast, **compiler)
 
 
 def capability_of(x: Tensor) -> int:
@@ -127,31 +150,20 @@ def head_arguments(
     }
 
 
-def partition(
-    rows: int, vocabulary: int, blocks: dict[str, int], processors: int
-) -> tuple[tuple[int, int], int]:
-    """Grid of (row blocks, parts of the vocabulary), and the entries of a part.
+def chunk_bytes(rows: int, width: int, vocabulary: int, chunk: int) -> int:
+    """Bytes that the frozen head's gradient moves through memory beside the head itself.
 
-    The parts fill the processors with the fewest tiles one after another.
+    A chunk reads and writes the fp32 mean [rows, width] and reads the hidden states; its logits in
+    fp32 and p in 16 bits are written and read there if both do not stay in the cache.
     """
-    row_blocks = triton.cdiv(rows, blocks["BLOCK_R"])
-    tiles = triton.cdiv(vocabulary, blocks["BLOCK_T"])
-
-    def time(parts: int) -> int:
-        return triton.cdiv(row_blocks * parts, processors) * triton.cdiv(tiles, parts)
-
-    parts = min(range(1, min(tiles, processors) + 1), key=time)
-    span = triton.cdiv(tiles, parts) * blocks["BLOCK_T"]
-    return (row_blocks, triton.cdiv(vocabulary, span)), span
+    chunks = triton.cdiv(vocabulary, chunk)
+    tiles = 0 if 6 * rows * min(chunk, vocabulary) <= CACHE else 12 * rows * vocabulary
+    return chunks * rows * width * (4 + 4 + 2) + tiles
 
 
-def combine(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum and sum of e^(z' - maximum) of the vocabulary from those of its parts, [parts, ...].
-
-    Overwrites the peaks.
-    """
-    peak = peaks.amax(0)
-    return peak, (peaks.sub_(peak).exp_() * sums).sum(0)
+def chunk_entries(rows: int, width: int, vocabulary: int, sizes: Sequence[int]) -> int:
+    """The chunk that moves the fewest bytes."""
+    return min(sizes, key=lambda chunk: chunk_bytes(rows, width, vocabulary, chunk))
 
 
 def multiply_add(c: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
@@ -178,14 +190,14 @@ def dot(a, b, accumulator):
 
 @triton.jit
 def tanh(x):
-    """tanh for fp32; by its series near 0, where 1 - e^(-2|x|) would lose digits."""
-    a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
-    far = (1.0 - e) / (1.0 + e)
+    """tanh for fp32; by its series near 0, where 1 - 2 / (1 + e^2x) would lose digits."""
+    # 2 log2(e) x, bounded where e^2x would overflow.
+    e = tl.exp2(tl.minimum(x * 2.8853900817779268, 100.0))
+    far = 1.0 - 2.0 / (1.0 + e)
     s = x * x
-    near = a * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * 62.0 / 2835.0))))
-    size = tl.where(a < 0.3, near, far)
-    return tl.where(x < 0.0, -size, size)
+    series = s * 0.021869488536155203 - 0.053968253968253971  # 62 / 2835, -17 / 315
+    series = s * (s * (s * series + 0.13333333333333333) - 0.33333333333333333)
+    return tl.where(tl.abs(x) < 0.3, x + x * series, far)
 
 
 @triton.jit
@@ -194,21 +206,3 @@ def bounded(z, cap, temperature, CAPPED: tl.constexpr):
     if CAPPED:
         z = cap * tanh(z / cap)
     return z / temperature
-
-
-@triton.jit
-def absorb(z_RT, peak_R, sum_R):
-    """Running maximum and sum of e^(z' - maximum), with a tile more."""
-    new_R = tl.maximum(peak_R, tl.max(z_RT, 1))
-    sum_R = sum_R * tl.exp(peak_R - new_R) + tl.sum(tl.exp(z_RT - new_R[:, None]), 1)
-    return new_R, sum_R
-
-
-@triton.jit
-def store_chosen(z_RT, t, start, end, targets, row, K, chosen, r, A):
-    """Store z' of the targets in [start, end), which lies in the tile of the entries t."""
-    for k in range(K):
-        target_R = tl.load(targets + row * K + k, mask=r < A, other=-1)
-        here_R = (target_R >= start) & (target_R < end)
-        z_R = tl.sum(tl.where(t[None, :] == target_R[:, None], z_RT, 0.0), 1)
-        tl.store(chosen + r.to(tl.int64) * K + k, z_R, mask=here_R)

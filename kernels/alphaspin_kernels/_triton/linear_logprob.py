@@ -1,11 +1,11 @@
 """linear_logprob on the GPU.
 
-Without a gradient, one kernel multiplies and takes the running log-sum-exp of each tile while it is
-in registers. With one, the products are bare cuBLAS products (Triton's reach about two thirds of
-their speed on Hopper): logits of a vocabulary chunk that stays in the L2 cache in fp32, one Triton
-pass over it for the running softmax, the second product into E_p[slope W]. A trainable head
-recomputes the chunks in its backward pass. Kernels, launch plans and the two passes stand in one
-file: a plan is only right for the kernel it launches, and is read beside it.
+Without a gradient, one kernel multiplies and takes the sums of each tile while it is in registers
+(:mod:`alphaspin_kernels._triton.head`). With one, the products are bare cuBLAS products: logits of
+a vocabulary chunk in fp32, one Triton pass over it for the running softmax, the second product into
+E_p[slope W]. A trainable head recomputes the chunks in its backward pass. Kernels, launch plans and
+the two passes stand in one file: a plan is only right for the kernel it launches, and is read
+beside it.
 
 Shape suffixes: A active rows, R rows and T vocabulary entries of a block, C entries of a chunk, H
 hidden size, V vocabulary, K targets per row.
@@ -18,30 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alphaspin_kernels._triton import head as forward
 from alphaspin_kernels._triton.common import (
     LOWEST,
     SIGNATURE,
     Kernel,
     Launch,
-    absorb,
     bounded,
-    capability_of,
-    combine,
+    chunk_entries,
     dot,
     head_arguments,
     multiples_of_16,
     multiply_add,
-    partition,
-    processors,
-    store_chosen,
     unit_stride,
 )
 from alphaspin_kernels.checks import check_targets
 from alphaspin_kernels.numerics import active_rows, target_slope
 
-# Logits of a chunk take at most 4096 x 2048 x 4 bytes: 32 MiB stay in the L2 cache of an H100.
 ROWS = 4096
-CHUNKS = ((1024, 8192), (ROWS, 2048))  # (rows up to, entries): few rows would wait for launches
 # A weight p slope / slope(peak) of 16 bits is at most 2^14.
 SMALLEST_SLOPE = tl.constexpr(2.0**-14)
 # Tile skipping decides for SKIP_R rows and SKIP_T entries at a time.
@@ -61,72 +55,6 @@ def _slope(z, cap, temperature, CAPPED: tl.constexpr):
 def _unit(peak, cap, temperature):
     """The slope at the row's peak, in which p times slope is counted; not 0."""
     return tl.maximum(_slope(peak, cap, temperature, True), SMALLEST_SLOPE)
-
-
-@Kernel("hidden weight H hidden_stride weight_stride")
-def _forward_kernel(
-    hidden,
-    weight,
-    bias,
-    targets,
-    rows,
-    peaks,
-    sums,
-    chosen,
-    A,
-    V,
-    H,
-    hidden_stride,
-    weight_stride,
-    K,
-    span,
-    cap,
-    temperature,
-    HAS_BIAS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    EVEN_H: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Maximum and sum of e^(z' - maximum) of BLOCK_R rows over `span` entries; z' at the targets.
-
-    Programs that run together have different rows and the same entries: they share the head's tiles
-    in the L2 cache.
-    """
-    split = tl.program_id(1)
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = tl.load(rows + r, mask=r < A, other=0)
-    first = split * span
-    last = tl.minimum(first + span, V)
-    h = tl.arange(0, BLOCK_H)
-    hidden_R = hidden + row * hidden_stride
-    peak_R = tl.full((BLOCK_R,), LOWEST, tl.float32)
-    sum_R = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(first, last, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        # Entries past the end read the last one, and are masked below.
-        weight_T = weight + tl.minimum(t, V - 1).to(tl.int64) * weight_stride
-        z_RT = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
-        for at in range(0, H, BLOCK_H):
-            hidden_RH = hidden_R[:, None] + (at + h)[None, :]
-            weight_HT = weight_T[None, :] + (at + h)[:, None]
-            if EVEN_H:
-                z_RT = dot(tl.load(hidden_RH), tl.load(weight_HT), z_RT)
-            else:
-                inside = at + h < H
-                hidden_RH = tl.load(hidden_RH, mask=inside[None, :], other=0.0)
-                weight_HT = tl.load(weight_HT, mask=inside[:, None], other=0.0)
-                z_RT = dot(hidden_RH, weight_HT, z_RT)
-        if HAS_BIAS:
-            z_RT += tl.load(bias + t, mask=t < last, other=0.0).to(tl.float32)[None, :]
-        z_RT = bounded(z_RT, cap, temperature, CAPPED)
-        z_RT = tl.where((t < last)[None, :], z_RT, -float("inf"))
-        end = tl.minimum(start + BLOCK_T, last)
-        store_chosen(z_RT, t, start, end, targets, row, K, chosen, r, A)
-        peak_R, sum_R = absorb(z_RT, peak_R, sum_R)
-    tl.store(peaks + split * A + r, peak_R, mask=r < A)
-    tl.store(sums + split * A + r, sum_R, mask=r < A)
 
 
 @Kernel("logits p means width H")
@@ -279,23 +207,6 @@ def _gradient_kernel(
     tl.store(g + row * width + c, g_C.to(g.dtype.element_ty), mask=c < width)
 
 
-def blocks(dtype: torch.dtype, capability: int, even: bool) -> dict[str, int]:
-    """Blocks of the forward kernel: as large as registers (forward) and shared memory allow.
-
-    ``even`` says that rows start at multiples of 16 bytes and H is a multiple of BLOCK_H; otherwise
-    every load is masked and narrow, and what it needs besides leaves room for small blocks only.
-    """
-    if not even:
-        return {"BLOCK_R": 64, "BLOCK_T": 64, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
-    if dtype == torch.float32:
-        return {"BLOCK_R": 64, "BLOCK_T": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 3}
-    if capability == 100:
-        return {"BLOCK_R": 128, "BLOCK_T": 64, "BLOCK_H": 64, "num_warps": 8, "num_stages": 4}
-    if capability == 90:
-        return {"BLOCK_R": 128, "BLOCK_T": 128, "BLOCK_H": 64, "num_warps": 8, "num_stages": 4}
-    return {"BLOCK_R": 128, "BLOCK_T": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 4}
-
-
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -325,7 +236,8 @@ def linear_logprob(
         return logp_NK, lse_N, row_NH, skipped_N
     head = head_arguments(bias, softcap, temperature)
     if not with_row:
-        _forward(hidden, weight, targets, active_A, logp_NK, lse_N, head)
+        options = (bias, softcap, temperature)
+        _forward(hidden, weight, targets, active_A, logp_NK, lse_N, *options)
     else:
         for rows_R in active_A.split(ROWS):
             chunked = _forward_with_row(
@@ -343,39 +255,18 @@ def _forward(
     active_A: Tensor,
     logp_NK: Tensor,
     lse_N: Tensor,
-    head: dict[str, Any],
+    *options: Any,
 ) -> None:
-    count, (vocabulary, width), per_row = len(active_A), weight.shape, targets.shape[1]
-    strides = hidden.stride(0), weight.stride(0)
-    even = width % 64 == 0 and multiples_of_16(hidden, weight, *strides)
-    config = blocks(hidden.dtype, capability_of(hidden), even)
-    grid, span = partition(count, vocabulary, config, processors(hidden))
-    peaks_SA, sums_SA = hidden.new_empty((2, grid[1], count), dtype=torch.float32)
-    chosen_AK = hidden.new_zeros((count, per_row), dtype=torch.float32)
-    _forward_kernel[even][grid](
-        hidden=hidden,
-        weight=weight,
-        targets=targets,
-        rows=active_A,
-        peaks=peaks_SA,
-        sums=sums_SA,
-        chosen=chosen_AK,
-        A=count,
-        V=vocabulary,
-        H=width,
-        hidden_stride=strides[0],
-        weight_stride=strides[1],
-        K=per_row,
-        span=span,
-        EVEN_H=even,
-        **head,
-        **config,
-    )
-    peak_A, sum_A = combine(peaks_SA, sums_SA)
-    log_sum_A = sum_A.log_()
-    # z - max first: both are large together on peaked rows, and the rest is what matters.
-    logp_NK[active_A] = chosen_AK - peak_A[:, None] - log_sum_A[:, None]
-    lse_N[active_A] = peak_A + log_sum_A
+    """Fill logp and lse of the active rows; the options are bias, softcap and temperature."""
+    for rows_R in active_A.split(forward.ROWS):
+        hidden_RH = hidden[rows_R]
+        (peak_R,), (sum_R,) = forward.log_sums(hidden_RH, weight, *options)
+        y_RK = forward.at_targets(hidden_RH, weight, targets[rows_R], *options)
+        peak_R, log_sum_R = peak_R.double(), sum_R.double().log2()
+        # y - max first: both are large together on peaked rows, and the rest is what matters.
+        logp_RK = (y_RK - peak_R[:, None] - log_sum_R[:, None]) * forward.LN2
+        logp_NK[rows_R] = logp_RK.float()
+        lse_N[rows_R] = ((peak_R + log_sum_R) * forward.LN2).float()
 
 
 def _forward_with_row(
@@ -387,7 +278,7 @@ def _forward_with_row(
     skip_below: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (count, width), vocabulary, per_row = hidden_RH.shape, weight.shape[0], targets_RK.shape[1]
-    chunk = _chunk(count)
+    chunk = chunk_entries(count, width, vocabulary, _chunks(width, vocabulary, frozen=True))
     fp32 = {"dtype": torch.float32, "device": hidden_RH.device}
     peak_R = torch.full((count,), LOWEST.value, **fp32)
     sum_R, skipped_R = torch.zeros((2, count), **fp32)
@@ -497,7 +388,9 @@ def linear_logprob_backward(
     d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty((0,))
     d_bias = weight.new_empty((len(weight) if needs_bias else 0,))
     d_hidden_AH = torch.zeros_like(hidden_AH, dtype=torch.float32) if needs_hidden else None
-    chunk = _chunk(len(active_A))
+    vocabulary, width = weight.shape
+    rows = min(len(active_A), ROWS)
+    chunk = chunk_entries(rows, width, vocabulary, _chunks(width, vocabulary, frozen=False))
     for start in range(0, len(weight), chunk):
         weight_CH = weight[start : start + chunk]
         entries = len(weight_CH)
@@ -536,8 +429,9 @@ def linear_logprob_backward(
     return d_hidden, d_weight, d_bias
 
 
-def _chunk(rows: int) -> int:
-    return next((chunk for limit, chunk in CHUNKS if rows <= limit), CHUNKS[-1][1])
+def _chunks(width: int, vocabulary: int, *, frozen: bool) -> tuple[int, ...]:
+    """Chunks of which a row fits into the registers: the largest where it is read in vectors."""
+    return (4096, 16384) if frozen and multiples_of_16(width, vocabulary) else (4096, 8192)
 
 
 # Warps: as few as spill no registers, whatever triton and GPU (`python -m alphaspin_kernels.gate`).
@@ -565,16 +459,16 @@ def _kept_blocks(dtype: torch.dtype, even: bool) -> dict[str, int]:
 
 def launches(capability: int) -> list[Launch]:
     """Every form in which the kernels can be launched; options once all off and once all on."""
-    return [
+    return forward.launches(capability, mixed=False) + [
         launch
         for dtype in SIGNATURE
         for even in (True, False)
         for full in (False, True)
-        for launch in _forms(dtype, capability, even=even, full=full)
+        for launch in _forms(dtype, even=even, full=full)
     ]
 
 
-def _forms(dtype: torch.dtype, capability: int, *, even: bool, full: bool) -> list[Launch]:
+def _forms(dtype: torch.dtype, *, even: bool, full: bool) -> list[Launch]:
     head = {"HAS_BIAS": full, "CAPPED": full}
 
     def form(kernel: Kernel, own: str, options: dict[str, Any], products: bool = False) -> Launch:
@@ -590,11 +484,12 @@ def _forms(dtype: torch.dtype, capability: int, *, even: bool, full: bool) -> li
         return Launch.of(kernel, even, types, options, products=products)
 
     bias = " bias" * full
-    tile = {**head, "EVEN_H": even, **blocks(dtype, capability, even)}
-    found = [form(_forward_kernel, "hidden weight" + bias, tile, True)]
-    for _, chunk in CHUNKS:
+    found: list[Launch] = []
+    # Full chunks are even where the last is not.
+    for chunk in sorted({*_chunks(0, 0 if even else 1, frozen=True), *_chunks(0, 0, frozen=False)}):
         options = {**head, "TILED": full, **_chunk_blocks(dtype, chunk, even)}
         found.append(form(_chunk_kernel, "p" + bias, options))
+    for chunk in _chunks(0, 0, frozen=False):
         found.append(form(_gradient_kernel, "g" + bias, head | _gradient_blocks(chunk, even)))
     if full:
         options = {"EVEN_H": even, **_kept_blocks(dtype, even)}
