@@ -81,6 +81,18 @@ GPUS = {
 }
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a plan is for: some GPUs of one kind or, without one, the machine that it is made on."""
+
+    gpu: Gpu | None = None
+    name: str = ""
+    count: int = 1
+
+
+HERE = Target()
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU of this name.
 
