@@ -32,8 +32,9 @@ from alphaspin.errors import (
 )
 from alphaspin.evaluation.benchmarks import BENCHMARK
 from alphaspin.foundation import console
+from alphaspin.foundation.gpus import HERE, Target, find_gpu
 from alphaspin.foundation.paths import home, packaged
-from alphaspin.foundation.section import Section
+from alphaspin.foundation.section import PositiveInt, Section
 from alphaspin.judges import JUDGE
 
 S = TypeVar("S", bound=Section)
@@ -77,12 +78,16 @@ class _TrainCommand(Config):
     """
 
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print what the run will do (prompts, tokens, steps, memory, disk) and stop. Downloads
+    """Print what the run will do (prompts, tokens, steps, memory, disk, time) and stop. Downloads
     nothing."""
+    gpu: str | None = None
+    """With `--plan`: for this GPU (a100, h100, h200, b200) instead of the machine here."""
+    gpus: PositiveInt = 1
+    """With `--plan --gpu`: how many of them."""
 
 
-def parse(words: Sequence[str]) -> tuple[Config, bool]:
-    """The configuration of a command line, and whether only the plan is wanted.
+def parse(words: Sequence[str]) -> tuple[Config, Target | None]:
+    """The configuration of a command line and, if only the plan is wanted, for what.
 
     Raises:
         InputError: a bad key or value, in the recipe or on the command line.
@@ -98,11 +103,12 @@ def parse(words: Sequence[str]) -> tuple[Config, bool]:
     start = recipe.choosing({key: name for key, name in own_kinds.items() if name})
     kind = special(_TrainCommand, start)
     if "--help-all" in rest:
-        _help(kind, _unset(kind, start, plan=False), "alphaspin-train [RECIPE or FILE.yaml]")
+        default = _unset(kind, start, plan=False, gpu=None, gpus=1)
+        _help(kind, default, "alphaspin-train [RECIPE or FILE.yaml]")
     if arguments.is_help(rest):
         _first_help(kind, start)
     changes = arguments.read(kind, rest, start)
-    plan_only = changes.pop("plan", False)
+    target = _target(changes)
     values = start.model_dump()
     if changes.get("lora", {}).get("start"):  # whose form gives way to that of the adapter
         values["lora"] = {"dropout": values["lora"]["dropout"]}
@@ -112,7 +118,21 @@ def parse(words: Sequence[str]) -> tuple[Config, bool]:
         config = config.model_copy(update={"hints": None})
     if config.data != recipe.data and "split" not in changes:
         config = config.model_copy(update={"split": Config.model_fields["split"].default})
-    return config, plan_only
+    return config, target
+
+
+def _target(changes: dict[str, Any]) -> Target | None:
+    """What the plan is for, of options that are no settings; None where none is wanted."""
+    plan, gpu, gpus = (changes.pop(key, None) for key in ("plan", "gpu", "gpus"))
+    if not plan and (gpu or gpus):
+        raise InputError(f"--{'gpu' if gpu else 'gpus'} has no effect without --plan")
+    if gpus and not gpu:
+        raise InputError("--gpus has no effect without --gpu")
+    if gpus and not (str(gpus).isdecimal() and int(gpus) > 0):
+        raise InputError(f"--gpus = {gpus}: is no number of GPUs")
+    if not plan:
+        return None
+    return Target(find_gpu(gpu), gpu.lower(), int(gpus or 1)) if gpu else HERE
 
 
 def _checked(kind: type[S], values: dict[str, Any]) -> S:
@@ -178,9 +198,9 @@ def _help(kind: type[Section], default: Any, program: str) -> NoReturn:
 
 
 def _train(words: Sequence[str]) -> None:
-    config, plan_only = parse(words)
-    if plan_only:
-        _plan(config)
+    config, target = parse(words)
+    if target:
+        _plan(config, target)
         return
     from alphaspin import api
     from alphaspin.commands import job
@@ -191,10 +211,10 @@ def _train(words: Sequence[str]) -> None:
     job.disconnect()
 
 
-def _plan(config: Config) -> None:
+def _plan(config: Config, target: Target) -> None:
     from alphaspin.commands import plan
 
-    plan.show(config)
+    plan.show(config, target)
 
 
 def _alone(command: str) -> None:

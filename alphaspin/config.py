@@ -115,6 +115,8 @@ class PlanHints(Section):
     """Transformer layers."""
     vocabulary: PositiveInt
     """Vocabulary size."""
+    kv_width: PositiveInt | None = None
+    """Numbers of the keys of a token and layer; by default the hidden size."""
     tied: bool = False
     """Whether the head and the embeddings are one matrix."""
     adapter_parameters_per_rank: PositiveInt

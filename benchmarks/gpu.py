@@ -170,6 +170,9 @@ def main(out: Path) -> int:
         if numbers := sorted(map(str, results.rglob("*.json"))):
             roofline += ["--measured", *numbers]
         problems.append(part("roofline", roofline, ROOFLINE, out / "roofline.txt"))
+        if numbers:
+            model = [python, "benchmarks/machine.py", "--measured", *numbers]
+            problems.append(part("predicted", model, ROOFLINE, out / "roofline.txt"))
         tables = (path.read_text() for path in sorted(results.rglob("*.md")))
         (out / "tables.md").write_text("\n".join(tables))
         with tarfile.open(out / "results.tar.gz", "w:gz") as archive:

@@ -13,22 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peaks: bf16 products per second (dense), bytes per second, and who says so."""
-
-    rate: float
-    bandwidth: float
-    source: str
-
-
-GPUS = {
-    "a100": Gpu(312e12, 2.039e12, "NVIDIA A100 datasheet, 80GB SXM"),
-    "h100": Gpu(989e12, 3.35e12, "NVIDIA H100 datasheet, SXM, without sparsity"),
-    "h200": Gpu(989e12, 4.8e12, "NVIDIA H200 datasheet, SXM, without sparsity"),
-    "b200": Gpu(2250e12, 8.0e12, "NVIDIA HGX B200 datasheet, without sparsity"),
-}
+from alphaspin.foundation.gpus import GPUS, Gpu
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The runs of the α-SPIN paper (Alami et al., arXiv 2404.04291): plan, play, measure, tabulate.
 
-    python scripts/reproduce.py --plan [--gpu h100]           # runs, least cost, what they fill
+    python scripts/reproduce.py --plan [--gpu h100]           # runs, their cost, what they fill
     python scripts/reproduce.py --output FOLDER --mt-bench \\
         "--benchmark.questions question.jsonl --judge.kind server --judge.url URL --judge.model M"
     python scripts/reproduce.py --output FOLDER --stand-in    # all of it in minutes, on a CPU
@@ -23,23 +23,20 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "benchmarks")]
-import roofline  # noqa: E402
-
-from alphaspin.cli import parse  # noqa: E402
-from alphaspin.commands.plan import gather  # noqa: E402
-from alphaspin.config import Config  # noqa: E402
-from alphaspin.errors import InputError  # noqa: E402
-from alphaspin.evaluation.benchmarks.open_llm import COUNTED  # noqa: E402
-from alphaspin.foundation import console  # noqa: E402
-from alphaspin.foundation.paths import packaged  # noqa: E402
-from alphaspin.foundation.section import at  # noqa: E402
-from alphaspin.judges.base import Comparison  # noqa: E402
-from alphaspin.report.page import in_order  # noqa: E402
+from alphaspin.cli import parse
+from alphaspin.commands import timing
+from alphaspin.commands.plan import gather
+from alphaspin.errors import InputError
+from alphaspin.evaluation.benchmarks.open_llm import COUNTED
+from alphaspin.foundation import console
+from alphaspin.foundation.gpus import GPUS, Target, find_gpu
+from alphaspin.foundation.section import at
+from alphaspin.judges.base import Comparison
+from alphaspin.report.page import in_order
 
 RUNS = {
     "spin": ["--reference.alpha", "1"],
@@ -80,9 +77,6 @@ STAND_IN_JUDGE = shlex.split(
     f"--judge.folder {shlex.quote(str(Path(__file__).parent))} --benchmark.max_tokens 24"
 )
 
-GEMMA = {"heads": 8, "kv_heads": 1, "head_dim": 256, "intermediate": 16384}
-"""Of gemma-2b, from its config.json; the rest is in the recipe's hints."""
-
 
 def words(pair: Comparison) -> float:
     """The stand-in's grade: 1 and the different words of the answer, at most 10."""
@@ -113,66 +107,25 @@ def settings(name: str, options: argparse.Namespace) -> list[str]:
     return ["gemma-2b-ultrachat", *(word for key, own in values.items() for word in (key, *own))]
 
 
-def cost(config: Config, t: int, gpu: roofline.Gpu) -> tuple[float, float, float]:
-    """Least seconds of iteration t on one GPU: sampling, reference log-probs, training.
-
-    Sampling: 2 operations a parameter and token, and all weights read once for each token of a
-    batch. The rest: the model of benchmarks/roofline.py. Attention's cache, the GFlowNet's training
-    and the evaluation are not in it.
-    """
-    config, facts = gather(config)
-    prompts = min(at(config.selfplay.prompts, t), facts.demonstrations)
-    both = facts.prompt_tokens + 2 * facts.response_tokens  # a pair shares its prompt
-    answers = prompts * facts.response_tokens
-    sampling = roofline.Work(
-        2 * facts.parameters * (prompts * facts.prompt_tokens + answers),
-        2 * facts.parameters * answers / min(config.sampling.batch_size, prompts),
-    ).floor(gpu)
-    layers, hidden = int(facts.layers), int(facts.hidden)
-    tiny = config.model == "tiny"
-    known = roofline.from_config(packaged("tiny/model")) if tiny else GEMMA
-    shape = argparse.Namespace(**{**known, "hidden": hidden})
-    shapes = roofline.linears(shape)
-    widths = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim)
-
-    def passed(tokens: int, backward: bool) -> roofline.Work:
-        work = roofline.attention(tokens, int(both), *widths)
-        for i, o in shapes:
-            work += roofline.lora(tokens, i, o, config.lora.r)
-        if backward:
-            work += roofline.attention(tokens, int(both), *widths, True)
-            for i, o in shapes:
-                work += roofline.lora_backward(tokens, i, o, config.lora.r)
-        return roofline.Work(layers * work.operations, layers * work.moved)
-
-    tokens, scored = int(prompts * both), int(prompts * 2 * facts.response_tokens)
-    vocabulary = int(facts.vocabulary)
-    policies = 2 if t else 1  # the base, and from t = 1 on the previous iterate
-    reference = (passed(tokens, False) + roofline.head(scored, hidden, vocabulary)).floor(gpu)
-    epochs = config.train.epochs
-    work = passed(epochs * tokens, True) + roofline.head(epochs * scored, hidden, vocabulary, 2)
-    if config.train.activation_checkpointing:
-        work += passed(epochs * tokens, False)
-    return sampling, policies * reference, work.floor(gpu)
-
-
 def plan(options: argparse.Namespace) -> None:
-    """Print the runs, what each costs at least, and what it fills."""
-    gpu = roofline.GPUS[options.gpu]
+    """Print the runs, about what each costs, and what it fills."""
+    gpu = find_gpu(options.gpu)
     rows: list[list[str]] = []
     total = 0.0
     for name in options.runs:
-        config = parse(settings(name, options))[0]
-        parts = [cost(config, t, gpu) for t in range(config.selfplay.iterations)]
-        seconds = [sum(part) for part in zip(*parts, strict=True)]
-        total += sum(seconds)
-        hours = [f"{one / 3600:.2g}" for one in (*seconds, sum(seconds))]
-        prompts = " ".join(f"{at(config.selfplay.prompts, t):,}" for t in range(len(parts)))
+        config, facts = gather(parse(settings(name, options))[0], Target(gpu, options.gpu))
+        iterations = range(config.selfplay.iterations)
+        base = 2 * facts.parameters
+        parts = [timing.times(config, facts, t, gpu, base=base) for t in iterations]
+        phases = [*zip(*map(astuple, parts), strict=True), [part.all for part in parts]]
+        total += sum(part.all for part in parts)
+        hours = [f"{sum(one) / 3600:.2g}" for one in phases]
+        prompts = " ".join(f"{at(config.selfplay.prompts, t):,}" for t in iterations)
         rows.append([name, prompts, *hours, FILLS[name]])
-    title = f"GPU hours on one {options.gpu} at least (nothing runs faster; {gpu.source})"
-    header = ["run", "prompts by t", "sampling", "references", "training", "all", "fills"]
-    console.table(title, header, rows)
-    console.text(f"all runs: {total / 3600:.3g} GPU hours at least, evaluation and sampler apart")
+    title = f"GPU hours on one {options.gpu}, estimates; the local sampler answers"
+    phases = [field.name for field in fields(timing.Times)]
+    console.table(title, ["run", "prompts by t", *phases, "all", "fills"], rows)
+    console.text(f"all runs: {total / 3600:.3g} GPU hours; {timing.TERMS}")
     console.text("lengths of prompts and answers are the recipe's hints, which are rough guesses")
     console.text(f"after each run: {' '.join(COUNTED)} (open-llm), MT-Bench by category")
     for name in options.runs:
@@ -290,7 +243,7 @@ def main() -> None:
     parser.add_argument("--stand-in", action="store_true", help="the embedded model, few prompts")
     parser.add_argument("--output", type=Path, help="folder of the runs")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS])
-    parser.add_argument("--gpu", choices=roofline.GPUS, default="h100", help="of the plan")
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="of the plan")
     parser.add_argument("--launch", default=shlex.quote(sys.executable), help="starts training")
     parser.add_argument("--train", default="", help="further options of training, in quotes")
     parser.add_argument("--mt-bench", default="", help="options of evaluate --benchmark mt-bench")

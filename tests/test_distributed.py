@@ -33,6 +33,7 @@ from alphaspin.losses.dpo import DPO
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
+from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY
 from alphaspin.model.settings import LoraConfig
 from alphaspin.model.tree import Tree
@@ -479,3 +480,24 @@ def test_launchers(
     environment = json.loads((tmp_path / "run/summary.json").read_text())["environment"]
     assert environment["processes"] == str(processes)
     assert (tmp_path / "run/report.html").is_file()
+
+
+def test_processes_of_a_node_share_the_pages_of_a_base(tmp_path: Path) -> None:
+    """What is loaded is the mapped file itself; only the head is written to, when it is tried."""
+    base = save_model(tmp_path / "base", hidden_size=256, intermediate_size=2048)
+    backbone, _ = load_base(str(base), dtype="fp32", device=torch.device("cpu"))
+    backbone.add_adapter(POLICY, LoraConfig(r=2), seed=0, iteration=0)
+    mapped, ours, written = list[range](), False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            ours = line.endswith("base/model.safetensors")
+            if ours:
+                mapped.append(range(*(int(end, 16) for end in words[0].split("-"))))
+        elif words[0] == "Anonymous:" and ours:
+            written += 1024 * int(words[1])
+    frozen = [p for p in backbone.decoder.parameters() if not p.requires_grad]
+    assert frozen and mapped
+    for p in frozen:
+        assert any(p.data_ptr() in part for part in mapped), f"a copy, {tuple(p.shape)}"
+    assert written <= backbone.head.weight.nbytes + 2 * os.sysconf("SC_PAGE_SIZE")

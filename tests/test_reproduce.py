@@ -37,26 +37,6 @@ def test_the_papers_runs() -> None:
         assert (config.train.epochs, config.lora.r, config.selfplay.iterations) == (4, 16, 3)
 
 
-def test_cost_by_hand() -> None:
-    """Sampling of t = 0, and products of the linears in training, from the recipe's numbers."""
-    config = parse(reproduce.settings("spin", OPTIONS))[0]
-    gpu = reproduce.roofline.Gpu(1e12, 1e12, "")
-    sampling, first, training = reproduce.cost(config, 0, gpu)
-    # 50k prompts of 700 tokens, answers of 250: 2·2.506e9·950·50e3 operations; bytes are fewer.
-    assert sampling == pytest.approx(2 * 2.506e9 * 950 * 50e3 / 1e12)
-    layer = 2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 16384
-    rank = 16 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 16384))
-    attention = 2 * 2 * 1200 * 2048 / 2
-    head = 2 * 500 * 256000 * 2048
-    forward = 18 * (2 * (layer + rank) + attention) * 1200
-    assert first == pytest.approx((forward + head) * 50e3 / 1e12, rel=1e-6)
-    assert reproduce.cost(config, 1, gpu)[1] == pytest.approx(2 * 2 * first)  # 100k, and π_0 too
-    inputs = 16 * (3 * (4 * 2048 + 2 * 2048 + 16384) + 2 * (2 * 2048 + 2 * 256 + 2 * 16384 + 2048))
-    backward = 18 * (2 * (layer + inputs) + 2.5 * attention) * 1200
-    work = 4 * 50e3 * (2 * forward + backward + 2 * head)  # recomputed once
-    assert training == pytest.approx(work / 1e12, rel=1e-6)
-
-
 def test_the_stand_ins_rule() -> None:
     pair = Comparison(Prompt([]), "a b c", "a a a a")
     assert reproduce.more_words(pair) == 1 and reproduce.more_words(pair.swapped()) == 0

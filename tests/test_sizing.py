@@ -81,11 +81,9 @@ def test_room_is_what_the_plan_counts(tmp_path, monkeypatch):
     _, facts = plan.gather(config)
     fixed, each = training_bytes(config, facts, 4)
     device = torch.device("cpu")
-    monkeypatch.setattr(
-        "alphaspin.commands.sizing.memory", lambda device: (fixed + 50 * each) / 0.9
-    )
+    monkeypatch.setattr("alphaspin.commands.sizing.memory", lambda *_: (fixed + 50 * each) / 0.9)
     assert room(config, device) in (49, 50)
-    monkeypatch.setattr("alphaspin.commands.sizing.memory", lambda device: fixed)
+    monkeypatch.setattr("alphaspin.commands.sizing.memory", lambda *_: fixed)
     assert room(config, device) is None
 
 

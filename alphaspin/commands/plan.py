@@ -4,6 +4,7 @@ Facts about the model and the data come from local files where they are, else fr
 `hints`; a hub id without hints is an error that says so.
 """
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from alphaspin.commands import timing
 from alphaspin.commands.inputs import check_data, load_limited
 from alphaspin.commands.sizing import (
+    STATES,
     base_bytes,
     choose_limits,
+    memory,
     model_facts,
+    number_bytes,
     recorded_limits,
     room,
     trained_together,
@@ -25,13 +30,17 @@ from alphaspin.config import Config, PlanHints
 from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
+from alphaspin.foundation.gpus import GPUS, HERE, Target
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.section import at
-from alphaspin.model.load import choose_bf16, loading
+from alphaspin.model.load import loading
 from alphaspin.sampling.engine import CPU_CACHE, SHARE
 from alphaspin.training.trainer import total_steps
 
 MIB, GIB = 2**20, 2**30
+
+WORKSPACE = {"cpu": 64 * MIB, "cuda": 1024 * MIB}
+"""Bytes besides: a chunk of logits and sums of the head, cuBLAS, the allocator's rest."""
 
 
 def device() -> torch.device:
@@ -39,13 +48,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def show(config: Config) -> None:
+def show(config: Config, target: Target) -> None:
     """Print the plan.
 
     Raises:
         InputError: neither local files nor hints tell what is needed.
     """
-    config, facts = gather(config)
+    config, facts = gather(config, target)
     title = (
         f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
     )
@@ -57,11 +66,12 @@ def show(config: Config) -> None:
     )
     if warning := config.preference.warning(config):
         console.note(warning)
-    for line in estimates(config, facts):
+    durations(config, facts, target)
+    for line in estimates(config, facts, target):
         console.text(line)
 
 
-def gather(config: Config) -> tuple[Config, PlanHints]:
+def gather(config: Config, target: Target = HERE) -> tuple[Config, PlanHints]:
     """The settings with their limits chosen, and facts from local files, else from `hints`."""
     model = packaged("tiny/model") if config.model == "tiny" else Path(config.model)
     local_data = config.data == "tiny" or Path(config.data).exists()
@@ -89,7 +99,7 @@ def gather(config: Config) -> tuple[Config, PlanHints]:
             limit = partial(
                 choose_limits,
                 positions=getattr(settings.get_text_config(), "max_position_embeddings", None),
-                tokens=room(config, device()) if config.text.auto else None,
+                tokens=room(config, device(), target.gpu) if config.text.auto else None,
                 each=trained_together(config),
             )
             config = config.sized(recorded_limits(config.run_folder()))
@@ -114,17 +124,11 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
         player.name.replace("iterate-", "π")
         for player in config.selfplay.players(t, config.reference)
     ]
-    prompts = min(at(config.selfplay.prompts, t), facts.demonstrations)
+    prompts, pairs = timing.pairs_of(config, facts, t)
     longest = config.preference.answers_per_prompt() * config.text.response_limit
-    pairs = prompts
-    if config.selfplay.mixing and t:
-        pairs += min(at(config.selfplay.prompts, t - 1), facts.demonstrations)
     steps = total_steps(pairs, config.train)
-    trained = (
-        config.preference.sequences(t)
-        * facts.response_tokens
-        * min(pairs * config.train.epochs, steps * config.train.batch_size)
-    )
+    passed = timing.trained(config, pairs)
+    trained = config.preference.sequences(t) * facts.response_tokens * passed
     return [
         str(t),
         " ".join(players),
@@ -138,40 +142,96 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
     ]
 
 
-def engine_memory(config: Config, facts: PlanHints, base: float, width: int) -> list[str]:
-    """What a vLLM of the run's own takes beside the trainer; nothing where there will be none."""
+def known(target: Target) -> Target:
+    """The GPU that is here, where nothing else is asked for and it is one that is known."""
+    if target.gpu or device().type != "cuda":
+        return target
+    here = torch.cuda.get_device_name().lower()
+    name = next((name for name in GPUS if name in here), "")
+    return Target(GPUS.get(name), name, torch.cuda.device_count())
+
+
+def durations(config: Config, facts: PlanHints, target: Target) -> None:
+    """Print hours by phase, or why there are none."""
+    target = known(target)
+    if target.gpu is None:
+        console.text(f"time: not known of {device().type} here; --gpu NAME --gpus N plans for GPUs")
+        return
+    base = base_bytes(facts, config.train.quantization, 2)
+    engine = uses_engine(config, target)
+    found = [
+        timing.times(config, facts, t, target.gpu, base=base, count=target.count, engine=engine)
+        for t in range(config.selfplay.iterations)
+    ]
+    rows = [
+        [str(t), *(f"{value / 3600:.2g}" for value in (*asdict(one).values(), one.all))]
+        for t, one in enumerate(found)
+    ]
+    total = sum(one.all for one in found) / 3600
+    by = "vLLM" if engine else "the local sampler"
+    title = (
+        f"hours on {target.count} × {target.name}, answers by {by}; estimates: {total:.2g} in all"
+    )
+    console.table(title, ["t", "sampling", "scoring", "training", "evaluation", "all"], rows)
+    console.text(f"time: {timing.TERMS}")
+
+
+def uses_engine(config: Config, target: Target) -> bool:
+    """Whether vLLM samples; with `auto` it is counted on where the plan is for a GPU elsewhere."""
     sampling = config.sampling
+    if not sampling.owned:
+        return sampling.engine != "local"
+    return sampling.engine == "vllm" or (target.gpu is not None and not config.needs_local())
+
+
+def sampling_memory(
+    config: Config, facts: PlanHints, target: Target, base: float, width: int
+) -> list[str]:
+    """What sampling takes beside or instead of training: here, or in a vLLM of the run's own."""
+    sampling, kind = config.sampling, target.name or device().type
+    each = timing.cache_bytes(facts, width)
+    answer = facts.prompt_tokens + config.text.response_limit
     if not sampling.owned or (sampling.engine == "auto" and config.needs_local()):
-        return []
+        if sampling.engine != "local":
+            return []
+        policies = 2 if "mixture" in config.selfplay.opponent else 1
+        caches = policies * sampling.batch_size * answer * each
+        logits = 2 * policies * sampling.batch_size * facts.vocabulary * 4
+        return [
+            f"memory, sampling: about {(base + caches + logits) / GIB:.2f} GiB on {kind} = base "
+            f"{base / GIB:.2f} + keys and values of {sampling.batch_size} answers of full length "
+            f"{caches / GIB:.2f} + fp32 logits {logits / GIB:.2f}"
+        ]
     own = base / (sampling.tensor_parallel or 1)
-    if device().type == "cpu":
+    if kind == "cpu":
         needed, rest = base + own + CPU_CACHE, f"keys and values {CPU_CACHE / GIB:.2f}; it stays"
     else:
-        # Two vectors a token and layer; with grouped heads, fewer numbers.
-        each = 2 * facts.layers * facts.hidden * width / (sampling.tensor_parallel or 1)
-        answer = facts.prompt_tokens + config.text.response_limit
+        each /= sampling.tensor_parallel or 1
         needed = base + own + each * answer
         rest = (
             f"keys and values, {each * answer / GIB:.3f} an answer at most, in {SHARE:.0%} of what "
             f"is left; asleep in training, with {base / GIB:.2f} in host memory"
         )
-        total = torch.cuda.mem_get_info()[1]
+        total = target.gpu.memory if target.gpu else torch.cuda.mem_get_info()[1]
         if needed > SHARE * total:
             rest += f". That does NOT fit into {total / GIB:.1f}: raise sampling.tensor_parallel"
     return [
-        f"memory, sampling: about {needed / GIB:.2f} GiB on {device().type} = base "
+        f"memory, sampling: about {needed / GIB:.2f} GiB on {kind} = base "
         f"{base / GIB:.2f} + vLLM's {own / GIB:.2f} + {rest}"
     ]
 
 
-def estimates(config: Config, facts: PlanHints) -> list[str]:
+def estimates(config: Config, facts: PlanHints, target: Target) -> list[str]:
     """Memory and disk, with the rule each number comes from."""
-    width = 2 if choose_bf16(config.train.dtype, device()) else 4
-    base, bits = base_bytes(facts, config.train.quantization, width), f"{8 * width} bit"
+    kind = target.name or device().type
+    width = number_bytes(config, device(), target.gpu)
+    bits = f"{8 * width} bit"
     if config.train.quantization != "none":
         bits = f"4 bit, embeddings and head {bits}"
     adapter = facts.adapter_parameters_per_rank * config.lora.r * 4
-    fixed, each = training_bytes(config, facts, width)
+    fixed, each = training_bytes(
+        config, facts, width, cuda=kind != "cpu", processes=known(target).count
+    )
     micro = max(1, config.train.batch_size // config.train.accumulation)
     tokens = micro * (facts.prompt_tokens + 2 * facts.response_tokens)
     activations = each * tokens
@@ -183,14 +243,17 @@ def estimates(config: Config, facts: PlanHints) -> list[str]:
     answers = pairs * config.preference.answers_per_prompt() * (config.text.response_limit * 4 + 17)
     cached = pairs * 4 * 20
     adapters = adapter * (config.selfplay.iterations * (2 if config.control == "sft" else 1))
-    trained = fixed - base
-    checkpoint = trained - adapter
-    training = fixed + activations
+    trained = adapter * (2 + STATES[config.train.optimizer])
+    held, checkpoint = fixed - trained, trained - adapter
+    workspace = WORKSPACE["cpu" if kind == "cpu" else "cuda"]
+    training = fixed + activations + workspace
+    fits = "" if training <= memory(device(), target.gpu) else ". That does NOT fit"
     return [
-        f"memory, training: about {training / GIB:.2f} GiB on {device().type} = base "
-        f"{base / GIB:.2f} ({bits}) + adapter, gradient and {config.train.optimizer} "
-        f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f}",
-        *engine_memory(config, facts, base, width),
+        f"memory, training: about {training / GIB:.2f} GiB on {kind} = base "
+        f"{held / GIB:.2f} ({bits}) + adapter, gradient and {config.train.optimizer} "
+        f"{trained / GIB:.3f} + activations of {tokens:,.0f} tokens {activations / GIB:.2f} + "
+        f"workspace {workspace / GIB:.2f}{fits}",
+        *sampling_memory(config, facts, target, held, width),
         f"  not needed: [tokens, vocabulary] logits of a micro-batch, {logits / GIB:.2f} GiB fp32",
         f"disk: about {(answers + cached + adapters + 2 * checkpoint) / MIB:,.1f} MiB = answers of "
         f"full length {answers / MIB:,.1f} + reference log-probs {cached / MIB:,.1f} + adapters "

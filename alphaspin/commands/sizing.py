@@ -16,6 +16,7 @@ from alphaspin.data.demonstrations import Demonstration
 from alphaspin.data.settings import LIMITS, TextConfig
 from alphaspin.errors import InputError
 from alphaspin.foundation.artefacts import MANIFEST, read_manifest
+from alphaspin.foundation.gpus import Gpu
 from alphaspin.foundation.paths import packaged
 from alphaspin.model.load import choose_bf16, loading
 from alphaspin.model.routing import target_modules, target_parameters
@@ -51,10 +52,20 @@ def model_facts(config: Config) -> dict[str, Any]:
         "hidden": text.hidden_size,
         "layers": text.num_hidden_layers,
         "vocabulary": text.vocab_size,
+        "kv_width": _kv_width(text),
         "tied": bool(model_config.tie_word_embeddings),
         "adapter_parameters_per_rank": sum(sum(m.weight.shape) for m in targets)
         + sum(math.prod(p.shape[:-2]) * sum(p.shape[-2:]) for p in beside),
     }
+
+
+def _kv_width(text: Any) -> int | None:
+    """Numbers of the keys of a token and layer, where the family says so."""
+    heads = getattr(text, "num_key_value_heads", None)
+    all_heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int) or not isinstance(all_heads, int):
+        return None
+    return heads * (getattr(text, "head_dim", None) or text.hidden_size // all_heads)
 
 
 def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
@@ -65,19 +76,29 @@ def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
     return whole * width + (facts.parameters - whole) * NF4_BITS / 8
 
 
-def training_bytes(config: Config, facts: PlanHints, width: int) -> tuple[float, float]:
+def training_bytes(
+    config: Config, facts: PlanHints, width: int, *, cuda: bool = False, processes: int = 1
+) -> tuple[float, float]:
     """Bytes of base, adapter, gradient and optimiser, and of the activations of a token.
 
     Korthikanti et al., arXiv 2205.05198: about 34 bytes per token, layer and hidden unit in 16 bits
-    without the attention matrix; with recomputation one layer's, and 2 bytes a layer.
+    without the attention matrix; with recomputation one layer's, and 2 bytes a layer. Dropout on a
+    processor keeps what is left of each linear's input, half of its adapter's numbers a rank; a GPU
+    makes its masks again. A sharded base is spread over the processes, except its head.
     """
     states = STATES[config.train.optimizer]
     adapter = facts.adapter_parameters_per_rank * config.lora.r * 4 * (2 + states)
     per_layer = 34 * width / 2 * facts.hidden
+    if config.lora.dropout and not cuda:
+        per_layer += width * facts.adapter_parameters_per_rank / 2 / facts.layers
     each = per_layer * facts.layers
     if config.train.activation_checkpointing:
         each = per_layer + width * facts.hidden * facts.layers
-    return base_bytes(facts, config.train.quantization, width) + adapter, each
+    base = base_bytes(facts, config.train.quantization, width)
+    if config.train.sharding != "none":
+        head = facts.vocabulary * facts.hidden * width
+        base = head + (base - head) / processes
+    return base + adapter, each
 
 
 def trained_together(config: Config) -> int:
@@ -93,7 +114,14 @@ def recorded_limits(folder: Path) -> dict[str, int]:
     return {key: text[key] for key in LIMITS if isinstance(text.get(key), int)}
 
 
-def room(config: Config, device: torch.device) -> int | None:
+def number_bytes(config: Config, device: torch.device, gpu: Gpu | None = None) -> int:
+    """Bytes of a number of the base on a device, or on a GPU that is not here."""
+    if gpu and config.train.dtype == "auto":
+        return 2  # all that are known have bf16
+    return 2 if choose_bf16(config.train.dtype, device) else 4
+
+
+def room(config: Config, device: torch.device, gpu: Gpu | None = None) -> int | None:
     """Tokens of one tree, a prompt and its answers, that training has memory for on a device.
 
     None where that cannot be told: a sharded base, a family that cannot be sized.
@@ -104,13 +132,16 @@ def room(config: Config, device: torch.device) -> int | None:
         facts = PlanHints.model_construct(**model_facts(config))
     except (InputError, AttributeError, TypeError):
         return None  # who loads the model says what is wrong with it
-    fixed, each = training_bytes(config, facts, 2 if choose_bf16(config.train.dtype, device) else 4)
-    left = USABLE * memory(device) - fixed
+    cuda = bool(gpu) or device.type == "cuda"
+    fixed, each = training_bytes(config, facts, number_bytes(config, device, gpu), cuda=cuda)
+    left = USABLE * memory(device, gpu) - fixed
     return int(left / each) if left > 0 else None
 
 
-def memory(device: torch.device) -> float:
-    """Bytes of a device, or of the machine."""
+def memory(device: torch.device, gpu: Gpu | None = None) -> float:
+    """Bytes of a device, or of the machine, or of a GPU that is not here."""
+    if gpu:
+        return gpu.memory
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
