@@ -84,7 +84,7 @@ def _option(parser: ArgumentParser, key: str, field: FieldInfo) -> None:
     if section and key != BENCHMARK.section:
         return
     meaning = (field.description or key).partition(". ")[0].replace("%", "%%")
-    if types == {bool}:
+    if types == frozenset([bool]):
         parser.add_argument(f"--{key}", action="store_true", help=meaning)
         return
     chooser = BENCHMARK.key if key == BENCHMARK.section else key
