@@ -44,6 +44,7 @@ usage: alphaspin COMMAND …
 
   train [RECIPE or FILE.yaml] [--KEY VALUE …]   self-play (the same as alphaspin-train)
   plan [RECIPE or FILE.yaml] [--KEY VALUE …]    what such a run will do; downloads nothing
+  init FILE.yaml --model M --data F [--KEY …]   write a recipe for them, after a look at both
   recipes [list | show NAME | copy NAME FILE]   the packaged recipes
   evaluate RUN [--KEY VALUE …]                  compare base and iterates, or run a benchmark
   export RUN (--to FOLDER | --push NAME)        write an iterate for use elsewhere, or to the hub
@@ -52,6 +53,7 @@ usage: alphaspin COMMAND …
   report RUN RUN … --to PAGE.html               compare runs; seeds of one setting together
   doctor [--short]                              what is installed and which kernels will be used;
                                                 short: a block for a bug report
+  completion bash|zsh|fish [alphaspin-train]    a script that lets the shell complete words
   --version                                     of alphaspin
 
 `alphaspin COMMAND --help` explains the options; of train, `--help-all` has every one."""
@@ -217,6 +219,22 @@ def _plan(config: Config, target: Target) -> None:
     plan.show(config, target)
 
 
+def _init(words: Sequence[str]) -> None:
+    _alone("init")
+    if not arguments.is_help(words) and (not words or words[0].startswith("-")):
+        raise InputError("usage: alphaspin init FILE.yaml --model M --data F [--KEY VALUE …]")
+    config, _ = parse(words[not arguments.is_help(words) :])
+    from alphaspin.commands import initial
+
+    initial.write(config, Path(home(words[0])), FIRST)
+
+
+def _completion(words: Sequence[str]) -> None:
+    from alphaspin.commands import completion
+
+    completion.show(words, dict.fromkeys(_COMMANDS) | _OPTIONS)
+
+
 def _alone(command: str) -> None:
     """Refuse several processes, which would want the same folder and do the same work."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -322,26 +340,38 @@ def _doctor(words: Sequence[str]) -> None:
     doctor.show_short() if words else doctor.show()
 
 
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "plan": lambda rest: _train([word for word in rest if word != "--plan"] + ["--plan"]),
+    "init": _init,
+    "gflownet": _gflownet,
+    "recipes": _recipes,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+    "doctor": _doctor,
+    "completion": _completion,
+}
+
+_OPTIONS: dict[str, type[Section]] = {
+    **dict.fromkeys(("train", "plan"), _TrainCommand),
+    "init": Config,
+    "gflownet": GFlowNetRun,
+    "evaluate": EvaluateOptions,
+    "export": ExportOptions,
+}
+
+
 def _command(words: Sequence[str]) -> None:
-    commands: dict[str, Callable[[Sequence[str]], None]] = {
-        "train": _train,
-        "plan": lambda rest: _train([word for word in rest if word != "--plan"] + ["--plan"]),
-        "gflownet": _gflownet,
-        "recipes": _recipes,
-        "evaluate": _evaluate,
-        "export": _export,
-        "report": _report,
-        "doctor": _doctor,
-    }
     if not words or words[0] in {"-h", "--help"}:
         print(USAGE)
         return
     if words[0] == "--version":
         print(f"alphaspin {__version__}")
         return
-    if words[0] not in commands:
+    if words[0] not in _COMMANDS:
         raise InputError(f"no command {words[0]!r}\n{USAGE}")
-    commands[words[0]](words[1:])
+    _COMMANDS[words[0]](words[1:])
 
 
 def _guarded(body: Callable[[Sequence[str]], None]) -> int:

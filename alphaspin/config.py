@@ -23,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from alphaspin.errors import InputError
 from alphaspin.evaluation.benchmarks import BENCHMARK
@@ -532,13 +533,19 @@ def likely(key: str, keys: Sequence[str]) -> str | None:
     return known if known.partition(" ")[0] in keys else nearest(key, keys)
 
 
-def all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all settings, those of all kinds where a section has several."""
+def all_fields(section: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """The fields behind `all_keys`; of a name that several kinds have, the first's."""
     kinds = {t.section: t.kinds.values() for t in KINDS if not prefix}
-    keys: list[str] = []
+    fields: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
-        keys.append(prefix + name)
+        fields[prefix + name] = field
         for kind in (*kinds.get(name, ()), field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):  # also `Section | None`
-                keys += all_keys(kind, f"{prefix}{name}.")
-    return list(dict.fromkeys(keys))
+                for key, found in all_fields(kind, f"{prefix}{name}.").items():
+                    fields.setdefault(key, found)
+    return fields
+
+
+def all_keys(section: type[BaseModel]) -> list[str]:
+    """Dotted names of all settings, those of all kinds where a section has several."""
+    return [*all_fields(section)]

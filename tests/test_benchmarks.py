@@ -261,6 +261,44 @@ def test_what_a_server_says_that_cannot_be_read(
     assert code in (EXIT_INPUT, EXIT_STOPPED)
 
 
+def test_a_served_judge_that_dies_half_way(
+    run: Path,
+    alphaspin: Command,  # noqa: F811
+    serve: Callable[..., Any],
+) -> None:
+    """What it had graded is kept; the same command asks the rest, and finds what a whole one does.
+
+    Grades are a rule of the question, so that whose they are shows.
+    """
+    alive = [True]
+
+    def respond(path: str, body: dict[str, Any], number: int) -> tuple[int, bytes, dict[str, str]]:
+        if alive[0] and number > 20:
+            return 400, b'{"error": "the model is gone"}', {}
+        system, question = (m["content"] for m in body["messages"])
+        if "You grade" not in system:
+            return reply("[[A]]")
+        return reply(f"[[{1 + len(question) % 10}]]")
+
+    other = shutil.copytree(run, run.parent / "other")
+    url, requests = serve(respond)
+    judge = ["--judge.kind=server", f"--judge.url={url}", "--judge.model=m"]
+    words = [*mt_bench(run, *judge, "--iterations=1", "--prompts=6"), "--benchmark.grading=single"]
+    code, printed = alphaspin(*words)
+    assert code == EXIT_STOPPED and "the model is gone" in printed and "Traceback" not in printed
+    asked = [json.dumps(r["messages"]) for r in requests[:20]]
+    alive[0] = False
+    count = len(requests)
+    code, printed = alphaspin(*words)
+    assert code == 0, printed
+    rest = [json.dumps(r["messages"]) for r in requests[count:]]
+    assert rest and not {*rest} & {*asked}, "nothing that was graded is asked again"
+    assert alphaspin(*(words[0], other, *words[2:]))[0] == 0
+    assert records(run, "mt-bench") == records(other, "mt-bench")
+    for found in records(run, "mt-bench").values():
+        assert found["results"]["all"]["grade: not read,none"] == 0
+
+
 @pytest.mark.parametrize(
     ("text", "grade"), [("Good. [[7]]", 7), ("[[7]] or so: [[7]]", 7), ("[[9.5]].", 9.5)]
 )
@@ -391,6 +429,14 @@ metric_list:
 """
 
 
+GROUP = """
+group: mmlu
+task: [mmlu_a, mmlu_b]
+aggregate_metric_list:
+  - {metric: acc, weight_by_size: true}
+"""
+
+
 def test_open_llm(
     run: Path,
     alphaspin: Command,  # noqa: F811
@@ -407,41 +453,53 @@ def test_open_llm(
     rows = [{"question": f"{k}:", "choices": ["7", "no", "12"], "gold": k % 3} for k in range(30)]
     shots = write_rows(folder / "shots.jsonl", rows)
     test = write_rows(folder / "rows.jsonl", rows[:6])
-    wanted = {"arc_challenge": 9, "truthfulqa_mc2": 0}
+    wanted = {"arc_challenge": 9, "mmlu": 2, "truthfulqa_mc2": 0}
+    parts = {"mmlu_a": test, "mmlu_b": write_rows(folder / "few.jsonl", rows[6:8])}
     monkeypatch.setitem(open_llm.TASKS, 1, wanted)
     monkeypatch.setattr(open_llm, "COUNTED", {k: open_llm.COUNTED[k] for k in wanted})
-    for name in wanted:
-        text = TASK.format(name=name, rows=test, shots=shots)
+    for name, own in {"arc_challenge": test, "truthfulqa_mc2": test, **parts}.items():
+        text = TASK.format(name=name, rows=own, shots=shots)
         (folder / f"{name}.yaml").write_text(text)
+    (folder / "mmlu.yaml").write_text(GROUP)
     command = ["evaluate", run, "--benchmark", "open-llm", f"--include_path={folder}"]
     whole, calls = harness.simple_evaluate, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs["tasks"])
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(importlib.import_module("lm_eval"), "simple_evaluate", counted)
     code, printed = alphaspin(*command, "--iterations=1")
-    assert code == 75 and len(calls) == 3
+    assert code == 75 and len(calls) == 4
     code, printed = alphaspin(*command, "--iterations=1")
     assert code == 0, printed
-    assert (
-        len(calls) == 3 + 4
-    )  # what was done was not done again: 3 policies x 2 tasks + the failed
+    # What was done was not done again: 3 policies x 3 tasks, and the failed one.
+    assert len(calls) == 9 + 1
     for name, found in records(run, "open-llm").items():
         results = found["results"]
         mean_of = (
-            results["arc_challenge"]["acc_norm,none"] + results["truthfulqa_mc2"]["acc,none"]
-        ) / 2
+            results["arc_challenge"]["acc_norm,none"]
+            + results["mmlu"]["acc,none"]
+            + results["truthfulqa_mc2"]["acc,none"]
+        ) / 3
         assert results["mean of the six"]["score,none"] == pytest.approx(mean_of)
-        for task, count in wanted.items():
-            (file,) = (run / "evaluation").glob(f"answers-*/{name}/{task}/results.json")
+        assert not {*parts} & {*results}, "the row of a group is enough"
+        right: list[float] = []
+        for task, count in {**wanted, **dict.fromkeys(parts, 2)}.items():
+            group = "mmlu" if task in parts else task
+            (file,) = (run / "evaluation").glob(f"answers-*/{name}/{group}/results.json")
             kept = json.loads(file.read_text())
-            assert kept["n-samples"][task]["effective"] == 6
+            if task == "mmlu":
+                assert kept["results"]["mmlu"]["acc,none"] == results["mmlu"]["acc,none"]
+                continue
+            if task in parts:
+                right += [sample["acc"] for sample in kept["samples"][task]]
+            assert kept["n-samples"][task]["effective"] == (2 if task == "mmlu_b" else 6)
             context = kept["samples"][task][0]["arguments"][0][0]
             assert context.count(":") == count + 1
+        assert len(right) == 8 and results["mmlu"]["acc,none"] == pytest.approx(np.mean(right))
     assert "Open LLM Leaderboard, version 1" in (run / "report.html").read_text()
 
 

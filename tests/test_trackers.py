@@ -138,6 +138,31 @@ def test_what_a_tracker_wants_is_told_in_one_line(
     assert str(error.value).endswith("wandb: No API key configured. Use `wandb login`")
 
 
+@pytest.mark.parametrize("dies", ["log", "finish"])
+def test_a_tracker_that_dies_does_not_cost_the_run(
+    settings: dict[str, Any],
+    stand_ins: list[tuple[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dies: str,
+) -> None:
+    def die(*_: Any, **options: Any) -> None:
+        if options.get("step", 2) == 2:
+            raise BrokenPipeError("the service\nis gone")
+
+    name = {"log": "log_metrics", "finish": "end_run"}[dies]
+    monkeypatch.setattr(sys.modules["mlflow"], name, die)
+    config = Config.model_validate({**settings, "log": {"trackers": ["mlflow", "trackio"]}})
+    play(config)
+    lines = (Path(settings["output"]) / "metrics.jsonl").read_text().splitlines()
+    others = [kind for kind, _ in stand_ins if kind == "trackio log"]
+    assert len(others) == len(lines) > 2, "another tracker goes on"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("mlflow failed") == 1 and "(the service is gone)" in printed
+    assert "trackio finish" in [kind for kind, _ in stand_ins]
+
+
+@pytest.mark.filterwarnings("default")  # of what the library itself imports
 def test_a_run_goes_on_in_mlflow(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +176,7 @@ def test_a_run_goes_on_in_mlflow(
     assert len(history) >= 2 and len({one.step for one in history}) >= 2
 
 
+@pytest.mark.filterwarnings("default")  # of what the library itself imports
 def test_a_run_goes_on_in_trackio(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +190,7 @@ def test_a_run_goes_on_in_trackio(
     assert len([log for log in logs if "train/loss" in log]) >= 2
 
 
+@pytest.mark.filterwarnings("default")  # of what the library itself imports
 def test_a_run_goes_on_in_wandb(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,11 @@ def show(config: Config, target: Target) -> None:
     Raises:
         InputError: neither local files nor hints tell what is needed.
     """
-    config, facts = gather(config, target)
+    tell(*gather(config, target), target)
+
+
+def tell(config: Config, facts: PlanHints, target: Target = HERE) -> None:
+    """Print the plan of what is known."""
     title = (
         f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
     )
@@ -71,18 +75,25 @@ def show(config: Config, target: Target) -> None:
         console.text(line)
 
 
-def gather(config: Config, target: Target = HERE) -> tuple[Config, PlanHints]:
-    """The settings with their limits chosen, and facts from local files, else from `hints`."""
+def gather(
+    config: Config, target: Target = HERE, *, fresh: bool = False
+) -> tuple[Config, PlanHints]:
+    """The settings with their limits chosen, and facts from local files, else from `hints`.
+
+    With `fresh` they may come from the hub, of a model all but the weights, and no limit is taken
+    from a run that is there.
+    """
     model = packaged("tiny/model") if config.model == "tiny" else Path(config.model)
-    local_data = config.data == "tiny" or Path(config.data).exists()
-    if not (model.exists() and local_data) and config.hints is None:
+    local = fresh or model.exists()
+    local_data = fresh or config.data == "tiny" or Path(config.data).exists()
+    if not (local and local_data) and config.hints is None:
         missing = config.data if model.exists() else config.model
         raise InputError(
             f"--plan downloads nothing, and {missing!r} is not a local path: give the recipe a "
             f"`hints` section ({', '.join(PlanHints.model_fields)})"
         )
     facts = config.hints.model_dump() if config.hints else {}
-    if model.exists():
+    if local:
         try:
             facts |= model_facts(config)
         except (AttributeError, TypeError) as error:
@@ -102,7 +113,8 @@ def gather(config: Config, target: Target = HERE) -> tuple[Config, PlanHints]:
                 tokens=room(config, device(), target.gpu) if config.text.auto else None,
                 each=trained_together(config),
             )
-            config = config.sized(recorded_limits(config.run_folder()))
+            if not fresh:
+                config = config.sized(recorded_limits(config.run_folder()))
             config, demonstrations, heldout = load_limited(config, chat, limit)
             check_data(config, demonstrations, heldout)
             responses = [len(d.response) for d in demonstrations if d.answer is not None]

@@ -7,7 +7,7 @@ project, or MLflow's experiment, is the run's `name`; where it is kept is the tr
 
 import importlib.util
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from alphaspin.config import Config
 from alphaspin.errors import InputError
+from alphaspin.foundation import console
 from alphaspin.foundation.paths import for_others
 from alphaspin.foundation.runs import Mirror, Run
 from alphaspin.foundation.section import flat
@@ -63,7 +64,27 @@ def start(accelerator: Accelerator, config: Config, folder: Run) -> Mirror | Non
     if "mlflow" in found:  # which gives its runs names of its own
         ids["mlflow"] = found["mlflow"].tracker.info.run_id
     folder.record(trackers=ids)
-    return lambda values, step: accelerator.log(dict(values), step=step)
+
+    def send(values: Mapping[str, float], step: int) -> None:
+        for tracker in [*accelerator.trackers]:
+            if not _survived(tracker, lambda tracker=tracker: tracker.log(dict(values), step=step)):
+                accelerator.trackers.remove(tracker)
+
+    return send
+
+
+def _survived(tracker: Any, call: Callable[[], Any]) -> bool:
+    """Whether a tracker took a call; one that dies does not end the run, and is told of."""
+    try:
+        call()
+    except Exception as error:  # of any of their libraries
+        reason = " ".join(str(error).split())[:300] or repr(error)
+        console.alarm(
+            f"log.trackers: {tracker.name} failed and gets no more numbers of this process "
+            f"({reason}); the run goes on, and metrics.jsonl has them all"
+        )
+        return False
+    return True
 
 
 @contextmanager
@@ -73,4 +94,4 @@ def finishing(accelerator: Accelerator) -> Generator[None]:
         yield
     finally:
         for tracker in accelerator.trackers:
-            tracker.finish()
+            _survived(tracker, tracker.finish)

@@ -55,6 +55,20 @@ class _Console(Console):
 
 
 console = _Console(highlight=False)
+
+
+@contextlib.contextmanager
+def recorded() -> Generator[list[str]]:
+    """Collect the lines that are printed meanwhile."""
+    lines: list[str] = []
+    console.record = True
+    try:
+        yield lines
+    finally:
+        lines += console.export_text().splitlines()
+        console.record = False
+
+
 errors = _Console(stderr=True, highlight=False)
 
 Advance = Callable[[int, int], None]
