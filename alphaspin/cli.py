@@ -222,7 +222,7 @@ def _plan(config: Config, target: Target) -> None:
 def _init(words: Sequence[str]) -> None:
     _alone("init")
     if not arguments.is_help(words) and (not words or words[0].startswith("-")):
-        raise InputError("usage: alphaspin init FILE.yaml --model M --data F [--KEY VALUE …]")
+        _usage("alphaspin init FILE.yaml --model M --data F [--KEY VALUE …]", words)
     config, _ = parse(words[not arguments.is_help(words) :])
     from alphaspin.commands import initial
 
@@ -232,6 +232,8 @@ def _init(words: Sequence[str]) -> None:
 def _completion(words: Sequence[str]) -> None:
     from alphaspin.commands import completion
 
+    if arguments.is_help(words):
+        _usage(completion.USAGE, words)
     completion.show(words, dict.fromkeys(_COMMANDS) | _OPTIONS)
 
 
@@ -254,6 +256,14 @@ def _gflownet(words: Sequence[str]) -> None:
     gflownet_job.run(config)
 
 
+def _usage(usage: str, words: Sequence[str]) -> NoReturn:
+    """How a command that has no settings is used: because it was asked, or as an error."""
+    if arguments.is_help(words):
+        console.text(f"usage: {usage}")
+        raise SystemExit(0)
+    raise InputError(f"usage: {usage}")
+
+
 def _recipes(words: Sequence[str]) -> None:
     match list(words):
         case [] | ["list"]:
@@ -270,7 +280,7 @@ def _recipes(words: Sequence[str]) -> None:
                 raise InputError(f"{target} exists already")
             shutil.copyfile(packaged(f"{name}.yaml"), home(target))
         case _:
-            raise InputError("usage: alphaspin recipes [list | show NAME | copy NAME FILE]")
+            _usage("alphaspin recipes [list | show NAME | copy NAME FILE]", words)
 
 
 def _run_and_options(
@@ -328,7 +338,7 @@ def _report(words: Sequence[str]) -> None:
         case [*runs, "--to", page] if runs:
             page = overview.write([Path(home(run)) for run in runs], Path(home(page)))
         case _:
-            raise InputError("usage: alphaspin report RUN, or RUN RUN … --to PAGE.html")
+            _usage("alphaspin report RUN, or RUN RUN … --to PAGE.html", words)
     console.note(f"report: {page}")
 
 
@@ -336,7 +346,7 @@ def _doctor(words: Sequence[str]) -> None:
     from alphaspin.commands import doctor
 
     if [*words] not in ([], ["--short"]):
-        raise InputError("usage: alphaspin doctor [--short]")
+        _usage("alphaspin doctor [--short]", words)
     doctor.show_short() if words else doctor.show()
 
 

@@ -148,3 +148,13 @@ def test_other_shells_are_refused() -> None:
     for words in ([], ["ksh"], ["bash", "ls"], ["bash", "alphaspin", "more"]):
         with pytest.raises(InputError, match="usage: alphaspin completion bash"):
             cli._completion(words)
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_every_command_has_help(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["alphaspin", command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli._COMMANDS[command](["--help"])
+    assert not ended.value.code and capsys.readouterr().out.startswith("usage: alphaspin")

@@ -18,7 +18,7 @@ from alphaspin.foundation.section import leaves
 
 PROGRAMS = ("alphaspin", "alphaspin-train")
 SHELLS = ("bash", "zsh", "fish")
-USAGE = f"usage: alphaspin completion {'|'.join(SHELLS)} [{' | '.join(PROGRAMS)}]"
+USAGE = f"alphaspin completion {'|'.join(SHELLS)} [{' | '.join(PROGRAMS)}]"
 
 RUN = {"train", "plan", "init"}
 """Commands that begin with a recipe."""
@@ -36,7 +36,7 @@ def show(words: Sequence[str], commands: Mapping[str, type[BaseModel] | None]) -
     """
     shell, program = (*words, PROGRAMS[0])[:2] if words else ("", "")
     if len(words) > 2 or shell not in SHELLS or program not in PROGRAMS:
-        raise InputError(USAGE)
+        raise InputError(f"usage: {USAGE}")
     parser = ArgumentParser(program, allow_abbrev=False)
     if program == "alphaspin-train":
         _fill(parser, "train", commands["train"])
