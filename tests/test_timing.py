@@ -76,7 +76,11 @@ def test_the_plan_is_for_the_machine_that_is_named(alphaspin: Any) -> None:
         "plan", "mistral-7b-ultrachat", "--gpu", "H100", "--gpus", "8", "--train.sharding", "fsdp"
     )
     assert code == 0 and "hours on 8 × h100" in printed
-    assert "GiB on h100 = base 1.90 (16 bit)" in printed
+    assert "GiB on h100 = base 1.90 (16 bit)" in printed and "sampling: REFUSED" in printed
+    for words in (["--gpus=1"], ["--gpus=8", "--sampling.engine=vllm"]):
+        sharded = ("--gpu=h100", "--train.sharding=fsdp", *words)
+        code, printed = alphaspin("plan", "mistral-7b-ultrachat", *sharded)
+        assert code == 0 and "memory, sampling: about" in printed
     code, printed = alphaspin("plan", "mistral-7b-ultrachat", "--hints.parameters", "70e9")
     assert code == 0 and "time: not known" in printed
     code, printed = alphaspin(

@@ -201,6 +201,12 @@ def sampling_memory(
 ) -> list[str]:
     """What sampling takes beside or instead of training: here, or in a vLLM of the run's own."""
     sampling, kind = config.sampling, target.name or device().type
+    sharded = config.train.sharding == "fsdp" and known(target).count > 1
+    if sharded and not uses_engine(config, target):
+        return [
+            "sampling: REFUSED with train.sharding = fsdp on several GPUs: the local sampler would "
+            "gather the whole base for each token; set sampling.engine = vllm, or no sharding"
+        ]
     each = timing.cache_bytes(facts, width)
     answer = facts.prompt_tokens + config.text.response_limit
     if not sampling.owned or (sampling.engine == "auto" and config.needs_local()):
