@@ -4,6 +4,7 @@ on with."""
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def test_table(tmp_path: Path) -> None:
         reproduce.table("spin", tmp_path)
 
 
+@pytest.mark.skipif("ALPHASPIN_SWEEP" not in os.environ, reason="a minute; see make test-all")
 def test_end_to_end_on_a_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def show(config: Config, target: Target) -> None:
+def show(config: Config, target: Target = HERE) -> None:
     """Print the plan.
 
     Raises:
