@@ -55,9 +55,7 @@ class Report:
     serialised: bool = False  # each wgmma waits for the one before
     shape: str = ""  # m, n and k of the wgmma
     copies: int = 0  # by the copy engine, in the SASS
-    epilogue: float = (
-        0.0  # fp32 instructions an entry, where `fast` says how many entries there are
-    )
+    epilogue: float = 0.0  # fp32 instructions an entry, of which `fast` says how many there are
     fast: Fast | None = None
 
     def problems(self) -> list[str]:
