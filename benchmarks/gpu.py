@@ -1,13 +1,13 @@
 """`make gpu`: everything that needs a CUDA device, in nine minutes at most, into one folder.
 
-    PYTHONPATH=.:kernels:tests python benchmarks/gpu.py OUT
+    PYTHONPATH=.:kernels:tests python benchmarks/gpu.py OUT [smoke] [tests] [benchmarks] [profile]
 
-First a smoke test, under a minute: every operator and a tiny run of each method, all failures in
-one list, smoke.log. Then kernel tests, the kernel benchmarks with the peers that import, the
-roofline, and a profile of the slowest of ours. All are processes of their own: one that fails,
-crashes, poisons its CUDA context or runs out of time does not stop the next; the exit code is 1
-then, and 2 without a CUDA device. At most eight files, which is what some batch systems hand back:
-tables, numbers and plots travel as results.tar.gz, laid out like benchmarks/results.
+Without names, all of them. First a smoke test, under a minute: every operator and a tiny run of
+each method, all failures in one list, smoke.log. Then kernel tests, the kernel benchmarks with the
+peers that import, the roofline, and a profile of ours. All are processes of their own: one that
+fails, crashes, poisons its CUDA context or runs out of time does not stop the next; the exit code
+is 1 then, and 2 without a CUDA device. At most eight files, which is what some batch systems hand
+back: tables, numbers and plots travel as results.tar.gz, laid out like benchmarks/results.
 """
 
 import os
@@ -18,15 +18,18 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Seconds each part may take: together 515, which leaves 25 for what is around them.
-SMOKE, TESTS, BENCHMARKS, PROFILE, ROOFLINE = 60, 160, 225, 50, 20
-SIDE_BY_SIDE = 8  # smoke tests at once; each loads torch and transformers
+SMOKE, TESTS, BENCHMARKS, PROFILE, ROOFLINE = 60, 140, 225, 70, 20
+PARTS = ("smoke", "tests", "benchmarks", "profile")
+SIDE_BY_SIDE = max(2, (os.cpu_count() or 8) - 2)  # each loads torch, or compiles
+GENTLY = 10  # seconds to say what is known, after an interrupt
 # What runs on the CPU is tested on the CPU, and takes the time the GPU needs.
-ON_THE_GPU = "not [torch and not [csrc and not [packed"
+ON_THE_GPU = "triton"
 
 
 def part(name: str, command: list[str], seconds: float, log: Path) -> str | None:
@@ -41,9 +44,13 @@ def part(name: str, command: list[str], seconds: float, log: Path) -> str | None
         try:
             problem = ending(process.wait(seconds))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             problem = f"stopped after {seconds:.0f} s"
+            process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GENTLY)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     print(f"{name}: {problem or 'done'}, {time.monotonic() - start:.0f} s", flush=True)
     return f"{name}: {problem}" if problem else None
 
@@ -133,8 +140,8 @@ def versions() -> str:
     )
 
 
-def main(out: Path) -> int:
-    """Run all parts; return the exit code."""
+def main(out: Path, parts: Sequence[str] = PARTS) -> int:
+    """Run the parts; return the exit code."""
     import torch
 
     if not torch.cuda.is_available():
@@ -148,23 +155,26 @@ def main(out: Path) -> int:
     folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
     os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     os.environ["PYTHONUNBUFFERED"] = "1"
-    names = listed([python, "tests/smoke.py"], problems)
-    problems += smoke(python, out / "smoke.log", names)
+    if "smoke" in parts:
+        problems += smoke(python, out / "smoke.log", listed([python, "tests/smoke.py"], problems))
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch)
         os.environ["ALPHASPIN_RESULTS"] = scratch
         # Of whichever torch and Triton are there, what they deprecate is no failure of the kernels.
         pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default"]
-        suite = [*pytest, "tests/kernels", "-k", ON_THE_GPU, *workers(), "--durations=10"]
-        problems.append(part("tests", suite, TESTS, out / "tests.log"))
+        if "tests" in parts:
+            suite = [*pytest, "tests/kernels", "-k", ON_THE_GPU, *workers(), "--durations=10"]
+            problems.append(part("tests", suite, TESTS, out / "tests.log"))
         end = time.monotonic() + BENCHMARKS
-        for name in listed([python, "benchmarks/test_kernels.py"], problems):
+        cases = [python, "benchmarks/test_kernels.py"]
+        for name in listed(cases, problems) if "benchmarks" in parts else []:
             case = f"benchmarks/test_kernels.py::test_kernel[{name}]"
             command, log = [*pytest, case, "--benchmark", "-s", "-v"], out / "benchmarks.log"
             left = max(1.0, end - time.monotonic())
             problems.append(part(f"benchmark {name}", command, left, log))
-        profile = [python, "benchmarks/profile_slowest.py", scratch]
-        problems.append(part("profile", profile, PROFILE, out / "profile.txt"))
+        if "profile" in parts:
+            profile = [python, "benchmarks/profile_ours.py"]
+            problems.append(part("profile", profile, PROFILE, out / "profile.txt"))
         roofline = [python, "benchmarks/roofline.py", "--gpu", gpu, "--hidden", "4096"]
         roofline += ["--vocabulary", "128256", "--tokens", "4096"]
         if numbers := sorted(map(str, results.rglob("*.json"))):
@@ -188,7 +198,7 @@ def workers() -> list[str]:
     """Tests side by side, where pytest-xdist is installed: most of their time is compiling."""
     import importlib.util
 
-    return ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    return ["-n", str(SIDE_BY_SIDE)] if importlib.util.find_spec("xdist") else []
 
 
 def family() -> str:
@@ -201,6 +211,6 @@ def family() -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: gpu.py OUT")
-    sys.exit(main(Path(sys.argv[1]).resolve()))
+    if len(sys.argv) < 2 or not {*sys.argv[2:]} <= {*PARTS}:
+        sys.exit(f"usage: gpu.py OUT [{'] ['.join(PARTS)}]")
+    sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:] or PARTS))
