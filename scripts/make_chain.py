@@ -7,7 +7,7 @@ wrong by itself) and then **one whole epoch of SFT on the demonstrations**, the 
 was proposed for: self-play meets demonstrations that the base was already tuned on. There are
 12,288 of them, four times what six iterations of 512 use.
 
-    python scripts/make_chain.py --out FOLDER        # about an hour on one core
+    python scripts/make_chain.py --out FOLDER [--device cuda]     # about an hour on one core
 
 writes `model/`, `train.jsonl`, `heldout.jsonl`. Splits are tiny's: no question of a held-out chain
 appears in any training phase.
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     seed: int = args.seed
@@ -89,7 +90,7 @@ def main() -> None:
     singles = tiny.web_text(seed + 1)
     sample = [next(singles) for _ in range(20_000)]
     tokenizer = tiny.make_tokenizer(text for pair in sample for text in pair)
-    model = tiny.make_model(tokenizer, seed, **SIZES)
+    model = tiny.make_model(tokenizer, seed, **SIZES).to(args.device)
     train, single = tiny.train, tiny.clean_text(seed + 2)
     train(model, tokenizer, single, steps=SINGLE_STEPS, lr=LR, name="single")
     train(model, tokenizer, clean(seed + 3), steps=CHAIN_STEPS, lr=LR / 2, name="chain")

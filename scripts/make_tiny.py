@@ -478,7 +478,7 @@ def train(
         decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / warmup) * decay
-        ids, labels = encode(tokenizer, batch)
+        ids, labels = (x.to(model.device) for x in encode(tokenizer, batch))
         hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
         answered = labels[:, 1:] != -100
         logits = model.lm_head(hidden[answered])
@@ -506,7 +506,7 @@ def accuracy(
     heads = tokenizer([f"{USER}{row.prompt}{ASSISTANT}" for row in rows])["input_ids"]
     longest = max(map(len, heads))
     pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(head)) + head for head in heads])
+    ids = torch.tensor([[pad] * (longest - len(head)) + head for head in heads]).to(model.device)
     out = model.generate(input_ids=ids, attention_mask=(ids != pad).long(), do_sample=sample)
     texts = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     hits: dict[str, list[bool]] = {"all": []}

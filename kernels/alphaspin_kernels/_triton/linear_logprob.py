@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alphaspin_kernels._triton import frozen_head
 from alphaspin_kernels._triton import head as forward
 from alphaspin_kernels._triton.common import (
     LOWEST,
@@ -239,11 +240,21 @@ def linear_logprob(
         options = (bias, softcap, temperature)
         _forward(hidden, weight, targets, active_A, logp_NK, lse_N, *options)
     else:
+        by_weights = frozen_head.serves(hidden, weight, per_row)
         for rows_R in active_A.split(ROWS):
-            chunked = _forward_with_row(
+            if by_weights:
+                *found, failed_R = frozen_head.forward_with_row(
+                    hidden[rows_R], weight, targets[rows_R], bias, softcap, temperature, skip_below
+                )
+                for output, value in zip((logp_NK, lse_N, row_NH, skipped_N), found, strict=True):
+                    output[rows_R] = value
+                rows_R = rows_R[failed_R]  # hardly ever any
+                if not len(rows_R):
+                    continue
+            found = _forward_with_row(
                 hidden[rows_R], weight, targets[rows_R], head, softcap, skip_below
             )
-            for output, value in zip((logp_NK, lse_N, row_NH, skipped_N), chunked, strict=True):
+            for output, value in zip((logp_NK, lse_N, row_NH, skipped_N), found, strict=True):
                 output[rows_R] = value.to(output.dtype)
     return logp_NK.masked_fill_(targets == ignore_index, 0.0), lse_N, row_NH, skipped_N
 
@@ -339,11 +350,7 @@ def _add_kept_tiles(
 ) -> Tensor:
     """Add the products of the tiles that some row of a block needs; return the mass left out."""
     (count, width), entries = mean_RH.shape, len(weight_CH)
-    row_blocks, tiles = triton.cdiv(count, SKIP_R), tops_RT.shape[1]
-    padded_RT = torch.nn.functional.pad(tops_RT, (0, 0, 0, -count % SKIP_R))
-    # Not >=: a row that is not finite must not take the tiles of the others.
-    keep_BT = ~(padded_RT.view(row_blocks, SKIP_R, tiles).amax(1) < skip_below)
-    keep_RT = keep_BT.repeat_interleave(SKIP_R, 0)[:count]
+    keep_BT, keep_RT = frozen_head.kept_tiles(tops_RT, skip_below, SKIP_R)
     even = width % 128 == 0
     even = even and multiples_of_16(p_RC, weight_CH, mean_RH, entries, weight_CH.stride(0))
     config = _kept_blocks(p_RC.dtype, even)
@@ -358,7 +365,7 @@ def _add_kept_tiles(
         H=width,
         width=entries,
         weight_stride=weight_CH.stride(0),
-        tiles=tiles,
+        tiles=tops_RT.shape[1],
         EVEN_H=even,
         **config,
     )
@@ -459,7 +466,7 @@ def _kept_blocks(dtype: torch.dtype, even: bool) -> dict[str, int]:
 
 def launches(capability: int) -> list[Launch]:
     """Every form in which the kernels can be launched; options once all off and once all on."""
-    return forward.launches(capability, mixed=False) + [
+    return [*forward.launches(capability, mixed=False), *frozen_head.launches(capability)] + [
         launch
         for dtype in SIGNATURE
         for even in (True, False)
