@@ -1,0 +1,402 @@
+"""Log-probs and their gradient under a frozen head in two products, where tiles come by TMA: bf16.
+
+With y the logits in base 2 (:mod:`head`), the target's own product gives y_t before any other, and
+
+    others = sum_{v != t} 2^(y_v - y_t),      log p_t = -log(1 + others),
+    d log p_t / d hidden = (others s_t W_t - sum_{v != t} 2^(y_v - y_t) s_v W_v) / (1 + others)
+
+(times the temperature; s the slopes of the soft cap, 1 without): no maximum is needed, nothing is
+rescaled, and where p_t is nearly 1, 1 - p_t = others / (1 + others) has all its digits. So one
+kernel multiplies, and writes the weights 2^(y - y_t) s in 16 bits while the tile is in registers;
+logits are never stored. bf16 has the range of fp32: a weight is rounded by 2^-9 of itself, however
+large. A row that the range does not hold (some p_v above 2^100 p_t) is computed again, by the way
+of all other forms.
+
+At 4096 x 4096 x 128,256 each of the two products is 4.3 TFLOP. 16-bit weights are 1.05 GB in and
+out of memory, where fp32 logits beside them were 5.3 GB.
+
+Shape suffixes: A active rows, R rows and T vocabulary entries of a block, C entries of a chunk, H
+hidden size, S vocabulary tiles.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from alphaspin_kernels._triton import head
+from alphaspin_kernels._triton.common import (
+    Fast,
+    Kernel,
+    Launch,
+    capability_of,
+    dot,
+    multiply_add,
+    processors,
+    tanh,
+)
+
+LARGEST = 2.0**100  # of a row's `others`: weights stay 27 powers of two below the end of the range
+CHUNK = 64  # tiles of a chunk, about: 134 MB of weights for 4096 rows
+GROUP = 16  # blocks of rows that run together: their hidden states stay in the L2 cache
+INSTRUCTIONS = {False: 7.0, True: 28.0}  # as head.INSTRUCTIONS
+KEPT = {"BLOCK_R": 128, "BLOCK_H": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+
+
+@triton.jit
+def _weights(
+    z_RT,
+    bias,
+    t,
+    V,
+    target_R,
+    own_R,
+    inverse_cap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """2^(y - y_t) of a piece of a tile, and times the slope; 0 at the target and past the end."""
+    if HAS_BIAS:
+        z_RT += tl.load(bias + t, mask=t < V, other=0.0).to(tl.float32)[None, :]
+    if CAPPED:
+        z_RT = tanh(z_RT * inverse_cap)
+    e_RT = tl.exp2(z_RT * scale - own_R[:, None])
+    e_RT = tl.where((t < V)[None, :] & (t[None, :] != target_R[:, None]), e_RT, 0.0)
+    if CAPPED:
+        return e_RT, e_RT * (1.0 - z_RT * z_RT)
+    return e_RT, e_RT
+
+
+@Kernel("hidden weight p H hidden_stride weight_stride")
+def _weights_kernel(
+    hidden,
+    weight,
+    p,
+    bias,
+    targets,
+    own,
+    sums,
+    tops,
+    start,
+    A,
+    V,
+    H,
+    hidden_stride,
+    weight_stride,
+    inverse_cap,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TILED: tl.constexpr,
+    GROUP: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Weights [A, V] of a chunk, V entries from `start` on, and their sums before the slope [S, A].
+
+    As head's forward kernel, in halves, of which S are; TILED also writes the largest of each.
+    Tiles that run together are of GROUP blocks of rows.
+    """
+    tl.assume(H > 0)
+    row_blocks = tl.cdiv(A, BLOCK_R)
+    parts = tl.cdiv(V, BLOCK_T)
+    for tile in tl.range(tl.program_id(0), row_blocks * parts, tl.num_programs(0), flatten=FLAT):
+        first = tile // (GROUP * parts) * GROUP
+        together = tl.minimum(row_blocks - first, GROUP)
+        inside = tile % (GROUP * parts)
+        row = (first + inside % together) * BLOCK_R
+        part = inside // together
+        z_RT = head._product(
+            hidden,
+            weight,
+            row,
+            part * BLOCK_T,
+            A,
+            V,
+            H,
+            hidden_stride,
+            weight_stride,
+            TMA,
+            EVEN_H,
+            BLOCK_R,
+            BLOCK_T,
+            BLOCK_H,
+        )
+        r = row + tl.arange(0, BLOCK_R)
+        own_R = tl.load(own + r, mask=r < A, other=0.0)
+        target_R = (tl.load(targets + r, mask=r < A, other=0) - start).to(tl.int32)
+        PIECE: tl.constexpr = BLOCK_T // 2
+        t = part * BLOCK_T + tl.arange(0, PIECE)
+        at = sums + part.to(tl.int64) * 2 * A + r
+        top = tops + part.to(tl.int64) * 2 * A + r
+        a_RT, b_RT = head._halves(z_RT, BLOCK_R, BLOCK_T)
+        e_RT, p_RT = _weights(
+            a_RT, bias, t, V, target_R, own_R, inverse_cap, scale, HAS_BIAS, CAPPED
+        )
+        p.store([row, part * BLOCK_T], p_RT.to(tl.bfloat16))
+        tl.store(at, tl.sum(e_RT, 1), mask=r < A)
+        if TILED:
+            tl.store(top, tl.max(e_RT, 1), mask=r < A)
+        e_RT, p_RT = _weights(
+            b_RT, bias, t + PIECE, V, target_R, own_R, inverse_cap, scale, HAS_BIAS, CAPPED
+        )
+        p.store([row, part * BLOCK_T + PIECE], p_RT.to(tl.bfloat16))
+        tl.store(at + A, tl.sum(e_RT, 1), mask=r < A)
+        if TILED:
+            tl.store(top + A, tl.max(e_RT, 1), mask=r < A)
+
+
+@triton.jit
+def _add(means, sum_RH, row, h, R: tl.constexpr, PIECE: tl.constexpr):
+    """Add two pieces, side by side, to what is there."""
+    a_RH, b_RH = head._halves(sum_RH, R, 2 * PIECE)
+    means.store([row, h], means.load([row, h]) + a_RH)
+    means.store([row, h + PIECE], means.load([row, h + PIECE]) + b_RH)
+
+
+@Kernel("p weight means")
+def _kept_kernel(
+    p,
+    weight,
+    means,
+    kept,
+    counts,
+    tiles,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """means += p W over the tiles of BLOCK_T entries that are listed for a block of rows."""
+    row, h = tl.program_id(0) * BLOCK_R, tl.program_id(1) * BLOCK_H
+    count = tl.load(counts + tl.program_id(0))
+    kept += tl.program_id(0) * tiles
+    STEPS: tl.constexpr = BLOCK_T // BLOCK_K
+    sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
+    for step in range(0, count * STEPS):
+        t = tl.load(kept + step // STEPS) * BLOCK_T + step % STEPS * BLOCK_K
+        sum_RH = dot(p.load([row, t]), weight.load([t, h]), sum_RH)
+    # In quarters, for which there is room in shared memory.
+    PIECE: tl.constexpr = BLOCK_H // 4
+    a_RH, b_RH = head._halves(sum_RH, BLOCK_R, BLOCK_H)
+    _add(means, a_RH, row, h, BLOCK_R, PIECE)
+    _add(means, b_RH, row, h + 2 * PIECE, BLOCK_R, PIECE)
+
+
+@Kernel("means weight gradient H weight_stride")
+def _row_kernel(
+    means,
+    weight,
+    targets,
+    own,
+    others,
+    gradient,
+    H,
+    weight_stride,
+    inverse_scale,
+    inverse_temperature,
+    CAPPED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One row of d log p_t / d hidden, from the weighted sum of the head's rows."""
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    others = tl.load(others + row)
+    share = inverse_temperature / (1.0 + others)
+    slope = others
+    if CAPPED:
+        z = tl.load(own + row) * inverse_scale
+        slope = others * (1.0 - z * z)
+    target = tl.load(targets + row)
+    mean_H = tl.load(means + row * H + h, mask=h < H)
+    weight_H = tl.load(weight + target * weight_stride + h, mask=h < H).to(tl.float32)
+    d_H = (slope * weight_H - mean_H) * share
+    tl.store(gradient + row * H + h, d_H.to(gradient.dtype.element_ty), mask=h < H)
+
+
+def serves(hidden: Tensor, weight: Tensor, per_row: int) -> bool:
+    """Whether rows of such a matrix can go this way."""
+    copied = head._copied(weight) and hidden.shape[1] * hidden.element_size() % 16 == 0
+    return hidden.dtype == torch.bfloat16 and copied and per_row == 1
+
+
+def forward_with_row(
+    hidden_AH: Tensor,
+    weight: Tensor,
+    targets_A1: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    temperature: float,
+    skip_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs [A, 1], log-normaliser [A], gradient [A, H] in bf16, skipped mass, and what failed.
+
+    Rows [A] that failed have left the range, or are not finite.
+    """
+    (count, width), vocabulary = hidden_AH.shape, len(weight)
+    options = (bias, softcap, temperature)
+    own_A = head.at_targets(hidden_AH, weight, targets_A1, *options)[:, 0].contiguous()
+    arguments = head._arguments(*options)
+    blocks = _blocks(capability_of(weight))
+    tile = blocks["BLOCK_T"]
+    piece, programs = tile // 2, processors(weight)
+    row_blocks, parts = triton.cdiv(count, blocks["BLOCK_R"]), triton.cdiv(vocabulary, tile)
+    chunk = tile * min(_chunk(row_blocks, parts, programs), parts)
+    fp32 = {"dtype": torch.float32, "device": hidden_AH.device}
+    sums_SA = torch.empty((2 * parts, count), **fp32)
+    tops_SA = torch.empty((2 * chunk // tile if skip_below else 0, count), **fp32)
+    mean_AH = (torch.zeros if skip_below else torch.empty)((count, width), **fp32)
+    so_far_A, skipped_A = torch.ones(count, **fp32), torch.zeros(count, **fp32)
+    p = hidden_AH.new_empty((count, chunk))
+    for start in range(0, vocabulary, chunk):
+        weight_CH = weight[start : start + chunk]
+        entries = len(weight_CH)
+        p_AC, used = p[:, :entries], triton.cdiv(entries, tile)
+        arguments["bias"] = None if bias is None else bias[start : start + chunk].contiguous()
+        sums_CA = sums_SA[2 * start // tile :][: 2 * used]
+        _weights_kernel[False][(min(row_blocks * used, programs),)](
+            hidden=_blocked(hidden_AH, blocks["BLOCK_R"], blocks["BLOCK_H"]),
+            weight=_blocked(weight_CH, tile, blocks["BLOCK_H"]),
+            p=_blocked(p_AC, blocks["BLOCK_R"], piece),
+            targets=targets_A1,
+            own=own_A,
+            sums=sums_CA,
+            tops=tops_SA,
+            start=start,
+            A=count,
+            V=entries,
+            H=width,
+            hidden_stride=hidden_AH.stride(0),
+            weight_stride=weight.stride(0),
+            TILED=skip_below > 0,
+            **arguments,
+            **blocks,
+        )
+        if skip_below:
+            so_far_A += sums_CA.sum(0)
+            bound_AS = (tops_SA[: 2 * used] / so_far_A).T
+            keep_BS, keep_AS = kept_tiles(bound_AS, skip_below, blocks["BLOCK_R"])
+            skipped_A += (sums_CA.T * ~keep_AS).sum(1)
+            _add_kept(mean_AH, p_AC, weight_CH, keep_BS, piece)
+        else:
+            multiply_add(mean_AH, p_AC, weight_CH, add=start > 0)
+    others_A = sums_SA.sum(0)
+    gradient_AH = torch.empty_like(hidden_AH)
+    block = min(1024, triton.next_power_of_2(width))
+    _row_kernel[False][(count, triton.cdiv(width, block))](
+        means=mean_AH,
+        weight=weight,
+        targets=targets_A1,
+        own=own_A,
+        others=others_A,
+        gradient=gradient_AH,
+        H=width,
+        weight_stride=weight.stride(0),
+        inverse_scale=1.0 / arguments["scale"],
+        inverse_temperature=1.0 / temperature,
+        CAPPED=softcap is not None,
+        BLOCK_H=block,
+    )
+    log_A = others_A.double().log1p_()
+    lse_A = torch.add(log_A, own_A.double(), alpha=head.LN2).float()
+    failed_A = ~(others_A < LARGEST)
+    return -log_A.float()[:, None], lse_A, gradient_AH, skipped_A / (1 + others_A), failed_A
+
+
+def _add_kept(
+    mean_AH: Tensor, p_AC: Tensor, weight_CH: Tensor, keep_BS: Tensor, piece: int
+) -> None:
+    """mean += p W over the tiles of `piece` entries that are kept for each block of rows."""
+    width, config = mean_AH.shape[1], KEPT
+    _kept_kernel[False][(len(keep_BS), triton.cdiv(width, config["BLOCK_H"]))](
+        p=_blocked(p_AC, config["BLOCK_R"], config["BLOCK_K"]),
+        weight=_blocked(weight_CH, config["BLOCK_K"], config["BLOCK_H"]),
+        means=_blocked(mean_AH, config["BLOCK_R"], config["BLOCK_H"] // 4),
+        kept=keep_BS.int().argsort(dim=1, descending=True, stable=True).int(),
+        counts=keep_BS.sum(1, dtype=torch.int32),
+        tiles=keep_BS.shape[1],
+        BLOCK_T=piece,
+        **config,
+    )
+
+
+def kept_tiles(bound_RT: Tensor, skip_below: float, rows: int) -> tuple[Tensor, Tensor]:
+    """Which tiles some row of a block of `rows` needs, for each block and for each row."""
+    padded_RT = torch.nn.functional.pad(bound_RT, (0, 0, 0, -len(bound_RT) % rows))
+    # Not >=: a row that is not finite must not take the tiles of the others.
+    keep_BT = ~(padded_RT.unflatten(0, (-1, rows)).amax(1) < skip_below)
+    return keep_BT, keep_BT.repeat_interleave(rows, 0)[: len(bound_RT)]
+
+
+def _chunk(row_blocks: int, parts: int, programs: int) -> int:
+    """Tiles of a chunk: of sizes about CHUNK, that with the fewest tiles a program in all."""
+
+    def rounds(size: int) -> int:
+        full, rest = divmod(parts, size)
+        return full * -(-row_blocks * size // programs) + -(-row_blocks * rest // programs)
+
+    return min(range(CHUNK, CHUNK + 16), key=rounds)
+
+
+def _blocks(capability: int) -> dict[str, Any]:
+    """Those of the forward kernel, always in halves."""
+    own = head.blocks(torch.bfloat16, capability, tma=True, even=False, mixed=False, targets=False)
+    return {name: value for name, value in own.items() if name != "TWO"} | {"GROUP": GROUP}
+
+
+def _blocked(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [rows, columns])
+
+
+def launches(capability: int) -> list[Launch]:
+    """Every form in which the kernels can be launched."""
+    if not head._engine(torch.bfloat16, capability):
+        return []
+    found: list[Launch] = []
+    own = _blocks(capability)
+    r, t, h = (own[f"BLOCK_{axis}"] for axis in "RTH")
+    for full in (False, True):
+        types = [
+            (f"tensordesc<bf16{[r, h]}>", "hidden"),
+            (f"tensordesc<bf16{[t, h]}>", "weight"),
+            (f"tensordesc<bf16{[r, t // 2]}>", "p"),
+            ("*bf16", "bias" * full),
+            ("*i64", "targets"),
+            ("*fp32", "own sums tops"),
+            ("i32", "start A V H hidden_stride weight_stride"),
+            ("fp32", "inverse_cap scale"),
+        ]
+        fast = Fast(
+            "m64n256k16" if capability == 90 else "",
+            r * t,
+            INSTRUCTIONS[full] * (1.0 if capability == 90 else 2.5),
+        )
+        options = own | {"HAS_BIAS": full, "CAPPED": full, "TILED": full}
+        found.append(Launch.of(_weights_kernel, False, types, options, products=True, fast=fast))
+        types = [
+            ("*fp32", "means own others"),
+            ("*bf16", "weight gradient"),
+            ("*i64", "targets"),
+            ("i32", "H weight_stride"),
+            ("fp32", "inverse_scale inverse_temperature"),
+        ]
+        options = {"CAPPED": full, "BLOCK_H": 1024}
+        found.append(Launch.of(_row_kernel, False, types, options))
+    types = [
+        (f"tensordesc<bf16{[KEPT['BLOCK_R'], KEPT['BLOCK_K']]}>", "p"),
+        (f"tensordesc<bf16{[KEPT['BLOCK_K'], KEPT['BLOCK_H']]}>", "weight"),
+        (f"tensordesc<fp32{[KEPT['BLOCK_R'], KEPT['BLOCK_H'] // 4]}>", "means"),
+        ("*i32", "kept counts"),
+        ("i32", "tiles"),
+    ]
+    options = KEPT | {"BLOCK_T": t // 2}
+    found.append(Launch.of(_kept_kernel, False, types, options, products=True))
+    return found
