@@ -173,7 +173,8 @@ def llama(vocabulary: int, hidden: int, layers: int, end: int | None) -> Any:
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
+    return model.bfloat16() if torch.cuda.is_available() else model
 
 
 def _largest(x: Tensor) -> float:
