@@ -171,6 +171,7 @@ def gpu_without_data(gpu: Gpu) -> Generator[Recorder]:
     replaced = {
         "check_targets": lambda *_: recorder.events.append(Event("wait", "check_targets")),
         "active_rows": rows,
+        "selected": lambda rows_R, mask_R: rows(mask_R, 0)[:0],
         "multiply_add": multiply_add,
         "capability_of": lambda _: gpu.capability,
         "processors": lambda _: gpu.processors,
@@ -218,7 +219,7 @@ def tiles_of(event: Event, gpu: Gpu) -> Tiles | None:
         return given[f"BLOCK_{axis}"]
 
     match event.name:
-        case "_forward_kernel" | "_mixture_kernel":
+        case "_forward_kernel" | "_weights_kernel" | "_mixture_kernel":
             rows, steps = ceil(given["A"], block("R")), ceil(given["H"], block("H"))
             count = rows * ceil(given["V"], block("T"))
             each = ceil(count, event.grid)  # one program after another, or many tiles a program

@@ -36,12 +36,12 @@ pytestmark = [
 ]
 
 KERNELS, TRAINER = "kernels/alphaspin_kernels", "alphaspin/training/trainer.py"
-HEAD = f"{KERNELS}/_triton/linear_logprob.py"
+HEAD = f"{KERNELS}/_triton/frozen_head.py"
 WAITS = {
     ("train", f"{KERNELS}/checks.py", "check_targets"): "a wrong target is refused, not scored",
     ("train", f"{KERNELS}/checks.py", "check_boundaries"): "the same of cu_seqlens",
     ("train", f"{KERNELS}/numerics.py", "active_rows"): "the grid of the head's kernels",
-    ("train", HEAD, "linear_logprob"): "once a head: rows out of bf16's range are done again",
+    ("train", HEAD, "selected"): "once a head: rows out of bf16's range are done again",
     ("train", TRAINER, "accumulate_gradients"): "once a step: the metrics that are written",
     ("score", f"{KERNELS}/checks.py", "check_targets"): "as in training",
     ("score", f"{KERNELS}/checks.py", "check_boundaries"): "as in training",

@@ -31,14 +31,15 @@ class Gpu:
     processors: int = 132
     clock: float = 1.755e9
     cache: float = 50e6
-    cache_rate: float = 7.8e12
+    cache_rate: float = 9.4e12
 
 
 # cuBLAS on an H100 and Liger's kernels on an H200 (Liger pull request 1422): 730 and 748-791
 # TFLOP/s. B200: between 1,233 (tilus pull request 91, by events) and 1,610 (its tutorial, by
-# counters). L2: what Triton's best fp8 product reads on an H100 (triton pull request 5461), and for
-# the H200 the same; for the A100 4.2 TB/s (RRZE gpu-benches issue 13). For the B200 nothing
-# was found: assumed twice the H100's, as its tensor cores take twice as much a clock.
+# counters). L2: what our forward head read on an H200, 50.4 GB of tiles in 5.35 ms, at least
+# (benchmarks/results/nvidia-h200/first-visit.md), and for the H100 the same; for the A100 4.2 TB/s
+# (RRZE gpu-benches issue 13). For the B200 nothing was found: assumed twice the H200's, as its
+# tensor cores take twice as much a clock.
 GPUS = {
     "a100": Gpu(
         312e12,
@@ -76,7 +77,7 @@ GPUS = {
         processors=148,
         clock=1.85e9,
         cache=126e6,
-        cache_rate=15.6e12,
+        cache_rate=18.8e12,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Log-probs and their gradient under a frozen head in two products, where tiles come by TMA: bf16.
+"""Log-probs and their gradient under a frozen head in two products: bf16, on 9.x.
 
 With y the logits in base 2 (:mod:`head`), the target's own product gives y_t before any other, and
 
@@ -34,6 +34,7 @@ from alphaspin_kernels._triton.common import (
     Launch,
     capability_of,
     dot,
+    multiples_of_16,
     multiply_add,
     processors,
     tanh,
@@ -43,7 +44,13 @@ LARGEST = 2.0**100  # of a row's `others`: weights stay 27 powers of two below t
 CHUNK = 64  # tiles of a chunk, about: 134 MB of weights for 4096 rows
 GROUP = 16  # blocks of rows that run together: their hidden states stay in the L2 cache
 INSTRUCTIONS = {False: 7.0, True: 28.0}  # as head.INSTRUCTIONS
-KEPT = {"BLOCK_R": 128, "BLOCK_H": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+KEPT = {
+    "BLOCK_R": 128,
+    "BLOCK_H": 256,
+    "BLOCK_K": 64,
+    "num_warps": 8,
+    "num_stages": 5,
+}  # three buffers
 
 
 @triton.jit
@@ -223,9 +230,10 @@ def _row_kernel(
 
 
 def serves(hidden: Tensor, weight: Tensor, per_row: int) -> bool:
-    """Whether rows of such a matrix can go this way."""
+    """Whether rows of such a matrix go this way: on 9.x; on 10.0 cuBLAS's products are faster."""
     copied = head._copied(weight) and hidden.shape[1] * hidden.element_size() % 16 == 0
-    return hidden.dtype == torch.bfloat16 and copied and per_row == 1
+    fits = hidden.dtype == torch.bfloat16 and per_row == 1
+    return fits and copied and capability_of(weight) // 10 == 9
 
 
 def forward_with_row(
@@ -291,7 +299,8 @@ def forward_with_row(
     others_A = sums_SA.sum(0)
     gradient_AH = torch.empty_like(hidden_AH)
     block = min(1024, triton.next_power_of_2(width))
-    _row_kernel[False][(count, triton.cdiv(width, block))](
+    even = multiples_of_16(mean_AH, weight, gradient_AH, width, weight.stride(0))
+    _row_kernel[even][(count, triton.cdiv(width, block))](
         means=mean_AH,
         weight=weight,
         targets=targets_A1,
@@ -309,6 +318,11 @@ def forward_with_row(
     lse_A = torch.add(log_A, own_A.double(), alpha=head.LN2).float()
     failed_A = ~(others_A < LARGEST)
     return -log_A.float()[:, None], lse_A, gradient_AH, skipped_A / (1 + others_A), failed_A
+
+
+def selected(rows_R: Tensor, mask_R: Tensor) -> Tensor:
+    """The rows where the mask is set; the host waits for the device."""
+    return rows_R[mask_R]
 
 
 def _add_kept(
@@ -358,7 +372,7 @@ def _blocked(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def launches(capability: int) -> list[Launch]:
     """Every form in which the kernels can be launched."""
-    if not head._engine(torch.bfloat16, capability):
+    if capability // 10 != 9:
         return []
     found: list[Launch] = []
     own = _blocks(capability)
@@ -374,11 +388,7 @@ def launches(capability: int) -> list[Launch]:
             ("i32", "start A V H hidden_stride weight_stride"),
             ("fp32", "inverse_cap scale"),
         ]
-        fast = Fast(
-            "m64n256k16" if capability == 90 else "",
-            r * t,
-            INSTRUCTIONS[full] * (1.0 if capability == 90 else 2.5),
-        )
+        fast = Fast("m64n256k16", r * t, INSTRUCTIONS[full])
         options = own | {"HAS_BIAS": full, "CAPPED": full, "TILED": full}
         found.append(Launch.of(_weights_kernel, False, types, options, products=True, fast=fast))
         types = [
@@ -389,7 +399,7 @@ def launches(capability: int) -> list[Launch]:
             ("fp32", "inverse_scale inverse_temperature"),
         ]
         options = {"CAPPED": full, "BLOCK_H": 1024}
-        found.append(Launch.of(_row_kernel, False, types, options))
+        found += [Launch.of(_row_kernel, even, types, options) for even in (True, False)]
     types = [
         (f"tensordesc<bf16{[KEPT['BLOCK_R'], KEPT['BLOCK_K']]}>", "p"),
         (f"tensordesc<bf16{[KEPT['BLOCK_K'], KEPT['BLOCK_H']]}>", "weight"),

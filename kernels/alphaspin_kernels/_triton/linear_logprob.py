@@ -1,11 +1,10 @@
 """linear_logprob on the GPU.
 
 Without a gradient, one kernel multiplies and takes the sums of each tile while it is in registers
-(:mod:`alphaspin_kernels._triton.head`). With one, the products are bare cuBLAS products: logits of
-a vocabulary chunk in fp32, one Triton pass over it for the running softmax, the second product into
-E_p[slope W]. A trainable head recomputes the chunks in its backward pass. Kernels, launch plans and
-the two passes stand in one file: a plan is only right for the kernel it launches, and is read
-beside it.
+(:mod:`head`); with one, in bf16 under a frozen head, another does (:mod:`frozen_head`). In all
+other forms the products are bare cuBLAS products: logits of a vocabulary chunk in fp32, one Triton
+pass over it for the running softmax, the second product into E_p[slope W]. A trainable head
+recomputes the chunks in its backward pass.
 
 Shape suffixes: A active rows, R rows and T vocabulary entries of a block, C entries of a chunk, H
 hidden size, V vocabulary, K targets per row.
@@ -248,7 +247,7 @@ def linear_logprob(
                 )
                 for output, value in zip((logp_NK, lse_N, row_NH, skipped_N), found, strict=True):
                     output[rows_R] = value
-                rows_R = rows_R[failed_R]  # hardly ever any
+                rows_R = frozen_head.selected(rows_R, failed_R)  # hardly ever any
                 if not len(rows_R):
                     continue
             found = _forward_with_row(
