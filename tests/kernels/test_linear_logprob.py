@@ -390,8 +390,14 @@ def test_autocast_does_not_round_the_logits(unpacked):
 
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_skipped_tiles_cost_no_more_than_the_mass_they_report(dtype, k, implementation):
+def test_what_is_skipped_costs_no_more_than_the_mass_it_reports(
+    dtype, k, implementation, monkeypatch
+):
     """The mass is in the first and last tiles, and a token of 2 to 9 ε in one between them."""
+    chunk = CSRC_TILE
+    if implementation == "triton":
+        frozen_head = importlib.import_module("alphaspin_kernels._triton.frozen_head")
+        monkeypatch.setattr(frozen_head, "_chunk", lambda *_: 1)
     n, last, rare, epsilon = 16, 5 * CSRC_TILE, 2 * CSRC_TILE + 200, 1e-3
     case = problem(n=n, h=64, v=last + 40, k=k, ignored=0.0, dtype=dtype, bias=True)
     case["bias"][:] = 0
@@ -415,12 +421,19 @@ def test_skipped_tiles_cost_no_more_than_the_mass_they_report(dtype, k, implemen
     left_out = torch.arange(last + 40)
     probability = z.softmax(1)
     if implementation == "triton" and dtype == torch.bfloat16 and k is None:
-        # All of this vocabulary is known before a tile is left out; the target's own is in none.
-        probability.scatter_(1, case["targets"].reshape(n, 1), 0.0)
-        largest = torch.stack([x.max() for x in probability.split(tile, 1)])
-        assert not ((largest > 0.9 * epsilon) & (largest < 1.1 * epsilon)).any()
-        left_out = (largest < epsilon)[left_out // tile]
-        assert left_out[rare]
+        # Of entries, after the first chunk; the target's own is never one.
+        own = case["targets"].reshape(n, 1)
+        known = z.gather(1, own)
+        probability.scatter_(1, own, 0.0)
+        z.scatter_(1, own, -math.inf)
+        keep = [left_out[:chunk] >= 0]
+        for z_RC, before in zip(z.split(chunk, 1)[1:], range(chunk, last + 40, chunk), strict=True):
+            known = torch.cat([known, z[:, before - chunk : before]], 1)
+            largest = (z_RC - known.logsumexp(1, keepdim=True)).exp().amax(0)
+            assert not ((largest > 0.99 * epsilon) & (largest < 1.01 * epsilon)).any()
+            keep.append(largest >= epsilon)
+        left_out = ~torch.cat(keep)
+        assert left_out.sum() > last / 2 and not left_out[rare] and not left_out[last:].any()
     else:
         left_out = (left_out >= tile) & (left_out < last) & (left_out // tile != rare // tile)
     expected = (probability * left_out).sum(1)

@@ -43,14 +43,10 @@ from alphaspin_kernels._triton.common import (
 LARGEST = 2.0**100  # of a row's `others`: weights stay 27 powers of two below the end of the range
 CHUNK = 64  # tiles of a chunk, about: 134 MB of weights for 4096 rows
 GROUP = 16  # blocks of rows that run together: their hidden states stay in the L2 cache
-INSTRUCTIONS = {False: 7.0, True: 28.0}  # as head.INSTRUCTIONS
-KEPT = {
-    "BLOCK_R": 128,
-    "BLOCK_H": 256,
-    "BLOCK_K": 64,
-    "num_warps": 8,
-    "num_stages": 5,
-}  # three buffers
+INSTRUCTIONS = {False: 7.0, True: 30.0}  # as head.INSTRUCTIONS
+PACKED = {"BLOCK_R": 128, "BLOCK_T": 64, "num_warps": 8}
+# Three buffers of 48 KB for the products.
+GATHERED = {"BLOCK_R": 128, "BLOCK_H": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 5}
 
 
 @triton.jit
@@ -87,7 +83,9 @@ def _weights_kernel(
     targets,
     own,
     sums,
-    tops,
+    limits,
+    flags,
+    left,
     start,
     A,
     V,
@@ -98,7 +96,7 @@ def _weights_kernel(
     scale,
     HAS_BIAS: tl.constexpr,
     CAPPED: tl.constexpr,
-    TILED: tl.constexpr,
+    SPARSE: tl.constexpr,
     GROUP: tl.constexpr,
     TMA: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -109,8 +107,9 @@ def _weights_kernel(
 ):
     """Weights [A, V] of a chunk, V entries from `start` on, and their sums before the slope [S, A].
 
-    As head's forward kernel, in halves, of which S are; TILED also writes the largest of each.
-    Tiles that run together are of GROUP blocks of rows.
+    As head's forward kernel, in halves, of which S are. Tiles that run together are of GROUP blocks
+    of rows. SPARSE: also which entries some row of a block needs, its weight being at least the
+    row's limit, and the sums of those left out [S, A].
     """
     tl.assume(H > 0)
     row_blocks = tl.cdiv(A, BLOCK_R)
@@ -142,23 +141,48 @@ def _weights_kernel(
         target_R = (tl.load(targets + r, mask=r < A, other=0) - start).to(tl.int32)
         PIECE: tl.constexpr = BLOCK_T // 2
         t = part * BLOCK_T + tl.arange(0, PIECE)
-        at = sums + part.to(tl.int64) * 2 * A + r
-        top = tops + part.to(tl.int64) * 2 * A + r
+        at = part.to(tl.int64) * 2 * A + r
         a_RT, b_RT = head._halves(z_RT, BLOCK_R, BLOCK_T)
         e_RT, p_RT = _weights(
             a_RT, bias, t, V, target_R, own_R, inverse_cap, scale, HAS_BIAS, CAPPED
         )
         p.store([row, part * BLOCK_T], p_RT.to(tl.bfloat16))
-        tl.store(at, tl.sum(e_RT, 1), mask=r < A)
-        if TILED:
-            tl.store(top, tl.max(e_RT, 1), mask=r < A)
+        tl.store(sums + at, tl.sum(e_RT, 1), mask=r < A)
+        if SPARSE:
+            limit_R = tl.load(limits + r, mask=r < A, other=float("inf"))
+            _choose(e_RT, limit_R, flags + row // BLOCK_R * V, t, V, left + at, r < A)
         e_RT, p_RT = _weights(
             b_RT, bias, t + PIECE, V, target_R, own_R, inverse_cap, scale, HAS_BIAS, CAPPED
         )
         p.store([row, part * BLOCK_T + PIECE], p_RT.to(tl.bfloat16))
-        tl.store(at + A, tl.sum(e_RT, 1), mask=r < A)
-        if TILED:
-            tl.store(top + A, tl.max(e_RT, 1), mask=r < A)
+        tl.store(sums + at + A, tl.sum(e_RT, 1), mask=r < A)
+        if SPARSE:
+            _choose(e_RT, limit_R, flags + row // BLOCK_R * V, t + PIECE, V, left + at + A, r < A)
+
+
+@triton.jit
+def _choose(e_RT, limit_R, flags, t, V, left, inside_R):
+    """Which entries are needed, and the sum of the others in each row."""
+    need_T = tl.max((e_RT >= limit_R[:, None]).to(tl.int32), 0)
+    tl.store(flags + t, need_T.to(tl.int8), mask=t < V)
+    tl.store(left, tl.sum(tl.where(need_T[None, :] != 0, 0.0, e_RT), 1), mask=inside_R)
+
+
+@Kernel("p packed stride")
+def _pack_kernel(
+    p, flags, places, kept, packed, A, V, stride, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """The needed entries of a block of rows one after another, and which they are."""
+    block = tl.program_id(0)
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    need_T = tl.load(flags + block * V + t, mask=t < V, other=0) != 0
+    place_T = tl.load(places + block * V + t, mask=need_T, other=1) - 1
+    tl.store(kept + block * V + place_T, t, mask=need_T)
+    row_R1 = r.to(tl.int64)[:, None] * stride
+    inside = (r < A)[:, None] & need_T[None, :]
+    p_RT = tl.load(p + row_R1 + t[None, :], mask=inside)
+    tl.store(packed + row_R1 + place_T[None, :], p_RT, mask=inside)
 
 
 @triton.jit
@@ -169,33 +193,38 @@ def _add(means, sum_RH, row, h, R: tl.constexpr, PIECE: tl.constexpr):
     means.store([row, h + PIECE], means.load([row, h + PIECE]) + b_RH)
 
 
-@Kernel("p weight means")
-def _kept_kernel(
-    p,
+@Kernel("weight H weight_stride")
+def _gathered_kernel(
+    packed,
     weight,
     means,
     kept,
-    counts,
-    tiles,
+    places,
+    V,
+    H,
+    weight_stride,
     BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """means += p W over the tiles of BLOCK_T entries that are listed for a block of rows."""
-    row, h = tl.program_id(0) * BLOCK_R, tl.program_id(1) * BLOCK_H
-    count = tl.load(counts + tl.program_id(0))
-    kept += tl.program_id(0) * tiles
-    STEPS: tl.constexpr = BLOCK_T // BLOCK_K
+    """means += p W over the needed entries of a block of rows: rows of W are gathered."""
+    block, first = tl.program_id(0), tl.program_id(1) * BLOCK_H
+    count = tl.load(places + block * V + V - 1)
+    row, h = block * BLOCK_R, first + tl.arange(0, BLOCK_H)
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    for step in range(0, count * STEPS):
-        t = tl.load(kept + step // STEPS) * BLOCK_T + step % STEPS * BLOCK_K
-        sum_RH = dot(p.load([row, t]), weight.load([t, h]), sum_RH)
+    for at in range(0, count, BLOCK_K):
+        k = at + tl.arange(0, BLOCK_K)
+        t = tl.load(kept + block * V + k, mask=k < count, other=0)
+        inside = (k < count)[:, None] & (h < H)[None, :]
+        # Past the end p is what was there, and W is 0.
+        weight_KH = weight + t.to(tl.int64)[:, None] * weight_stride + h[None, :]
+        weight_KH = tl.load(weight_KH, mask=inside, other=0.0)
+        sum_RH = dot(packed.load([row, at]), weight_KH, sum_RH)
     # In quarters, for which there is room in shared memory.
     PIECE: tl.constexpr = BLOCK_H // 4
     a_RH, b_RH = head._halves(sum_RH, BLOCK_R, BLOCK_H)
-    _add(means, a_RH, row, h, BLOCK_R, PIECE)
-    _add(means, b_RH, row, h + 2 * PIECE, BLOCK_R, PIECE)
+    _add(means, a_RH, row, first, BLOCK_R, PIECE)
+    _add(means, b_RH, row, first + 2 * PIECE, BLOCK_R, PIECE)
 
 
 @Kernel("means weight gradient H weight_stride")
@@ -260,9 +289,11 @@ def forward_with_row(
     chunk = tile * min(_chunk(row_blocks, parts, programs), parts)
     fp32 = {"dtype": torch.float32, "device": hidden_AH.device}
     sums_SA = torch.empty((2 * parts, count), **fp32)
-    tops_SA = torch.empty((2 * chunk // tile if skip_below else 0, count), **fp32)
-    mean_AH = (torch.zeros if skip_below else torch.empty)((count, width), **fp32)
-    so_far_A, skipped_A = torch.ones(count, **fp32), torch.zeros(count, **fp32)
+    mean_AH = torch.empty((count, width), **fp32)
+    so_far_A = torch.ones(count, **fp32)
+    left_SA = torch.zeros_like(sums_SA) if skip_below else sums_SA[:0]
+    # Finite where nothing is packed yet.
+    packed = hidden_AH.new_zeros((count, chunk if skip_below else 0))
     p = hidden_AH.new_empty((count, chunk))
     for start in range(0, vocabulary, chunk):
         weight_CH = weight[start : start + chunk]
@@ -270,6 +301,9 @@ def forward_with_row(
         p_AC, used = p[:, :entries], triton.cdiv(entries, tile)
         arguments["bias"] = None if bias is None else bias[start : start + chunk].contiguous()
         sums_CA = sums_SA[2 * start // tile :][: 2 * used]
+        # The first chunk is multiplied whole: nothing is known before of how large p is.
+        sparse = skip_below > 0 and start > 0
+        flags_BC = p.new_empty((row_blocks, entries if sparse else 0), dtype=torch.int8)
         _weights_kernel[False][(min(row_blocks * used, programs),)](
             hidden=_blocked(hidden_AH, blocks["BLOCK_R"], blocks["BLOCK_H"]),
             weight=_blocked(weight_CH, tile, blocks["BLOCK_H"]),
@@ -277,23 +311,23 @@ def forward_with_row(
             targets=targets_A1,
             own=own_A,
             sums=sums_CA,
-            tops=tops_SA,
+            limits=so_far_A * skip_below,
+            flags=flags_BC,
+            left=left_SA[2 * start // tile :],
             start=start,
             A=count,
             V=entries,
             H=width,
             hidden_stride=hidden_AH.stride(0),
             weight_stride=weight.stride(0),
-            TILED=skip_below > 0,
+            SPARSE=sparse,
             **arguments,
             **blocks,
         )
         if skip_below:
             so_far_A += sums_CA.sum(0)
-            bound_AS = (tops_SA[: 2 * used] / so_far_A).T
-            keep_BS, keep_AS = kept_tiles(bound_AS, skip_below, blocks["BLOCK_R"])
-            skipped_A += (sums_CA.T * ~keep_AS).sum(1)
-            _add_kept(mean_AH, p_AC, weight_CH, keep_BS, piece)
+        if sparse:
+            _add_needed(mean_AH, p_AC, weight_CH, flags_BC, packed)
         else:
             multiply_add(mean_AH, p_AC, weight_CH, add=start > 0)
     others_A = sums_SA.sum(0)
@@ -317,7 +351,8 @@ def forward_with_row(
     log_A = others_A.double().log1p_()
     lse_A = torch.add(log_A, own_A.double(), alpha=head.LN2).float()
     failed_A = ~(others_A < LARGEST)
-    return -log_A.float()[:, None], lse_A, gradient_AH, skipped_A / (1 + others_A), failed_A
+    skipped_A = left_SA.sum(0) / (1 + others_A)
+    return -log_A.float()[:, None], lse_A, gradient_AH, skipped_A, failed_A
 
 
 def selected(rows_R: Tensor, mask_R: Tensor) -> Tensor:
@@ -325,29 +360,37 @@ def selected(rows_R: Tensor, mask_R: Tensor) -> Tensor:
     return rows_R[mask_R]
 
 
-def _add_kept(
-    mean_AH: Tensor, p_AC: Tensor, weight_CH: Tensor, keep_BS: Tensor, piece: int
+def _add_needed(
+    mean_AH: Tensor, p_AC: Tensor, weight_CH: Tensor, flags_BC: Tensor, packed: Tensor
 ) -> None:
-    """mean += p W over the tiles of `piece` entries that are kept for each block of rows."""
-    width, config = mean_AH.shape[1], KEPT
-    _kept_kernel[False][(len(keep_BS), triton.cdiv(width, config["BLOCK_H"]))](
-        p=_blocked(p_AC, config["BLOCK_R"], config["BLOCK_K"]),
-        weight=_blocked(weight_CH, config["BLOCK_K"], config["BLOCK_H"]),
+    """mean += p W over the entries that are flagged for each block of rows."""
+    (count, width), (row_blocks, entries), config = mean_AH.shape, flags_BC.shape, GATHERED
+    places_BC = flags_BC.cumsum(1, dtype=torch.int32)
+    kept_BC = torch.empty_like(places_BC)
+    even = multiples_of_16(p_AC, packed, p_AC.stride(0))
+    _pack_kernel[even][(row_blocks, triton.cdiv(entries, PACKED["BLOCK_T"]))](
+        p=p_AC,
+        flags=flags_BC,
+        places=places_BC,
+        kept=kept_BC,
+        packed=packed,
+        A=count,
+        V=entries,
+        stride=p_AC.stride(0),
+        **PACKED,
+    )
+    even = multiples_of_16(weight_CH, width, weight_CH.stride(0))
+    _gathered_kernel[even][(row_blocks, triton.cdiv(width, config["BLOCK_H"]))](
+        packed=_blocked(packed, config["BLOCK_R"], config["BLOCK_K"]),
+        weight=weight_CH,
         means=_blocked(mean_AH, config["BLOCK_R"], config["BLOCK_H"] // 4),
-        kept=keep_BS.int().argsort(dim=1, descending=True, stable=True).int(),
-        counts=keep_BS.sum(1, dtype=torch.int32),
-        tiles=keep_BS.shape[1],
-        BLOCK_T=piece,
+        kept=kept_BC,
+        places=places_BC,
+        V=entries,
+        H=width,
+        weight_stride=weight_CH.stride(0),
         **config,
     )
-
-
-def kept_tiles(bound_RT: Tensor, skip_below: float, rows: int) -> tuple[Tensor, Tensor]:
-    """Which tiles some row of a block of `rows` needs, for each block and for each row."""
-    padded_RT = torch.nn.functional.pad(bound_RT, (0, 0, 0, -len(bound_RT) % rows))
-    # Not >=: a row that is not finite must not take the tiles of the others.
-    keep_BT = ~(padded_RT.unflatten(0, (-1, rows)).amax(1) < skip_below)
-    return keep_BT, keep_BT.repeat_interleave(rows, 0)[: len(bound_RT)]
 
 
 def _chunk(row_blocks: int, parts: int, programs: int) -> int:
@@ -384,12 +427,13 @@ def launches(capability: int) -> list[Launch]:
             (f"tensordesc<bf16{[r, t // 2]}>", "p"),
             ("*bf16", "bias" * full),
             ("*i64", "targets"),
-            ("*fp32", "own sums tops"),
+            ("*i8", "flags"),
+            ("*fp32", "own sums limits left"),
             ("i32", "start A V H hidden_stride weight_stride"),
             ("fp32", "inverse_cap scale"),
         ]
         fast = Fast("m64n256k16", r * t, INSTRUCTIONS[full])
-        options = own | {"HAS_BIAS": full, "CAPPED": full, "TILED": full}
+        options = own | {"HAS_BIAS": full, "CAPPED": full, "SPARSE": full}
         found.append(Launch.of(_weights_kernel, False, types, options, products=True, fast=fast))
         types = [
             ("*fp32", "means own others"),
@@ -400,13 +444,20 @@ def launches(capability: int) -> list[Launch]:
         ]
         options = {"CAPPED": full, "BLOCK_H": 1024}
         found += [Launch.of(_row_kernel, even, types, options) for even in (True, False)]
-    types = [
-        (f"tensordesc<bf16{[KEPT['BLOCK_R'], KEPT['BLOCK_K']]}>", "p"),
-        (f"tensordesc<bf16{[KEPT['BLOCK_K'], KEPT['BLOCK_H']]}>", "weight"),
-        (f"tensordesc<fp32{[KEPT['BLOCK_R'], KEPT['BLOCK_H'] // 4]}>", "means"),
-        ("*i32", "kept counts"),
-        ("i32", "tiles"),
-    ]
-    options = KEPT | {"BLOCK_T": t // 2}
-    found.append(Launch.of(_kept_kernel, False, types, options, products=True))
+    for even in (True, False):
+        types = [
+            (f"tensordesc<bf16{[GATHERED['BLOCK_R'], GATHERED['BLOCK_K']]}>", "packed"),
+            ("*bf16", "weight"),
+            (f"tensordesc<fp32{[GATHERED['BLOCK_R'], GATHERED['BLOCK_H'] // 4]}>", "means"),
+            ("*i32", "kept places"),
+            ("i32", "V H weight_stride"),
+        ]
+        found.append(Launch.of(_gathered_kernel, even, types, GATHERED, products=True))
+        types = [
+            ("*bf16", "p packed"),
+            ("*i8", "flags"),
+            ("*i32", "kept places"),
+            ("i32", "A V stride"),
+        ]
+        found.append(Launch.of(_pack_kernel, even, types, PACKED))
     return found

@@ -349,7 +349,11 @@ def _add_kept_tiles(
 ) -> Tensor:
     """Add the products of the tiles that some row of a block needs; return the mass left out."""
     (count, width), entries = mean_RH.shape, len(weight_CH)
-    keep_BT, keep_RT = frozen_head.kept_tiles(tops_RT, skip_below, SKIP_R)
+    row_blocks, tiles = triton.cdiv(count, SKIP_R), tops_RT.shape[1]
+    padded_RT = torch.nn.functional.pad(tops_RT, (0, 0, 0, -count % SKIP_R))
+    # Not >=: a row that is not finite must not take the tiles of the others.
+    keep_BT = ~(padded_RT.view(row_blocks, SKIP_R, tiles).amax(1) < skip_below)
+    keep_RT = keep_BT.repeat_interleave(SKIP_R, 0)[:count]
     even = width % 128 == 0
     even = even and multiples_of_16(p_RC, weight_CH, mean_RH, entries, weight_CH.stride(0))
     config = _kept_blocks(p_RC.dtype, even)
@@ -364,7 +368,7 @@ def _add_kept_tiles(
         H=width,
         width=entries,
         weight_stride=weight_CH.stride(0),
-        tiles=tops_RT.shape[1],
+        tiles=tiles,
         EVEN_H=even,
         **config,
     )
