@@ -46,7 +46,7 @@ def pairs(seed: int) -> list[Tree]:
 
 
 def gradients(
-    backbone: Backbone, trees: Sequence[Tree], mode: str
+    backbone: Backbone, trees: Sequence[Tree], mode: str, config: TrainConfig = TRAIN
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients of one batch."""
     references: list[tuple[float, ...]] = [()] * len(trees)
@@ -60,7 +60,7 @@ def gradients(
         objective=lambda policy, reference, lengths: DPO(beta=(0.3,))(
             policy, reference, lengths, 0
         ),
-        config=TRAIN,
+        config=config,
         beta=0.3,
         iteration=0,
         seed=0,
@@ -91,6 +91,26 @@ def test_all_modes_agree(family: str, checkpointing: bool, tmp_path: Path) -> No
         assert found == pytest.approx(expected, rel=1e-6, abs=1e-5), mode
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6), mode
         assert relative(found_gradients, expected_gradients) < 2e-6, mode
+
+
+@pytest.mark.parametrize("mode", ["cached", "joint"])
+def test_what_the_gradient_may_leave_out(mode: str, tmp_path: Path) -> None:
+    """Losses stay as they are, what was left out is told, and at a tiny ε that is nothing."""
+    backbone = load(make_folder(tmp_path, "llama", LoraConfig(r=4, alpha=6)), POLICY, PREVIOUS)
+    trees = pairs(3)
+    expected, exact = gradients(backbone, trees, mode)
+    assert "skipped_mass" not in expected
+
+    def skipping(epsilon: float) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+        config = TRAIN.model_copy(update={"skip_below": epsilon})
+        values, found = gradients(backbone, trees, mode, config)
+        return values.pop("skipped_mass"), values, found
+
+    mass, values, found = skipping(1e-30)
+    assert (mass, values) == (0, expected) and relative(found, exact) == 0
+    mass, values, found = skipping(0.5)
+    assert values == expected
+    assert 0.1 < mass <= 1 and relative(found, exact) > 0.01
 
 
 def held(run: Callable[[], Any]) -> int:

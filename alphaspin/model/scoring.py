@@ -27,19 +27,36 @@ from alphaspin.model.tree import Tokens, Tree
 T = TypeVar("T")
 
 
-def sequence_logps(backbone: Backbone, batch: Batch) -> Tensor:
+@dataclass(slots=True)
+class Skip:
+    """What the head's gradient may leave out.
+
+    Attributes:
+        below: ε; tokens whose probabilities do not reach it are left out of E_p[W].
+        sums: [2] fp32, so far: the probability left out, and the predictions.
+    """
+
+    below: float
+    sums: Tensor
+
+
+def sequence_logps(backbone: Backbone, batch: Batch, skip: Skip | None = None) -> Tensor:
     """lp(y) of each sequence of a batch, [B] fp32 in nats, summed over its tokens.
 
     Args:
         backbone: also holds the head [V, H].
         batch: on the backbone's device.
+        skip: of the gradient; values are the same with it.
     """
-    return hidden_logps(backbone(batch), backbone, batch)
+    return hidden_logps(backbone(batch), backbone, batch, skip)
 
 
-def hidden_logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
+def hidden_logps(
+    hidden_NH: Tensor, backbone: Backbone, batch: Batch, skip: Skip | None = None
+) -> Tensor:
     """The same from the hidden states [N, H] of the predictions."""
-    return sequence_logprob(
+    mass_N = hidden_NH.new_empty(len(hidden_NH), dtype=torch.float32) if skip else None
+    logps_B = sequence_logprob(
         hidden_NH,
         backbone.head.weight,
         batch.targets,
@@ -48,7 +65,12 @@ def hidden_logps(hidden_NH: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
         bias=backbone.head.bias,
         softcap=backbone.softcap,
         temperature=1 / backbone.scale,
+        skip_below=skip.below if skip else 0.0,
+        skipped_mass=mass_N,
     )
+    if skip and mass_N is not None:
+        skip.sums += torch.stack([mass_N.sum(), mass_N.new_tensor(len(mass_N))])
+    return logps_B
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +88,7 @@ class OnlineReference:
     joint: bool
 
     def logps(
-        self, backbone: Backbone, batch: Batch, trees: Sequence[Tree]
+        self, backbone: Backbone, batch: Batch, trees: Sequence[Tree], skip: Skip | None = None
     ) -> tuple[Tensor, Tensor]:
         """lp_θ with its graph, and lp_ref, both [B] fp32.
 
@@ -74,19 +96,20 @@ class OnlineReference:
             backbone: holds the adapters.
             batch: the policy's, on the backbone's device.
             trees: its trees.
+            skip: of the policy's gradient.
         """
         groups = [(name, trees) for name in self.policies]
         frozen = collate(groups, layout=backbone.layout).to(backbone.device)
         if self.joint:
             hidden_NH, beside_NH = backbone(batch, frozen)
             policy_B, frozen_B = (
-                hidden_logps(hidden_NH, backbone, batch),
+                hidden_logps(hidden_NH, backbone, batch, skip),
                 hidden_logps(beside_NH, backbone, frozen),
             )
         else:
             with torch.no_grad():
                 frozen_B = sequence_logps(backbone, frozen)
-            policy_B = sequence_logps(backbone, batch)
+            policy_B = sequence_logps(backbone, batch, skip)
         return policy_B, self.mix(*frozen_B.chunk(len(self.policies)))
 
 

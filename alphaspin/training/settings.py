@@ -1,6 +1,8 @@
 """Settings of optimisation."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from alphaspin.foundation.section import (
     Fraction,
@@ -54,6 +56,11 @@ class TrainConfig(Section):
     are installed and know its family and it is not sharded."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    skip_below: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """ε: tokens whose probabilities do not reach it, in any of some hundred neighbouring
+    predictions, are left out of the gradient's second product with the head. Losses stay exact; the
+    metric `skipped_mass`, the probability left out of a predicted token, bounds the error: of a
+    gradient with respect to a hidden state by that times the largest weight of the head."""
     sharding: Literal["none", "fsdp"] = "none"
     """What each of several processes holds of the frozen base: all of it, or with `fsdp` a share of
     every layer, gathered when a pass reaches it. Adapters and the head are whole in each."""

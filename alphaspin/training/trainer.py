@@ -29,7 +29,7 @@ from alphaspin.model.batching import collate
 from alphaspin.model.distributed import Team
 from alphaspin.model.repeatable import backward
 from alphaspin.model.routing import POLICY
-from alphaspin.model.scoring import OnlineReference, sequence_logps
+from alphaspin.model.scoring import OnlineReference, Skip, sequence_logps
 from alphaspin.training.example import REMEDY, Example, Objective
 from alphaspin.training.loop import Loop, learning_rate, run
 from alphaspin.training.settings import TrainConfig
@@ -130,6 +130,7 @@ def accumulate_gradients(
     width = len(examples[0].tree.responses)
     names = STATISTICS if width > 1 else STATISTICS[:4]
     sums_S = torch.zeros(len(names), device=device)
+    skip = Skip(config.skip_below, torch.zeros(2, device=device)) if config.skip_below else None
     # As many micro-batches for each process, and never larger ones than a single process has.
     number = math.ceil(config.accumulation / team.world_size) * team.world_size
     parts = [p for p in np.array_split(np.arange(len(informative)), number) if len(p)]
@@ -146,23 +147,24 @@ def accumulate_gradients(
         # Dropout noise is a function of the step too, not of what was drawn before.
         torch.manual_seed(rng.key(job.seed, job.iteration, f"dropout/{step}", number) % 2**63)
         if job.online is None:
-            policy = sequence_logps(backbone, batch)
+            policy = sequence_logps(backbone, batch, skip if counts else None)
             reference = torch.tensor([e.reference for e in part], device=device)
         else:
-            policy, reference = job.online.logps(backbone, batch, trees)
+            policy, reference = job.online.logps(backbone, batch, trees, skip if counts else None)
         policy_BK, reference_BK = policy.view(-1, width), reference.view(-1, width)
         extras = torch.tensor([e.extras for e in part], device=device).unbind(1)
         loss_B = objective(policy_BK, reference_BK, lengths_BK, *extras)
         backward(loss_B.sum() / len(examples) * counts, backbone)
         if counts:
             sums_S += _statistics(loss_B, policy_BK, reference_BK, lengths_BK, job.beta)
-    stop = torch.tensor([float(team.interrupted)], device=device)
+    others = torch.tensor([float(team.interrupted)], device=device)
+    others = torch.cat([others, skip.sums]) if skip else others
     gradients = [p.grad for p in backbone.policy_parameters().values() if p.grad is not None]
     if team.world_size > 1:
-        total = torch.cat([*(gradient.flatten() for gradient in gradients), sums_S, stop])
+        total = torch.cat([*(gradient.flatten() for gradient in gradients), sums_S, others])
         team.sum(total)
         sizes = [gradient.numel() for gradient in gradients]
-        *summed, sums_S, stop = total.split([*sizes, len(names), 1])
+        *summed, sums_S, others = total.split([*sizes, len(names), len(others)])
         for gradient, whole in zip(gradients, summed, strict=True):
             gradient.copy_(whole.view_as(gradient))
     values = dict(zip(names, sums_S.tolist(), strict=True))
@@ -174,7 +176,10 @@ def accumulate_gradients(
         values = {"loss": values["loss"], "tokens": 0.0}
     over = {"loss": len(examples), "tokens": 1}
     values = {name: value / over.get(name, len(informative)) for name, value in values.items()}
-    return values | {"pairs/informative": len(informative) / len(examples), "stop": stop.item()}
+    stop, *skipped = others.tolist()
+    if skipped and informative:
+        values["skipped_mass"] = skipped[0] / skipped[1]
+    return values | {"pairs/informative": len(informative) / len(examples), "stop": stop}
 
 
 def _statistics(

@@ -57,10 +57,11 @@ def linear_logprob(
         temperature: divides the logits, positive.
         ignore_index: target whose log-prob is 0 and has no gradient. Rows with no other target
             are skipped: their hidden states are not read.
-        skip_below: ε in [0, 1); with a frozen head, tiles of the vocabulary (of some hundred
-            entries and rows) in which no probability reaches ε are left out of the gradient's
-            E_p[W]. Log-probs stay exact. The vocabulary is walked once, so the first tiles, where
-            little of the sum is known, are rarely left out.
+        skip_below: ε in [0, 1); with a frozen head, parts of the vocabulary in which no probability
+            reaches ε are left out of the gradient's E_p[W]: single entries for 128 rows where
+            :mod:`frozen_head` serves, else tiles of some hundred entries and rows. Log-probs stay
+            exact. The vocabulary is walked once, so its first part, where little of the sum is
+            known, is rarely left out.
         skipped_mass: [N] buffer, fp32 (float64 for float64 inputs), that receives the probability
             mass left out of each row. It bounds the error of d lp / d hidden, elementwise by
             mass x max |W| / temperature.
