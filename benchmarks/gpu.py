@@ -29,7 +29,7 @@ PARTS = ("smoke", "tests", "benchmarks", "profile")
 SIDE_BY_SIDE = max(2, (os.cpu_count() or 8) - 2)  # each loads torch, or compiles
 GENTLY = 10  # seconds to say what is known, after an interrupt
 # What runs on the CPU is tested on the CPU, and takes the time the GPU needs.
-ON_THE_GPU = "triton"
+ON_THE_GPU = "triton or test_models or test_trl or test_only_forms"
 
 
 def part(name: str, command: list[str], seconds: float, log: Path) -> str | None:

@@ -20,12 +20,17 @@ from alphaspin.config import Config
 from alphaspin.model import varlen
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import collate
+from alphaspin.model.head import head_product
 from alphaspin.model.repeatable import backward, repeatable
-from alphaspin.model.routing import RoutedLinear
+from alphaspin.model.routing import POLICY, RoutedLinear
 from alphaspin.model.settings import LoraConfig
+from alphaspin.model.stepper import Policy
 from alphaspin.model.tree import Tree
 from alphaspin.model.verify import Verdict
+from alphaspin.sampling import gflownet
+from alphaspin.sampling.answer import Answer
 from alphaspin.sampling.decode import invert, running
+from alphaspin.sampling.settings import GFlowNetConfig
 
 ALONE = "ALPHASPIN_PRETEND"
 """Set in a process of these tests' own: torch takes another device only before its first backward
@@ -97,10 +102,10 @@ def test_a_run_of_every_phase(play: Callable[..., Any]) -> None:
     check(*play("spin", verified=True, selfplay={"iterations": 1}), 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "iterations"), [("spin-online", 2), ("spin-joint", 2), ("sppo", 1)]
-)
-def test_other_references_and_a_judge(play: Callable[..., Any], name: str, iterations: int) -> None:
+@pytest.mark.parametrize("name", sorted(smoke.RUNS.keys() - {"spin", "spin-gflownet"}))
+def test_other_references_and_methods(play: Callable[..., Any], name: str) -> None:
+    """But the GFlowNet, of which a step is below: ten are minutes here."""
+    iterations = 1 if name == "sppo" else 2
     check(*play(name, selfplay={"iterations": iterations}), iterations)
 
 
@@ -143,6 +148,57 @@ def test_attention(family: str, dtype: torch.dtype, version: tuple[int, int], re
     assert calls == ([0, 0] if reason else [2, 2])
     assert reason in note and ("by torch 2" in note) == (not reason)
     assert not events.waits and not events.unordered
+
+
+def test_a_gradient_through_the_head() -> None:
+    """Of a step of the GFlowNet, which mixes logits of 16-bit states: as in fp32 on the CPU."""
+    targets: Policy = {"previous": 0.7, None: 0.3}
+    config = GFlowNetConfig(prompts=1, answers=8, lora=LoraConfig(r=2, targets=("q_proj",)))
+    prompt, *answers = (np.array(x, np.int32) for x in ([4, 2], [5, 3, 1], [6, 7, 8], [1]))
+    wrapped = [[Answer(y, y[-1] != 1) for y in answers]]
+
+    def differentiate(*to: Any) -> tuple[float, torch.Tensor]:
+        model = helpers.make_model(num_hidden_layers=1, vocab_size=40).bfloat16().to(*to)
+        backbone = Backbone(model, "a model", "its hash")
+        backbone.add_adapter(POLICY, config.lora, seed=0, iteration=0)
+        backbone.random_adapter("previous", POLICY, 1)
+        backbone.random_adapter("other", POLICY, 2)
+        backbone.set_adapter_state(POLICY, backbone.adapter_state("other"))
+        stops, folder = frozenset([1, 9]), Path("nowhere")
+        task = gflownet.Task(targets, [prompt], 3, stops, config, 0, 0, "g", folder)
+        fresh = gflownet.trajectories(backbone, task, [prompt], wrapped)
+        found = gflownet.accumulate(backbone, task, [0], fresh, [[]], 0.5, 0)
+        grads = [p.grad.flatten().cpu() for p in backbone.policy_parameters().values()]
+        return found["loss"], torch.cat(grads)
+
+    with pretend.gpu() as events, repeatable():
+        mine, found = differentiate("cuda")
+    loss, expected = differentiate(torch.float32)
+    assert events.operators["aten.mm.dtype"] and not events.unordered
+    assert mine == pytest.approx(loss, rel=0.02)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_with_an_out_dtype_have_a_gradient(dtype: torch.dtype) -> None:
+    """Of rows of any size, also where the head is trained; torch has none, and says so."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, dy = (torch.randn(*s, generator=generator) for s in ((3, 8), (50, 8), (3, 50)))
+    x, w = x.to(dtype), w.to(dtype)
+    dy *= torch.tensor([[1e-9], [0.0], [1e9 if dtype == torch.bfloat16 else 1.0]])
+    with pretend.gpu():
+        for trained in (False, True):
+            head = torch.nn.Linear(8, 50, bias=False)
+            head.weight = torch.nn.Parameter(w.to("cuda"), trained)
+            leaf = x.to("cuda").requires_grad_()
+            y = head_product(head, leaf)
+            y.backward(dy.to("cuda"))
+            exact = dy.double() @ w.double()
+            error = (leaf.grad.host.double() - exact).norm(dim=1)
+            assert error.le(2 * torch.finfo(dtype).eps * exact.norm(dim=1) + 6e-8).all(), error
+            torch.testing.assert_close(y.host, x.float() @ w.float().T)
+        with pytest.raises(RuntimeError, match="derivative for aten::mm is not implemented"):
+            torch.mm(leaf, w.T.to("cuda"), out_dtype=torch.float32).sum().backward()
 
 
 def test_doctor_finds_attention() -> None:

@@ -1,5 +1,6 @@
 """One attention call a layer against one for each length: values, gradients, the choice."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -178,11 +179,50 @@ def test_what_is_wrong_is_passed_over(fault: Any, reason: str, offers: Any) -> N
     assert "one call a layer, by flash-attn" in str(found)
 
 
+def torch_2_10(q: Any, k: Any, v: Any, *sizes: Any, is_causal: bool = False) -> Any:
+    return PLAIN(q, k, v, *sizes, causal=is_causal)
+
+
+def torch_2_11(
+    q: Any, k: Any, v: Any, *sizes: Any, scale: Any = None, window_size: Any = (-1, -1)
+) -> Any:
+    return PLAIN(q, k, v, *sizes, softmax_scale=scale, window_size=window_size)
+
+
+def torch_2_12(q: Any, k: Any, v: Any, *sizes: Any, enable_gqa: bool = False, **rest: Any) -> Any:
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return torch_2_11(q, k, v, *sizes, **rest)
+
+
+def as_many_heads(q: Any, k: Any, v: Any, *sizes: Any, **rest: Any) -> Any:
+    assert q.shape[1] == k.shape[1] == v.shape[1], "as many heads"
+    return torch_2_11(q, k, v, *sizes, **rest)
+
+
+as_many_heads.__signature__ = inspect.signature(torch_2_11)
+torch_2_12.__signature__ = inspect.signature(lambda q, *, scale, window_size, enable_gqa: q)
+
+
+@pytest.mark.parametrize(
+    ("function", "expanded"),
+    [(torch_2_10, False), (torch_2_11, False), (torch_2_12, False), (as_many_heads, True)],
+)
+def test_every_varlen_attn_of_torch(function: Any, expanded: bool, offers: Any) -> None:
+    """It gets what its signature takes; each head keys of its own only where it wants them."""
+    for form in (FORM._replace(windowed=False), FORM, FORM._replace(heads=(4, 4))):
+        found = offers(form._replace(capped=False), torch_nn_attention_varlen=function)
+        if function is torch_2_10 and form.windowed:
+            assert found.kernel is None and found.refused[-1].endswith("has no window")
+            continue
+        assert found.kernel is not None, found.refused
+        assert found.name.startswith("torch 2")
+        assert found.name.endswith(", keys for each head") == (expanded and form.heads == (4, 2))
+
+
 def test_what_none_serves(offers: Any) -> None:
     with_cap = offers(torch_nn_attention_varlen=lambda *x, scale, window_size, enable_gqa: x[0])
     assert with_cap.kernel is None and with_cap.refused[-1] == "torch: varlen_attn has no soft cap"
-    old = offers(torch_nn_attention_varlen=lambda q, k, v, is_causal=False: q)
-    assert old.refused[-1].startswith("torch: varlen_attn of torch ")
+    old = offers(torch_nn_attention_varlen=lambda q, k, v: q)
     assert "a call for each length; not flash-attn-4: not installed" in str(old)
     for changed, reason in (
         ({"dtype": torch.float32}, "torch.float32"),

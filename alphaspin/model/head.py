@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from alphaspin.errors import InputError
@@ -32,10 +33,33 @@ def _product(x: Tensor, weight_OI: Tensor) -> Tensor:
     wide = torch.promote_types(weight_OI.dtype, torch.float32)
     if weight_OI.dtype == wide:
         return nn.functional.linear(x, weight_OI)
-    if weight_OI.is_cuda:
-        found = torch.mm(x.reshape(-1, x.shape[-1]), weight_OI.T, out_dtype=wide)
+    if weight_OI.is_cuda and not weight_OI.requires_grad:
+        found = cast(Tensor, _WideProduct.apply(x.reshape(-1, x.shape[-1]), weight_OI))
         return found.view(*x.shape[:-1], -1)
     return nn.functional.linear(x.to(wide), weight_OI.to(wide))
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T [N, O] in fp32 of 16-bit x [N, I] and a frozen W [O, I], on a GPU.
+
+    PyTorch has no derivative of products with an `out_dtype`. The gradient is rounded to 16 bits
+    for its product with W, each row in units of its largest entry, lest fp16 underflows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_OI)
+        return torch.mm(x, weight_OI.T, out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weight_OI,) = ctx.saved_tensors
+        size_N1 = torch.linalg.vector_norm(grads[0], torch.inf, dim=1, keepdim=True)
+        size_N1.clamp_(min=torch.finfo(size_N1.dtype).tiny)
+        near_NO = (grads[0] / size_N1).to(weight_OI.dtype)
+        dx = torch.mm(near_NO, weight_OI, out_dtype=torch.float32) * size_N1
+        return dx.to(weight_OI.dtype), None
 
 
 @torch.no_grad()

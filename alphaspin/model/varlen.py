@@ -16,6 +16,7 @@ token at most; A heads (G for keys), D width of a head.
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -156,32 +157,43 @@ def _flash(function: Callable[..., Any], all_before: int | None) -> Kernel:
     return kernel
 
 
-def _torch(function: Callable[..., Any]) -> Kernel:
-    """`varlen_attn`; its gradients have an order where torch is to refuse what has none."""
-    missing = {"enable_gqa", "scale", "window_size"} - {*inspect.signature(function).parameters}
-    if missing:
-        raise NotImplementedError(f"varlen_attn of torch {torch.__version__} has no {min(missing)}")
+def _torch(function: Callable[..., Any], expanded: bool) -> Kernel | None:
+    """`varlen_attn`; its gradients have an order where torch is to refuse what has none.
+
+    Torch 2.10 has `is_causal` alone, 2.11 `scale` and `window_size` in its place, 2.12
+    `enable_gqa` too. Before, keys with fewer heads are neither promised nor refused: they are
+    tried as they are, then `expanded` to one for each head of the queries.
+    """
+    takes = inspect.signature(function).parameters
+    if expanded and "enable_gqa" in takes:
+        return None
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, row: Row, limits: Limits) -> Tensor:
         if limits.softcap:
             raise NotImplementedError("varlen_attn has no soft cap")
-        return function(
-            q,
-            k,
-            v,
-            row.cu_q,
-            row.cu_k,
-            row.max_q,
-            row.max_k,
-            scale=limits.scaling,
-            window_size=(-1 if limits.window is None else limits.window - 1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        options: dict[str, Any] = {}
+        share = q.shape[1] // k.shape[1]
+        if "enable_gqa" in takes:
+            options["enable_gqa"] = share > 1
+        elif expanded:
+            k, v = (x.repeat_interleave(share, 1) for x in (k, v))
+        if "scale" in takes:
+            options["scale"] = limits.scaling
+        elif limits.scaling is not None:
+            factor = limits.scaling * q.shape[2] ** 0.5
+            q = q if math.isclose(factor, 1.0) else q * factor
+        if "window_size" in takes:
+            options["window_size"] = (-1 if limits.window is None else limits.window - 1, 0)
+        elif limits.window is None:
+            options["is_causal"] = True
+        else:
+            raise NotImplementedError(f"varlen_attn of torch {torch.__version__} has no window")
+        return function(q, k, v, row.cu_q, row.cu_k, row.max_q, row.max_k, **options)
 
     return kernel
 
 
-KERNELS: dict[str, tuple[str, str, Callable[[Any], Kernel]]] = {
+KERNELS: dict[str, tuple[str, str, Callable[[Any], Kernel | None]]] = {
     "flash-attn-4": ("flash_attn.cute", "flash_attn_varlen_func", partial(_flash, all_before=None)),
     "flash-attn-3": (
         "flash_attn_interface",
@@ -189,9 +201,14 @@ KERNELS: dict[str, tuple[str, str, Callable[[Any], Kernel]]] = {
         partial(_flash, all_before=-1),
     ),
     "flash-attn": ("flash_attn", "flash_attn_varlen_func", partial(_flash, all_before=-1)),
-    "torch": ("torch.nn.attention.varlen", "varlen_attn", _torch),
+    "torch": ("torch.nn.attention.varlen", "varlen_attn", partial(_torch, expanded=False)),
+    "torch, keys for each head": (
+        "torch.nn.attention.varlen",
+        "varlen_attn",
+        partial(_torch, expanded=True),
+    ),
 }
-"""By the distribution, best first: module, function, and how it is called."""
+"""By the distribution, best first: module, function, and how it is called, if that is a way."""
 
 
 class Form(NamedTuple):
@@ -270,6 +287,8 @@ def find(form: Form, exact: Callable[..., Tensor]) -> Choice:
         kernel = None
         try:
             kernel = adapt(getattr(import_module(module), function))
+            if kernel is None:
+                continue
             reason = _wrong(kernel, form, exact)
         except torch.OutOfMemoryError:
             raise  # which says nothing of the kernel
@@ -281,7 +300,8 @@ def find(form: Form, exact: Callable[..., Tensor]) -> Choice:
             reason = "not installed" if missing else reason
         if not reason:
             with suppress(metadata.PackageNotFoundError):
-                name = f"{name} {metadata.version(name)}"
+                package = name.partition(",")[0]
+                name = name.replace(package, f"{package} {metadata.version(package)}", 1)
             return Choice(kernel, name, tuple(refused))
         refused.append(f"{name}: {reason}")
     return Choice(None, "", tuple(refused))

@@ -215,7 +215,10 @@ def balance(
         # One state more than tokens: the forced stop at the cap, where log p(⊤) = 0.
         return torch.nn.functional.pad(rows(values_MK.gather(1, 1 + end_M[:, None])[:, 0]), (0, 1))
 
-    log_r_BS = torch.nn.functional.pad(rows(log_r_MK[:, 0]).cumsum(1), (1, 0)) + ends(log_r_MK)
+    log_r_BL = rows(log_r_MK[:, 0])
+    before_LL = torch.ones_like(log_r_BL[:1]).expand(log_r_BL.shape[1], -1).triu()
+    sums_BL = log_r_BL @ before_LL  # as cumsum, which on GPUs adds in no order of its own
+    log_r_BS = torch.nn.functional.pad(sums_BL, (1, 0)) + ends(log_r_MK)
     # A whole answer's last token is ⊤ itself: it leads to no state.
     states_B = lengths_B - (~truncated_B).long()
     return subtb_loss(rows(log_q_MK[:, 0]), ends(log_q_MK), log_r_BS, states_B, lam)

@@ -119,7 +119,7 @@ def _portable(
     g_SB[:-1] += starts_LB  # token k leaves state k-1
     g_SB *= -2 / weights
     g_BS.zero_()[:, : longest + 1] = g_SB.T
-    d_log_pf_BL.zero_()[:, :longest] = -g_SB[1:].flip(0).cumsum(0).flip(0).T
+    d_log_pf_BL.zero_()[:, :longest] = -_recursion(g_SB[1:].flip(0), 1.0).flip(0).T
     return outputs
 
 

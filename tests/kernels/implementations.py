@@ -49,6 +49,15 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
+def there(arguments: dict[str, object]) -> dict[str, object]:
+    """Arguments made at import, on the device of the implementation under test."""
+    device = torch.get_default_device()
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
+        for key, value in arguments.items()
+    }
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fill what torch.empty returns with NaN."""

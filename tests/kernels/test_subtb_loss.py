@@ -9,7 +9,7 @@ from alphaspin_kernels import reference, subtb_loss
 from alphaspin_kernels.subtb_loss import _subtb_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import CSRC, TORCH, TRITON, generator, poisoned
+from implementations import CSRC, TORCH, TRITON, generator, poisoned, there
 
 NAMES = ("log_pf", "log_pterm", "log_reward")
 LAMBDAS = [0.0, 0.5, 0.9, 1.0, 1.3, 100.0]
@@ -305,10 +305,7 @@ def test_any_shape(name, examples, force):
 def test_bad_arguments(changes, message, name, force):
     force(name)
     device = torch.get_default_device()
-    changes = {
-        key: value.to(device) if torch.is_tensor(value) and not value.is_meta else value
-        for key, value in changes.items()
-    }
+    changes = there(changes)
     arguments = {
         "log_pf": torch.zeros(2, 3),
         "log_pterm": torch.zeros(2, 4),

@@ -1,4 +1,7 @@
-"""`patch_trl`: what TRL's trainers compute with it and without it, on the same batch."""
+"""`patch_trl`: what TRL's trainers compute with it and without it, on the same batch.
+
+On a GPU if there is one.
+"""
 
 import functools
 import sys
@@ -15,6 +18,7 @@ from alphaspin_kernels import patch_trl
 from alphaspin_kernels.linear_logprob.probe import check_fused_head
 from alphaspin_kernels.linear_logprob.trl import _Patched
 from datasets import Dataset
+from implementations import GPU
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -23,11 +27,12 @@ pytest.importorskip("trl")
 import trl
 import trl.trainer.utils as utils
 
+DEVICE = "cuda" if GPU else "cpu"
 ALL = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 WORDS = ["what is", " yes", " no", " the largest number", " it is 34", " 12 and 34"]
 COMMON: dict[str, Any] = {
     "report_to": "none",
-    "use_cpu": True,
+    "use_cpu": not GPU,
     "bf16": False,
     "activation_checkpointing": False,
 }
@@ -62,7 +67,7 @@ def nudge(trainer: Any) -> Any:
     generator = torch.Generator().manual_seed(3)
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad and ".ref." not in name:
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.data += (0.2 if "lora" in name else 0.02) * noise
     return trainer
 
@@ -271,7 +276,7 @@ def test_bf16(tmp_path: Path, lora: bool, autocast: bool) -> None:
     trainer = nudge(dpo(tmp_path, model))
     batch = batch_of(trainer)
     exact = step(trainer, batch)
-    context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    context = torch.autocast(DEVICE, torch.bfloat16) if autocast else nullcontext()
     if not autocast:
         trainer.model.bfloat16()
         trainer.ref_model = trainer.ref_model and trainer.ref_model.bfloat16()
@@ -395,17 +400,17 @@ def test_metrics_equal_their_definition(
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
     hidden = random(rows, width).requires_grad_()
     weight = random(vocabulary, width).requires_grad_(not frozen)
     bias = random(vocabulary).requires_grad_(not frozen) if with_bias else None
-    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    targets = torch.randint(vocabulary, (rows,), generator=generator).to(DEVICE)
     scale, temperature = 0.7, 1.3
     apply = _Patched(utils._ChunkedLogProbFunction, utils).apply
     options = (temperature, 32768, softcap, scale, ALL)
     logp, entropy, *rest = apply(hidden, weight, bias, targets, *options)
-    grads = [torch.randn(rows, generator=generator) for _ in range(2)]
+    grads = [torch.randn(rows, generator=generator).to(DEVICE) for _ in range(2)]
     leaves = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     found = torch.autograd.grad([logp, entropy], leaves, [g.to(logp.dtype) for g in grads])
 
@@ -439,10 +444,10 @@ def test_metrics_from_the_gradient_equal_those_from_tiles(dtype: Any) -> None:
     hidden = torch.randn(500, 16, generator=generator) * torch.logspace(-2, 1, 500)[:, None]
     weight = torch.randn(300, 16, generator=generator)
     weight[7] = weight[3]  # equal logits: the first of them counts
-    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype)
+    hidden, weight = hidden.to(DEVICE, dtype).requires_grad_(), weight.to(DEVICE, dtype)
     targets = (hidden.float() @ weight.float().T).argmax(1)
-    targets[::3] = torch.randint(300, (len(targets[::3]),), generator=generator)
-    targets[(targets == 3) & (torch.arange(500) % 2 == 0)] = 7
+    targets[::3] = torch.randint(300, (len(targets[::3]),), generator=generator).to(DEVICE)
+    targets[(targets == 3) & (torch.arange(500, device=DEVICE) % 2 == 0)] = 7
     apply = _Patched(utils._ChunkedLogProbFunction, utils).apply
     wanted = ("entropy", "mean_logits", "is_top1")
     _, *fast = apply(hidden, weight, None, targets, 0.8, 0, None, 1.0, wanted)
