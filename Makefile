@@ -4,6 +4,10 @@ BIN = .venv/bin
 # Where there is no GPU, the pinned CPU build; on a GPU machine: make TORCH="torch>=2.8" ...
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.8,torch==2.13.0)
 
+# Two halves in order, and whoever is done takes of the other: the tests of a file mostly share one
+# process, so that what is made once a file is not made twice.
+TWO = -n 2 --dist worksteal
+
 .PHONY: demo test test-all test-engines gpu clean
 OUT ?= $(CURDIR)/gpu-results
 
@@ -21,12 +25,12 @@ test: .venv/installed  ## tests, linters, types, benchmarks on small inputs: wha
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
-	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
-	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks -n 2  # each measurement once, small
+	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO)
+	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks $(TWO)  # each measurement once, small
 
 test-all: .venv/installed  ## the same tests with more kill points and all model families
 	@command -v chromium || command -v google-chrome || echo "no chromium: tests/test_browser.py is skipped"
-	ALPHASPIN_SWEEP=1 ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	ALPHASPIN_SWEEP=1 ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO)
 
 # vLLM for CPUs pins packages, so it has an environment of its own. What it needs not, and what there
 # is for GPUs alone beside torch's CPU build, goes: with another torchvision it does not even start.

@@ -4,29 +4,37 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from faults.forks import fork
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def script(name: str, folder: Path, log: Path) -> None:
+    """As `cd folder && python name`, in a process that has imported the libraries."""
+    os.chdir(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.argv, sys.path[0] = [name], str(folder)
+    sys.stdout = sys.stderr = log.open("w")
+    try:
+        runpy.run_path(name, run_name="__main__")
+    finally:
+        sys.stdout.flush()
 
 
 def executed(name: str, place: Path) -> str:
     """What an example prints, in a copy of the folder, as after `cd examples`."""
     shutil.copytree(EXAMPLES, place / "examples", ignore=shutil.ignore_patterns("own-*", "trl"))
-    done = subprocess.run(
-        [sys.executable, name],
-        cwd=place / "examples",
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = fork(script, name, place / "examples", place / "log")
+    process.start()
+    process.join(580)
+    assert process.exitcode == 0, (place / "log").read_text()
+    return (place / "log").read_text()
 
 
 def test_own_data(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Where a comparison must not hinge on rounding, the model is in float64 (norms an
 stay in fp32).
 """
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,15 @@ from alphaspin.sampling.settings import SamplingConfig
 @pytest.fixture(scope="module", params=helpers.FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp(request.param), request.param)
+
+
+SWEEP = bool(os.environ.get("ALPHASPIN_SWEEP"))
+"""Each family with each cache; else each with the one that it gets, and two kinds with all."""
+
+
+def pick(family: Path, kind: str) -> None:
+    if not SWEEP and kind != "slots" and not family.name.startswith(("llama", "gemma3_text")):
+        pytest.skip("needs ALPHASPIN_SWEEP=1")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +147,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", CACHES)
 def test_answers_do_not_depend_on_the_batch(family: Path, kind: Any) -> None:
     """Neighbours, their policies, batch size, and the order in which rows end and begin."""
+    pick(family, kind)
     backbone = load(family, POLICY, PREVIOUS).double()
     backbone.cache = kind
     requests = make_requests(make_prompts(24, 12), POLICIES)
@@ -237,6 +248,7 @@ def load_tiny() -> Backbone:
 @pytest.mark.parametrize("kind", CACHES)
 def test_sequences_are_dropped_duplicated_and_reordered(family: Path, kind: Any) -> None:
     """The stepper as sequential Monte Carlo uses it, against full passes over each history."""
+    pick(family, kind)
     backbone, models = exact(family)
     backbone.cache = kind
     prompts = [*make_prompts(3, 21), np.array([9], np.int32)]
