@@ -1,13 +1,15 @@
 """`make gpu`: everything that needs a CUDA device, in nine minutes at most, into one folder.
 
-    PYTHONPATH=.:kernels:tests python benchmarks/gpu.py OUT [smoke] [tests] [benchmarks] [profile]
+    PYTHONPATH=.:kernels:tests python benchmarks/gpu.py OUT [PART ...]
 
-Without names, all of them. First a smoke test, under a minute: every operator and a tiny run of
-each method, all failures in one list, smoke.log. Then kernel tests, the kernel benchmarks with the
-peers that import, the roofline, and a profile of ours. All are processes of their own: one that
-fails, crashes, poisons its CUDA context or runs out of time does not stop the next; the exit code
-is 1 then, and 2 without a CUDA device. At most eight files, which is what some batch systems hand
-back: tables, numbers and plots travel as results.tar.gz, laid out like benchmarks/results.
+Parts: smoke, tests, benchmarks, step, profile; without names all. First a smoke test, under a
+minute: every operator and a tiny run of each method, all failures in one list, smoke.log. Then
+kernel tests, the kernel benchmarks with the peers that import, a training step of a billion
+parameters beside TRL's, a profile of our kernels, and the roofline. All are processes of their own:
+one that fails, crashes, poisons its CUDA context or runs out of time does not stop the next; the
+exit code is 1 then, and 2 without a CUDA device. At most eight files, which is what some batch
+systems hand back: tables, numbers and plots travel as results.tar.gz, laid out like
+benchmarks/results.
 """
 
 import os
@@ -24,8 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # Seconds each part may take: together 515, which leaves 25 for what is around them.
-SMOKE, TESTS, BENCHMARKS, PROFILE, ROOFLINE = 60, 140, 225, 70, 20
-PARTS = ("smoke", "tests", "benchmarks", "profile")
+SMOKE, TESTS, BENCHMARKS, STEP, PROFILE, ROOFLINE = 60, 90, 200, 90, 55, 20
+PARTS = ("smoke", "tests", "benchmarks", "step", "profile")
 SIDE_BY_SIDE = max(2, (os.cpu_count() or 8) - 2)  # each loads torch, or compiles
 GENTLY = 10  # seconds to say what is known, after an interrupt
 # What runs on the CPU is tested on the CPU, and takes the time the GPU needs.
@@ -172,6 +174,10 @@ def main(out: Path, parts: Sequence[str] = PARTS) -> int:
             command, log = [*pytest, case, "--benchmark", "-s", "-v"], out / "benchmarks.log"
             left = max(1.0, end - time.monotonic())
             problems.append(part(f"benchmark {name}", command, left, log))
+        if "step" in parts:
+            case = "benchmarks/test_end_to_end.py::test_end_to_end[end-to-end-1b-128k]"
+            step = [*pytest, case, "--benchmark", "-s", "-v"]
+            problems.append(part("step", step, STEP, out / "benchmarks.log"))
         if "profile" in parts:
             profile = [python, "benchmarks/profile_ours.py"]
             problems.append(part("profile", profile, PROFILE, out / "profile.txt"))
