@@ -55,6 +55,12 @@ class Handler(BaseHTTPRequestHandler):
         if not self.path.endswith("/completions"):
             happened(self.path)
             return self.reply(200, {})
+        if self.path.endswith("/chat/completions"):
+            question = body["messages"][-1]["content"]
+            first, second = (question.split(f"<answer_{x}>")[1].split("<")[0] for x in "AB")
+            return self.reply(
+                200, {"choices": [{"message": {"content": "[[A]]" if first < second else "[[B]]"}}]}
+            )
         with COUNTING:
             ANSWERS[0] += 1
             number = ANSWERS[0]

@@ -1,5 +1,6 @@
 """A vLLM of the run's own: its life, by a fake that is started as the real one is."""
 
+import gc
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from alphaspin.config import Config
 from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation import keeper
 from alphaspin.foundation.vllm import environment, installed, knows
+from alphaspin.judges import JUDGES
 from alphaspin.sampling.remote import ServerSampler
 
 MODEL = {"max_position_embeddings": 256}
@@ -94,6 +96,24 @@ def test_a_run_starts_and_ends_it(model: Path, fake: Path) -> None:
     assert all_gone(fake) and not Path(told[told.index("--uds") + 1]).parent.exists()
     # What is on disk needs no engine.
     assert play(model, fake)["adapters"] == summary["adapters"] and events(fake) == happened
+
+
+def test_a_judge_of_the_runs_own(model: Path, fake: Path) -> None:
+    """Started when it is first asked, with the judge's model; ended with the run."""
+    judged = {"method": "sppo", "preference": {"responses": 2}}
+    judge = {"kind": "vllm", "model": str(model), "vllm_arguments": ["--max-model-len=64"]}
+    base = settings(model, fake, engine="local", workers=None)
+    base["sampling"].pop("workers")
+    summary = run(Config.model_validate(base | judged | {"judge": judge}))
+    gc.collect()
+    assert summary["adapters"] and all_gone(fake)
+    (told,) = [event for event in events(fake) if event[0] == "start"]
+    assert {f"--model={model}", "--served-model-name=judge", "--enforce-eager"} <= {*told}
+    assert told[-2] == "--max-model-len=64"
+    (line, *_) = (fake / "run").rglob("verdicts")
+    assert line.stat().st_size
+    with pytest.raises(InputError, match=r"judge.kind = vllm: vllm is not installed in"):
+        JUDGES["vllm"].model_validate(judge | {"vllm_python": sys.executable}).load(None)
 
 
 @pytest.mark.parametrize("fault", ["die 6", "hang 6"])

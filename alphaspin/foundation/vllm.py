@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from alphaspin.errors import InputError, Interrupted, ServerError
 from alphaspin.foundation import keeper
 from alphaspin.foundation.openai_api import Client
@@ -25,6 +27,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LAUNCHERS = ("TORCHELASTIC_", "MASTER_", "GROUP_", "ROLE_")
 LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 """What torchrun tells its processes, which vLLM would take for its own place among others."""
+SHARE = 0.95
+"""Of the GPU memory that the trainer leaves, what vLLM takes."""
+CPU_CACHE = 2**30
+"""Bytes of keys and values on a CPU."""
 START = 1800.0
 """Seconds that a start may take: a large base is read, compiled and captured in graphs."""
 
@@ -72,6 +78,33 @@ def environment(python: str | None) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+
+
+def room(device: torch.device) -> float:
+    """The share of a GPU's memory that a server may take: most of what is free; 1 of a CPU's."""
+    if device.type != "cuda":
+        return 1.0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return SHARE * free / total
+
+
+def name_of(device: torch.device) -> str:
+    """A GPU as CUDA_VISIBLE_DEVICES has it."""
+    index, visible = device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index] if visible else str(index)
+
+
+def placed(devices: Sequence[str], share: float) -> tuple[list[str], dict[str, str]]:
+    """Arguments and variables of a server on some GPUs, by `name_of`, or on the CPU without any."""
+    size = f"--tensor-parallel-size={len(devices) or 1}"
+    if devices:
+        own = [size, f"--gpu-memory-utilization={share:.3f}", "--enable-sleep-mode"]
+        return own, {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+    # On CPUs nothing may wait for a compiler, as vLLM's log-probs would, for minutes, nor be bound
+    # to cores that others use too.
+    variables = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return [size, f"--kv-cache-memory-bytes={CPU_CACHE}", "--enforce-eager"], variables
 
 
 class Vllm:
@@ -129,14 +162,14 @@ class Vllm:
                 return bool(Path(f"/proc/{self.place[1]}/cmdline").read_bytes())  # not of the dead
         return False
 
-    def client(self, *, workers: int = 1, timeout: float = 10.0) -> Client:
+    def client(self, *, workers: int = 1, timeout: float = 10.0, attempts: int = 1) -> Client:
         """Requests to it."""
         assert self.place
         return Client(
             "http://localhost/v1",
             setting="vllm",
             workers=workers,
-            attempts=1,
+            attempts=attempts,
             timeout=timeout,
             socket_path=self.place[0],
         )

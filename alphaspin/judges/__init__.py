@@ -7,12 +7,14 @@ from alphaspin.judges.pairrm import PairRM
 from alphaspin.judges.reward_model import RewardModel
 from alphaspin.judges.server import Server
 from alphaspin.judges.verifiable import Verifiable
+from alphaspin.judges.vllm import Served
 
 JUDGES: dict[str, type[JudgeConfig]] = {
     "verifiable": Verifiable,
     "reward_model": RewardModel,
     "pairrm": PairRM,
     "server": Server,
+    "vllm": Served,
     "callable": Function,
 }
 JUDGE = Table("judge.kind", "judge", JudgeConfig, JUDGES, "verifiable")

@@ -4,7 +4,8 @@ import hashlib
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from alphaspin.errors import JudgeError, ServerError
 from alphaspin.foundation.openai_api import Address, Client, Variable, key_of, parsed
@@ -62,6 +63,9 @@ class ServerJudge:
         timeout: float = 120.0,
         max_tokens: int = 1024,
         counting: bool = False,
+        reach: Callable[[], AbstractContextManager[Client]] | None = None,
+        identity: str | None = None,
+        one_message: bool = False,
     ):
         """Nothing is sent yet.
 
@@ -76,8 +80,11 @@ class ServerJudge:
             max_tokens: of a reply.
             counting: a reply that does not count is NaN, and references are shown; see
                 `JudgeConfig.counting`.
+            reach: makes the server answer while it is asked, instead of `url`.
+            identity: of the server and its model, by default the model's name.
+            one_message: from the user, as templates without a system role take it.
         """
-        self._client = Client(
+        client = Client(
             url,
             setting="judge",
             key=api_key,
@@ -86,10 +93,12 @@ class ServerJudge:
             backoff=backoff,
             timeout=timeout,
         )
+        self._reach = reach or (lambda: nullcontext(client))
         self._model, self._max_tokens, self.unread = model, max_tokens, counting
+        self._one_message = one_message
         said = self.system + self.question + REFERENCE * counting
         wording = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
-        self.identity = f"server:{model}:{wording}:{max_tokens}"
+        self.identity = f"{identity or f'server:{model}'}:{wording}:{max_tokens}"
 
     def compare(self, pairs: Sequence[Comparison]) -> Iterator[Mapping[int, float]]:
         """One by one as they arrive; after a failure, what is under way is still handed over.
@@ -98,8 +107,9 @@ class ServerJudge:
             JudgeError: a question failed for good.
         """
         try:
-            for number, verdict in self._client.each(pairs, self._ask):
-                yield {number: verdict}
+            with self._reach() as self._client:
+                for number, verdict in self._client.each(pairs, self._ask):
+                    yield {number: verdict}
         except ServerError as error:
             raise JudgeError(str(error)) from None
 
@@ -110,12 +120,15 @@ class ServerJudge:
         question = self.question.format(prompt=prompt, first=pair.first, second=pair.second)
         if self.unread and pair.prompt.answer is not None:
             question += REFERENCE.format(answer=pair.prompt.answer)
+        messages = [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": question},
+        ]
+        if self._one_message:
+            messages = [{"role": "user", "content": f"{self.system}\n\n{question}"}]
         body = {
             "model": self._model,
-            "messages": [
-                {"role": "system", "content": self.system},
-                {"role": "user", "content": question},
-            ],
+            "messages": messages,
             "temperature": 0,
             "max_tokens": self._max_tokens,
         }

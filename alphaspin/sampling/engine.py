@@ -7,7 +7,6 @@ adapters' names, and nothing on the GPU but its context. On CPUs each process ha
 stays as it is: vLLM has no sleep mode there.
 """
 
-import os
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,18 +17,14 @@ import torch
 
 from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError, ServerError
-from alphaspin.foundation import console
-from alphaspin.foundation.vllm import RANKS, Vllm, installed, knows
+from alphaspin.foundation import console, vllm
+from alphaspin.foundation.vllm import Vllm
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import local_path
 from alphaspin.sampling.remote import ServerSampler
 from alphaspin.sampling.settings import SamplingConfig
 
-SHARE = 0.95
-"""Of the GPU memory that the trainer leaves, what vLLM takes."""
-CPU_CACHE = 2**30
-"""Bytes of keys and values on a CPU."""
 SHARED_ON_CPU = False
 """Whether processes share a vLLM on CPUs: version 0.32 there applies an adapter to the rows of the
 base in a batch that has both (`lora_ops.bgmv_expand` takes the index -1 for the last adapter)."""
@@ -131,22 +126,22 @@ def why_not(
         return f"{local} needs it"
     if auto and device.type != "cuda":
         return "there is no GPU"
-    package = installed(config.vllm_python)
+    package = vllm.installed(config.vllm_python)
     if package is None:
         where = config.vllm_python or "this environment"
         return (
             f"vllm is not installed in {where}: pip install vllm, or, as it pins packages, into an "
             "environment of its own, whose interpreter sampling.vllm_python names"
         )
-    if rank > RANKS[-1]:
-        return f"vLLM takes adapters up to rank {RANKS[-1]}, and {rank} is asked for"
+    if rank > vllm.RANKS[-1]:
+        return f"vLLM takes adapters up to rank {vllm.RANKS[-1]}, and {rank} is asked for"
     return None
 
 
 def _unknown(config: SamplingConfig, backbone: Backbone) -> str | None:
     """With `auto`, that vLLM has no such model."""
-    name, package = type(backbone._causal_lm).__name__, installed(config.vllm_python)
-    if config.engine == "auto" and package and not knows(package, name):
+    name, package = type(backbone._causal_lm).__name__, vllm.installed(config.vllm_python)
+    if config.engine == "auto" and package and not vllm.knows(package, name):
         return f"vLLM's table of models has no {name}"
     return None
 
@@ -201,21 +196,16 @@ class OwnSampler:
         Raises:
             ServerError: vLLM cannot be started.
         """
-        if self._cuda:
-            torch.cuda.empty_cache()
-        rooms: list[float] = self._team.gather(self._room())
-        devices: list[str] = self._team.gather(self._device())
+        rooms: list[float] = self._team.gather(vllm.room(self._team.device))
+        devices: list[str] = self._team.gather(vllm.name_of(self._team.device))
         group, leads = self._group, self._group[0] == self._team.rank
         with self._team.together():
             if leads and not self._vllm.alive:
                 self._vllm.close()
-                # On CPUs nothing may wait for a compiler, as vLLM's log-probs would, for minutes,
-                # nor be bound to cores that others use too.
-                variables = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-                if self._cuda:
-                    variables = {"CUDA_VISIBLE_DEVICES": ",".join(devices[r] for r in group)}
-                room = min(rooms[r] for r in group)
-                self._vllm.start(self._config.vllm_python, self._arguments(room), variables)
+                share = min(rooms[r] for r in group)
+                own, variables = vllm.placed([devices[r] for r in group if self._cuda], share)
+                arguments = [*self._arguments(), *own, *(self._config.vllm_arguments or ())]
+                self._vllm.start(self._config.vllm_python, arguments, variables)
                 console.note(f"vLLM starts, which takes minutes; log: {self._vllm.log}")
                 self._vllm.wait()
             elif leads and self._cuda:
@@ -236,10 +226,10 @@ class OwnSampler:
                 if self._cuda:
                     self._vllm.ask("/sleep?level=1")
 
-    def _arguments(self, room: float) -> list[str]:
-        """Of the server; the user's come last, and so hold."""
-        rank = next(r for r in RANKS if r >= self._needs.rank)
-        own = [
+    def _arguments(self) -> list[str]:
+        """Of the server; where it is placed follows, and the user's, which hold."""
+        rank = next(r for r in vllm.RANKS if r >= self._needs.rank)
+        return [
             f"--model={local_path(self._needs.model)}",
             f"--served-model-name={ServerSampler.BASE}",
             f"--dtype={'bfloat16' if self._bf16 else 'float32'}",
@@ -247,29 +237,11 @@ class OwnSampler:
             "--enable-lora",
             f"--max-lora-rank={rank}",
             f"--max-loras={min(len(self._group), MOST_LORAS)}",
-            f"--tensor-parallel-size={len(self._group) if self._cuda else 1}",
             "--generation-config=vllm",
             "--seed=0",
             "--disable-log-stats",
             "--disable-uvicorn-access-log",
         ]
-        if self._cuda:
-            own += [f"--gpu-memory-utilization={room:.3f}", "--enable-sleep-mode"]
-        else:
-            own += [f"--kv-cache-memory-bytes={CPU_CACHE}", "--enforce-eager"]
-        return [*own, *(self._config.vllm_arguments or ())]
-
-    def _room(self) -> float:
-        """The share of this process's GPU that vLLM may take."""
-        if not self._cuda:
-            return 1.0
-        free, total = torch.cuda.mem_get_info(self._team.device)
-        return SHARE * free / total
-
-    def _device(self) -> str:
-        """This process's GPU, as CUDA_VISIBLE_DEVICES has it."""
-        index, visible = self._team.device.index or 0, os.environ.get("CUDA_VISIBLE_DEVICES")
-        return visible.split(",")[index] if visible else str(index)
 
     def close(self) -> None:
         """End vLLM."""

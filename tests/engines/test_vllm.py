@@ -6,7 +6,9 @@ Its starts take most of the time: a minute each on two cores.
 """
 
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +30,8 @@ from alphaspin.data.chat import ChatFormat
 from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.vllm import environment
+from alphaspin.judges import JUDGES
+from alphaspin.judges.base import Comparison, Prompt
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.distributed import Team
 from alphaspin.model.load import load_base
@@ -386,3 +390,19 @@ def test_a_killed_run_leaves_nobody_and_goes_on(tmp_path: Path) -> None:
         time.sleep(0.1)
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
     assert run(config)["adapters"]
+
+
+def test_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded model knows nothing of verdicts; what it says comes back, and is none."""
+    model = tmp_path / "model"  # with room for a judge's reasons
+    shutil.copytree(packaged("tiny/model"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    config = {"kind": "vllm", "model": str(model), "vllm_python": PYTHON}
+    judge, grader = JUDGES["vllm"].model_validate(config).counting(None)
+    pairs = [Comparison(Prompt(({"role": "user", "content": "add 4 and 5"},), None), "9", "8")]
+    for asked in (judge, grader, judge):
+        assert asked is not None
+        ((verdict,),) = (group.values() for group in asked.compare(pairs))
+        assert math.isnan(verdict)
+    assert capsys.readouterr().out.count("starts, which takes minutes") == 1
