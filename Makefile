@@ -14,8 +14,9 @@ OUT ?= $(CURDIR)/gpu-results
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja numpy
-	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-compile "$(TORCH)"
+	$(BIN)/pip install -q --no-compile --no-build-isolation -e ".[dev]"
+	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one
 	touch $@
 
 demo: .venv/installed  ## self-play on the embedded model
