@@ -8,14 +8,15 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.8,torch==2.13.0)
 # process, so that what is made once a file is not made twice.
 TWO = -n 2 --dist worksteal
 
-.PHONY: demo test test-all test-engines gpu clean
+.PHONY: demo test types suite test-all test-engines gpu clean
 OUT ?= $(CURDIR)/gpu-results
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --upgrade pip setuptools wheel ninja numpy
-	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-compile "$(TORCH)"
+	$(BIN)/pip install -q --no-compile --no-build-isolation -e ".[dev]"
+	$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one
 	touch $@
 
 demo: .venv/installed  ## self-play on the embedded model
@@ -24,9 +25,14 @@ demo: .venv/installed  ## self-play on the embedded model
 test: .venv/installed  ## tests, linters, types, benchmarks on small inputs: what CI runs
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
-	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO)
+	$(MAKE) -j 2 types suite  # pyright has one thread and is done long before
 	OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks $(TWO)  # each measurement once, small
+
+types:
+	$(BIN)/pyright -p pyproject.toml --pythonpath $(BIN)/python
+
+suite:
+	ALPHASPIN_EXPECT_CSRC=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(TWO)
 
 test-all: .venv/installed  ## the same tests with more kill points and all model families
 	@command -v chromium || command -v google-chrome || echo "no chromium: tests/test_browser.py is skipped"

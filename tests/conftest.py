@@ -3,9 +3,12 @@
 import importlib
 import importlib.util
 import os
+import sys
 
 import alphaspin_kernels
+import pytest
 import torch
+from helpers import painted
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -13,3 +16,11 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
         importlib.import_module(f"alphaspin_kernels._triton.{operator}")
     # Only the tests that ask for it use the interpreted kernels.
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(autouse=True)
+def figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn to the last stroke where a test looks at them, and in what a file makes once."""
+    plots = sys.modules.get("alphaspin.report.plots")
+    if plots and request.path.stem not in ("test_report", "test_browser"):
+        monkeypatch.setattr(plots, "draw", painted)

@@ -5,14 +5,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from helpers import painted
 
 from alphaspin.config import Config
 from alphaspin.errors import InputError
@@ -482,12 +480,7 @@ def test_several_runs_must_be_comparable(tmp_path: Path) -> None:
 
 
 def test_rows_may_lack_any_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def paint(title: str, paint: Callable[[Axes], None], *, polar: bool = False) -> str:
-        """All but the SVG, which takes long and is that of any numbers."""
-        paint(Figure().add_axes((0, 0, 1, 1), polar=polar))
-        return title
-
-    monkeypatch.setattr(plots, "draw", paint)
+    monkeypatch.setattr(plots, "draw", painted)
     full = {name: 0.5 for name in Measures.model_fields if name != "name"}
     for missing in full:
         rows = [full | {"name": name} for name in ("base", "0", "sft 0")]
