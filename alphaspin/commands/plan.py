@@ -33,8 +33,8 @@ from alphaspin.foundation import console
 from alphaspin.foundation.gpus import GPUS, HERE, Target
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.section import at
+from alphaspin.foundation.vllm import CPU_CACHE, SHARE
 from alphaspin.model.load import loading
-from alphaspin.sampling.engine import CPU_CACHE, SHARE
 from alphaspin.training.trainer import total_steps
 
 MIB, GIB = 2**20, 2**30

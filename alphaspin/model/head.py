@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from alphaspin.errors import InputError
@@ -52,7 +51,6 @@ class _WideProduct(torch.autograd.Function):
         return torch.mm(x, weight_OI.T, out_dtype=torch.float32)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weight_OI,) = ctx.saved_tensors
         size_N1 = torch.linalg.vector_norm(grads[0], torch.inf, dim=1, keepdim=True)
