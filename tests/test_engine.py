@@ -4,16 +4,16 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import fake_vllm
 import pytest
+from faults.forks import fork
 from helpers import arithmetic, save_model, write_rows
 from pydantic import ValidationError
+from test_distributed import both
 
 from alphaspin.commands.job import run
 from alphaspin.config import Config
@@ -21,6 +21,7 @@ from alphaspin.errors import InputError, ServerError
 from alphaspin.foundation import keeper
 from alphaspin.foundation.vllm import environment, installed, knows
 from alphaspin.judges import JUDGES
+from alphaspin.sampling import engine
 from alphaspin.sampling.remote import ServerSampler
 
 MODEL = {"max_position_embeddings": 256}
@@ -158,10 +159,16 @@ def test_a_policy_that_is_not_ours_is_refused(model: Path, fake: Path) -> None:
         play(model, fake)
 
 
-RUN = (
-    "import sys; from alphaspin.commands.job import run; from alphaspin.config import Config; "
-    "run(Config.model_validate_json(sys.argv[1]))"
-)
+def apart(environment: dict[str, str], config: dict[str, Any]) -> None:
+    """A run in a process of its own, of several that share a vLLM where there are more."""
+    os.environ |= environment
+    engine.SHARED_ON_CPU = True
+    run(Config.model_validate(config))
+
+
+def surroundings() -> dict[str, str]:
+    """What `fake` has set, for processes forked from a server that was there before."""
+    return {name: os.environ[name] for name in ("PYTHONPATH", "FAKE_VLLM")}
 
 
 @pytest.mark.parametrize("fault", ["", "die 6"])
@@ -171,11 +178,8 @@ def test_processes_share_one(model: Path, fake: Path, fault: str) -> None:
     alone = run(Config.model_validate(config))["adapters"]
     (fake / "EVENTS").unlink()
     (fake / "FAULTS").write_text(fault)
-    script = fake / "script.py"
-    script.write_text(f"import alphaspin.sampling.engine as e; e.SHARED_ON_CPU = True; {RUN}")
-    both = json.dumps(config | {"output": str(fake / "both")})
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), both]
-    subprocess.run([sys.executable, "-m", *launch], check=True, timeout=600)
+    shared = (surroundings(), config | {"output": str(fake / "both")})
+    assert both(apart, shared, shared) == [0, 0]
     assert [event[0] for event in events(fake)].count("start") == (2 if fault else 1)
     assert all_gone(fake)
     manifest = json.loads((fake / "both" / "manifest.json").read_text())
@@ -187,17 +191,19 @@ def test_it_dies_with_the_run(model: Path, fake: Path, how: signal.Signals) -> N
     """A run that is killed while it waits for an answer leaves nobody, and goes on."""
     (fake / "FAULTS").write_text("hang 6")
     config = settings(model, fake)
-    process = subprocess.Popen([sys.executable, "-c", RUN, json.dumps(config)])
+    process = fork(apart, surroundings(), config)
+    process.start()
     deadline = time.monotonic() + 240
     while (fake / "FAULTS").read_text() and time.monotonic() < deadline:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(how)
+    os.kill(process.pid, how)
     if how is signal.SIGTERM:  # the first waits for the shard
         time.sleep(1.2)
-        assert process.poll() is None and not all_gone(fake, 0)
-        process.send_signal(how)
-    assert process.wait(30) == -how
+        assert process.is_alive() and not all_gone(fake, 0)
+        os.kill(process.pid, how)
+    process.join(30)
+    assert process.exitcode == -how
     assert all_gone(fake)
     assert run(Config.model_validate(config))["adapters"]
 
