@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Generator
 from functools import partial
@@ -17,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.forks import fork
 from helpers import http_servers, write_rows
 from test_played import Command, alphaspin, world  # noqa: F401  (fixtures)
+from test_resume import child
 
 from alphaspin.errors import EXIT_INPUT, EXIT_STOPPED, JudgeError
 from alphaspin.evaluation.benchmarks import base, open_llm
@@ -189,6 +190,12 @@ def test_a_preference_for_a_position_gives_ties(run: Path, alphaspin: Command) -
     assert code == EXIT_INPUT and "compares with references" in printed
 
 
+def started(folder: Path, words: list[str], log: Path) -> None:
+    """As `cd folder && alphaspin WORDS`, in a process of its own."""
+    os.chdir(folder)
+    child(words, None, "", str(log))
+
+
 def test_killed_half_way_and_gone_on_with(
     run: Path,
     alphaspin: Command,  # noqa: F811
@@ -198,10 +205,10 @@ def test_killed_half_way_and_gone_on_with(
     shutil.copytree(run, tmp_path / "other")
     words = [str(word) for word in mt_bench(run, *GRADES, "--iterations=0")]
     (tmp_path / "limit").write_text("40")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "alphaspin.cli", *words]
-    killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    process = fork(started, tmp_path, words, tmp_path / "log")
+    process.start()
+    process.join(180)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     (tmp_path / "limit").unlink()
     before = {p: p.stat().st_mtime_ns for p in (run / "evaluation").rglob("answers-*/*/*/*.json")}
     assert before and len((tmp_path / "asked").read_text().splitlines()) == 40
