@@ -336,7 +336,7 @@ def test_a_job_keeps_its_folder_until_its_last_process_ends(tmp_path: Path) -> N
     third.close()
 
 
-# Ten steps, compared number by number
+# Steps of two epochs, compared number by number
 
 CASES: dict[str, dict[str, Any]] = {
     # Micro-batches of unequal sizes; three for two processes become four.
@@ -355,8 +355,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def ten_steps(team: Team, folder: Path, case: str) -> None:
-    """Gradients of the first batch and the adapter after ten steps, into `folder`."""
+def two_epochs(team: Team, folder: Path, case: str) -> None:
+    """Gradients of the first batch and the adapter after two epochs, into `folder`."""
     options = CASES[case]
     model = make_model(options.get("family", "llama"))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -374,7 +374,7 @@ def ten_steps(team: Team, folder: Path, case: str) -> None:
             (-30.0, -30.0),
             informative=i % 7 < options.get("informative", 6),
         )
-        for i in range(35)
+        for i in range(35 if SWEEP else 21)
     ]
     loss = DPO(beta=(0.1,), nll_weight=0.1)
     job = Job(
@@ -423,7 +423,7 @@ def all_cases(folder: Path) -> None:
     team = Team.of(Accelerator(cpu=True), None)
     assert team.world_size == 2
     for case in CASES:
-        ten_steps(team, folder, case)
+        two_epochs(team, folder, case)
 
 
 @pytest.fixture(scope="module")
@@ -432,7 +432,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for case in CASES:
         for folder in (one, two):
             (folder / case).mkdir()
-        ten_steps(Team(torch.device("cpu")), one, case)
+        two_epochs(Team(torch.device("cpu")), one, case)
     assert both(all_cases, (two,), (two,)) == [0, 0]
     return one, two
 
