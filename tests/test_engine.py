@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
