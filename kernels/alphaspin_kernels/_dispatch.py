@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -69,14 +69,13 @@ class Operator:
         backward: Callable[..., Any] | None = None,
     ) -> None:
         names = list(inspect.signature(portable).parameters)
-        run = portable
-        if by is not None:
-            deciding = names.index(by)
+        deciding = None if by is None else names.index(by)
 
-            @functools.wraps(portable)
-            def run(*arguments: Any) -> Any:
-                return version(name, portable, arguments[deciding])(*arguments)
+        @functools.wraps(portable)
+        def chosen(*arguments: Any) -> Any:
+            return version(name, portable, arguments[cast(int, deciding)])(*arguments)
 
+        run: Callable[..., Any] = portable if deciding is None else chosen
         self.run = run
         self._written = [names.index(argument) for argument in mutates]
         self.registered = torch.library.custom_op(f"alphaspin::{name}", run, mutates_args=mutates)
