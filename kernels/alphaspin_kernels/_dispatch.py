@@ -16,8 +16,8 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal
+from types import ModuleType, NoneType
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ class Operator:
         name: of the operator, and of its C++ and Triton versions: see :func:`version`.
         portable: the version in PyTorch. The operator has its arguments and results.
         empty: makes results that are not filled, for tracing; gets the arguments by name.
-        by: the argument whose device and dtype decide.
+        by: the argument whose device and dtype decide; None: `portable` looks itself.
+        mutates: the arguments that are written to.
         setup_context, backward: as ``torch.library.register_autograd`` takes them; none where the
             operator has no derivative.
     """
@@ -62,19 +63,22 @@ class Operator:
         portable: Callable[..., Any],
         empty: Callable[..., Any],
         *,
-        by: str,
+        by: str | None,
+        mutates: tuple[str, ...] = (),
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
         names = list(inspect.signature(portable).parameters)
-        deciding = names.index(by)
+        deciding = None if by is None else names.index(by)
 
         @functools.wraps(portable)
-        def run(*arguments: Any) -> Any:
-            return version(name, portable, arguments[deciding])(*arguments)
+        def chosen(*arguments: Any) -> Any:
+            return version(name, portable, arguments[cast(int, deciding)])(*arguments)
 
+        run: Callable[..., Any] = portable if deciding is None else chosen
         self.run = run
-        self.registered = torch.library.custom_op(f"alphaspin::{name}", run, mutates_args=())
+        self._written = [names.index(argument) for argument in mutates]
+        self.registered = torch.library.custom_op(f"alphaspin::{name}", run, mutates_args=mutates)
         self.registered.register_fake(
             lambda *arguments: empty(**dict(zip(names, arguments, strict=True)))
         )
@@ -98,6 +102,8 @@ class Operator:
                 differentiated = differentiated or x.requires_grad
         if differentiated and self._direct is not None and torch.is_grad_enabled():
             return self._direct.apply(*arguments)
+        for index in self._written:
+            torch.autograd.graph.increment_version(arguments[index])
         return self.run(*arguments)
 
 
@@ -148,10 +154,14 @@ def version(name: str, portable: Callable[..., Any], tensor: Tensor) -> Callable
         case "triton":
             # Not before a kernel is launched: triton may be absent, and decides when kernels are
             # made whether they are interpreted.
-            module = portable.__module__.rpartition(".")[2]
-            return getattr(importlib.import_module(f"alphaspin_kernels._triton.{module}"), name)
+            return getattr(_triton(portable.__module__.rpartition(".")[2]), name)
         case _:
             return portable
+
+
+@functools.cache  # importlib takes longer than a launch
+def _triton(module: str) -> ModuleType:
+    return importlib.import_module(f"alphaspin_kernels._triton.{module}")
 
 
 def choose(operator: str, tensor: Tensor) -> Implementation:

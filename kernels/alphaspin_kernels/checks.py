@@ -197,11 +197,16 @@ def check_subtb_loss(
         raise ValueError(f"lam must be finite and not negative, got {lam}")
 
 
-def check_lengths(lengths_B: Tensor, limit: int) -> None:
-    """Raise ValueError if a length is outside [0, limit]."""
-    outside_B = (lengths_B < 0) | (lengths_B > limit)
-    if outside_B.any():
-        raise ValueError(f"length {lengths_B[outside_B][0].item()} is outside [0, L = {limit}]")
+def check_lengths(lengths_B: Tensor, limit: int) -> int:
+    """The largest of the lengths, 0 of none; ValueError if one is outside [0, limit]."""
+    if not len(lengths_B):
+        return 0
+    # Both by one wait for the device.
+    shortest, longest = torch.stack(lengths_B.aminmax()).tolist()
+    if shortest < 0 or longest > limit:
+        wrong = shortest if shortest < 0 else longest
+        raise ValueError(f"length {wrong} is outside [0, L = {limit}]")
+    return longest
 
 
 Adapter = tuple[Tensor, Tensor] | None

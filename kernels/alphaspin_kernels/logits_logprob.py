@@ -152,8 +152,7 @@ def _chunks(
         yield rows_R, z_RV.div_(temperature), slope_RV
 
 
-@torch.library.custom_op("alphaspin::logits_logprob", mutates_args=())
-def _logits_logprob(
+def _forward(
     logits: Tensor,
     targets: Tensor,
     softcap: float | None,
@@ -166,22 +165,15 @@ def _logits_logprob(
     return forward(logits, targets, softcap, temperature, ignore_index)
 
 
-@_logits_logprob.register_fake
-def _fake(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(logits, targets)
-
-
-def _empty_outputs(logits_NV: Tensor, targets_NK: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(logits_NV.dtype)
-    rows = logits_NV.shape[0]
+def _empty_outputs(logits: Tensor, targets: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    dtype, rows = accumulation_dtype(logits.dtype), logits.shape[0]
     return (
-        logits_NV.new_empty((rows, targets_NK.shape[1]), dtype=dtype),
-        logits_NV.new_empty((rows, 2), dtype=dtype),
+        logits.new_empty((rows, targets.shape[1]), dtype=dtype),
+        logits.new_empty((rows, 2), dtype=dtype),
     )
 
 
-@torch.library.custom_op("alphaspin::logits_logprob_backward", mutates_args=())
-def _logits_logprob_backward(
+def _gradient(
     grad: Tensor,
     logits: Tensor,
     targets: Tensor,
@@ -195,13 +187,7 @@ def _logits_logprob_backward(
     return d_logits
 
 
-@_logits_logprob_backward.register_fake
-def _backward_fake(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.custom_op("alphaspin::logits_logprob_backward_inplace", mutates_args=("logits",))
-def _logits_logprob_backward_inplace(
+def _gradient_inplace(
     grad: Tensor,
     logits: Tensor,
     targets: Tensor,
@@ -213,14 +199,24 @@ def _logits_logprob_backward_inplace(
     _write_gradient(logits, grad, logits, targets, normaliser, softcap, temperature, ignore_index)
 
 
-@_logits_logprob_backward_inplace.register_fake
-def _backward_inplace_fake(*_: Any) -> None:
-    return None
-
-
 def _write_gradient(out: Tensor, grad: Tensor, logits: Tensor, *rest: Any) -> None:
     gradient = _dispatch.version("logits_logprob_gradient", _portable_gradient, logits)
     gradient(out, grad, logits, *rest)
+
+
+_logits_logprob_backward = _dispatch.Operator(
+    "logits_logprob_backward",
+    _gradient,
+    lambda logits, **_: logits.new_empty(logits.shape),
+    by=None,
+)
+_logits_logprob_backward_inplace = _dispatch.Operator(
+    "logits_logprob_backward_inplace",
+    _gradient_inplace,
+    lambda **_: None,
+    by=None,
+    mutates=("logits",),
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -243,4 +239,11 @@ def _backward(ctx: Any, grad_NK: Tensor, _: Tensor | None) -> tuple[Tensor | Non
     return d_logits, None, None, None, None, None
 
 
-_logits_logprob.register_autograd(once_differentiable(_backward), setup_context=_setup_context)
+_logits_logprob = _dispatch.Operator(
+    "logits_logprob",
+    _forward,
+    _empty_outputs,
+    by=None,
+    setup_context=_setup_context,
+    backward=once_differentiable(_backward),
+)

@@ -84,9 +84,8 @@ def _portable(
     The gradients are empty unless ``with_gradient``. One small operation per state and recursion,
     on all rows at once.
     """
-    check_lengths(lengths, log_pf.shape[1])
+    longest = check_lengths(lengths, log_pf.shape[1])
     loss, g_BS, d_log_pf_BL = outputs = _empty_outputs(log_pf, with_gradient)
-    longest = int(lengths.max()) if len(lengths) else 0
     if longest == 0:
         for output in outputs:
             output.zero_()

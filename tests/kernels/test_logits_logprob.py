@@ -370,10 +370,10 @@ def test_opcheck(k, implementation):
     logits, options = case["logits"], (2.0, 0.8, -100)
     _, normaliser = _logits_logprob(logits, case["targets"], *options, False)
     forward = (logits.clone().requires_grad_(), case["targets"], *options, False)
-    torch.library.opcheck(_logits_logprob, forward)
+    torch.library.opcheck(_logits_logprob.registered, forward)
     backward = (case["grad"], logits, case["targets"], normaliser, *options)
-    torch.library.opcheck(_logits_logprob_backward, backward)
-    torch.library.opcheck(_logits_logprob_backward_inplace, backward)
+    torch.library.opcheck(_logits_logprob_backward.registered, backward)
+    torch.library.opcheck(_logits_logprob_backward_inplace.registered, backward)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

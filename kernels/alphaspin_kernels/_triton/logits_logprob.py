@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alphaspin_kernels._triton.common import SIGNATURE, Kernel, Launch, multiples_of_16, tanh
+from alphaspin_kernels._triton.common import SIGNATURE, Kernel, Launch, cdiv, multiples_of_16, tanh
 from alphaspin_kernels.checks import check_targets
 
 TILE = 4096
@@ -178,7 +178,7 @@ def logits_logprob_gradient(
     if rows and vocabulary:
         strides = logits_NV.stride(0), out.stride(0)
         even = multiples_of_16(logits_NV, out, vocabulary, *strides)
-        backward[even][(rows, triton.cdiv(vocabulary, TILE))](
+        backward[even][(rows, cdiv(vocabulary, TILE))](
             out,
             grad.contiguous(),
             logits_NV,

@@ -10,13 +10,13 @@ portable version: N, P, S rows, I and O width in and out.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from alphaspin_kernels._triton.common import (
     SIGNATURE,
     Launch,
     capability_of,
+    cdiv,
     multiples_of_16,
     multiply_add,
     processors,
@@ -92,7 +92,7 @@ def segmented_lora(
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32 if dtypes else x.dtype
     # Ranks are filled up with zeros to a multiple of 16, which can be read in vectors.
     width = max((len(pair[0]) for _, pair in pairs if pair is not None), default=0)
-    width = 16 * triton.cdiv(width, 16)
+    width = 16 * cdiv(width, 16)
     low_NR = x.new_empty((len(x), width), dtype=dtype)
     for s, (rows, pair) in enumerate(pairs):
         if pair is not None and segments[s]:
@@ -118,7 +118,7 @@ def _low(
     rows, width = low_SR.shape
     options = _small_blocks(a_RI.dtype)
     even = multiples_of_16(x_SI, a_RI, kept_SI, x_SI.shape[1], x_SI.stride(0), a_RI.stride(0))
-    grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_J"]))
+    grid = (cdiv(rows, options["BLOCK_R"]), cdiv(width, options["BLOCK_J"]))
     _low_kernel[even][grid](
         x_SI,
         a_RI,
@@ -164,8 +164,8 @@ def _linear(
     for wide in (True, False):
         options = blocks(x.dtype, low.dtype, capability_of(x), even=even, wide=wide)
         height = options["BLOCK_R"]
-        count = sum(triton.cdiv(rows.stop - rows.start, height) for rows, _ in pairs)
-        programs = count * triton.cdiv(len(weight), options["BLOCK_C"])
+        count = sum(cdiv(rows.stop - rows.start, height) for rows, _ in pairs)
+        programs = count * cdiv(len(weight), options["BLOCK_C"])
         if programs >= processors(x):
             break
     _linear_kernel[even][(programs,)](
@@ -225,7 +225,7 @@ def segmented_lora_backward(
             # Forward once more: scaling drop(x) A^T, and drop(x) where x was kept.
             kept = unit_stride(kept)
             zeroed = kept.new_empty(kept.shape) if needs_a and drop else None
-            width = 16 * triton.cdiv(len(a), 16)
+            width = 16 * cdiv(len(a), 16)
             up_PR = kept.new_empty((rows, width), dtype=a.dtype)
             if rows:
                 _low(kept, a, up_PR, zeroed, factor, drop, seed)
@@ -267,7 +267,7 @@ def _input_gradient(
     rows, width = dx_PI.shape
     options = _small_blocks(a_RI.dtype)
     even = multiples_of_16(dx_PI, a_RI, width, a_RI.stride(0))
-    grid = (triton.cdiv(rows, options["BLOCK_R"]), triton.cdiv(width, options["BLOCK_K"]))
+    grid = (cdiv(rows, options["BLOCK_R"]), cdiv(width, options["BLOCK_K"]))
     _update_kernel[even][grid](
         dx_PI,
         low_PR.contiguous(),

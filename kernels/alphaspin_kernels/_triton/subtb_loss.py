@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alphaspin_kernels._triton.common import Kernel, Launch
+from alphaspin_kernels._triton.common import Kernel, Launch, cdiv
 from alphaspin_kernels.checks import check_lengths
 from alphaspin_kernels.numerics import subtb_rates
 
@@ -102,9 +102,8 @@ def subtb_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch :func:`recursions`. Returns (loss [], d log_reward [B, S], d log_pf [B, L]), fp32."""
     batch, tokens = log_pf.shape
-    check_lengths(lengths, tokens)
+    longest = check_lengths(lengths, tokens)
     rows = batch if with_gradient else 0
-    longest = int(lengths.max()) if batch else 0
     ends_BS = log_pf.new_zeros((rows, tokens + 1), dtype=torch.float64)
     later_BL = log_pf.new_zeros((rows, tokens), dtype=torch.float64)
     if longest == 0:
@@ -113,7 +112,7 @@ def subtb_loss(
     fade_S = fade ** torch.arange(longest + 1, device=log_pf.device, dtype=torch.float64)
     sums_2B = log_pf.new_empty((2, batch), dtype=torch.float64)
     growth_high = torch.tensor(growth, dtype=torch.float32, device="cpu").item()
-    recursions[False][(triton.cdiv(batch, ROWS),)](
+    recursions[False][(cdiv(batch, ROWS),)](
         log_pf.contiguous(),
         log_pterm.contiguous(),
         log_reward.contiguous(),
