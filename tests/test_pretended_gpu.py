@@ -117,7 +117,7 @@ def test_operators(name: str, version: tuple[int, int]) -> None:
         smoke.kernels(name, "cuda")
     assert events.kernels
     summands = [op for op in events.operators if op.startswith("aten.addmm.dtype")]
-    assert bool(summands) == (version >= (2, 10) and name in ("linear_logprob", "sequence_logprob"))
+    assert bool(summands) == (version >= (2, 10) and name == "linear_logprob")
 
 
 @pytest.mark.parametrize(

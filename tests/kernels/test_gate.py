@@ -28,6 +28,8 @@ def few(operator, capability, every=gate.forms):
     kept = {}
     for form in sorted(every(operator, capability), key=lambda form: "fp16" not in str(form.types)):
         types = str(form.types).replace("fp16", "bf16")
+        if form.products and "bf16" not in types:
+            continue
         options = form.constexprs if form.products else form.constexprs | {"BLOCK_C": None}
         kept[form.kernel, types, str(options), form.aligned] = form
     return list(kept.values())
@@ -37,7 +39,7 @@ gate.main()
 """
 """The gate, of forms that differ in the 16-bit type alone with that in bf16 (the name of an
 instruction is another), and of those that differ in a chunk's width alone with the widest, which
-takes most registers."""
+takes most registers. Products of fp32 alone, which take longest to compile, are not among them."""
 
 
 @needs_triton
