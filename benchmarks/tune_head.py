@@ -1,6 +1,7 @@
 """Variants of the head's kernels on a GPU: python benchmarks/tune_head.py [--compile] [NAME ...].
 
-Each is timed by events (median of 12 calls after 2) and compared with float64 on every 64th row.
+Each is timed from a flushed cache (median of 12 calls after 2), and compared with float64 on every
+64th row.
 Forms that were never compiled take seconds each: `--compile` compiles all of them first, a process
 each, into Triton's cache.
 """
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import measure
 import torch
 from alphaspin_kernels import linear_logprob
 from alphaspin_kernels._triton import frozen_head, head
@@ -52,17 +54,9 @@ def use(rows: int = 0, group: int = 16, chunk: int = 64, **blocks: Any) -> None:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Milliseconds."""
-    found: list[float] = []
-    for _ in range(14):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in "12")
-        torch.cuda.synchronize()
-        first.record()
-        run()
-        last.record()
-        torch.cuda.synchronize()
-        found.append(first.elapsed_time(last))
-    return statistics.median(found[2:])
+    """Milliseconds, as test_kernels.py measures them."""
+    found = [measure._timed(run, "cuda")[0] for _ in range(14)]
+    return 1e3 * statistics.median(found[2:])
 
 
 def main(names: list[str]) -> None:

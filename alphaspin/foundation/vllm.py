@@ -97,14 +97,19 @@ def name_of(device: torch.device) -> str:
 
 def placed(devices: Sequence[str], share: float) -> tuple[list[str], dict[str, str]]:
     """Arguments and variables of a server on some GPUs, by `name_of`, or on the CPU without any."""
-    size = f"--tensor-parallel-size={len(devices) or 1}"
+    own = [
+        "--generation-config=vllm",
+        "--disable-log-stats",
+        "--disable-uvicorn-access-log",
+        f"--tensor-parallel-size={len(devices) or 1}",
+    ]
     if devices:
-        own = [size, f"--gpu-memory-utilization={share:.3f}", "--enable-sleep-mode"]
+        own += [f"--gpu-memory-utilization={share:.3f}", "--enable-sleep-mode"]
         return own, {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
     # On CPUs nothing may wait for a compiler, as vLLM's log-probs would, for minutes, nor be bound
     # to cores that others use too.
     variables = {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return [size, f"--kv-cache-memory-bytes={CPU_CACHE}", "--enforce-eager"], variables
+    return [*own, f"--kv-cache-memory-bytes={CPU_CACHE}", "--enforce-eager"], variables
 
 
 class Vllm:
@@ -217,6 +222,21 @@ class Vllm:
     def ask(self, path: str) -> None:
         """A request without content, to one of the addresses for developers: `/sleep?level=1`."""
         self.client(timeout=START).send(f"http://localhost{path}", {}, bytes, wanted=path)
+
+    def wake(self) -> None:
+        """End its sleep; one that does not answer is waited for, as by `revive`.
+
+        Raises:
+            ServerError: as `wait`.
+        """
+        try:
+            self.ask("/wake_up")
+        except ServerError as error:
+            self.revive(error)
+
+    def sleep(self) -> None:
+        """Leave the GPU: its base goes to host memory (level 1)."""
+        self.ask("/sleep?level=1")
 
     def failure(self, what: str) -> ServerError:
         """An error with the first and last that the log tells of, or its last lines."""

@@ -93,9 +93,6 @@ class Served(JudgeConfig):
             arguments = [
                 f"--model={self.model}",
                 f"--served-model-name={NAME}",
-                "--generation-config=vllm",
-                "--disable-log-stats",
-                "--disable-uvicorn-access-log",
                 *own,
                 *(self.vllm_arguments or ()),
             ]
@@ -103,10 +100,7 @@ class Served(JudgeConfig):
             console.note(f"the judge's vLLM starts, which takes minutes; log: {server.log}")
             server.wait()
         elif cuda:
-            try:
-                server.ask("/wake_up")
-            except ServerError as error:
-                server.revive(error)
+            server.wake()
         try:
             yield server.client(workers=self.workers, timeout=600.0, attempts=3)
         except ServerError:
@@ -115,7 +109,7 @@ class Served(JudgeConfig):
             raise server.failure("ended") from None
         finally:
             if cuda and server.alive:
-                server.ask("/sleep?level=1")
+                server.sleep()
 
     def title(self) -> str:
         """With its name."""

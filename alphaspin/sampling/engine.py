@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from alphaspin.data.chat import ChatFormat
-from alphaspin.errors import InputError, ServerError
+from alphaspin.errors import InputError
 from alphaspin.foundation import console, vllm
 from alphaspin.foundation.vllm import Vllm
 from alphaspin.model.backbone import Backbone
@@ -209,10 +209,7 @@ class OwnSampler:
                 console.note(f"vLLM starts, which takes minutes; log: {self._vllm.log}")
                 self._vllm.wait()
             elif leads and self._cuda:
-                try:
-                    self._vllm.ask("/wake_up")
-                except ServerError as error:
-                    self._vllm.revive(error)
+                self._vllm.wake()
             if leads:
                 self._vllm.allow(1)
         places = self._team.gather(self._vllm.place)
@@ -224,7 +221,7 @@ class OwnSampler:
             if leads:
                 self._vllm.allow(0)  # begun anew, it would take the trainer's memory
                 if self._cuda:
-                    self._vllm.ask("/sleep?level=1")
+                    self._vllm.sleep()
 
     def _arguments(self) -> list[str]:
         """Of the server; where it is placed follows, and the user's, which hold."""
@@ -237,10 +234,7 @@ class OwnSampler:
             "--enable-lora",
             f"--max-lora-rank={rank}",
             f"--max-loras={min(len(self._group), MOST_LORAS)}",
-            "--generation-config=vllm",
             "--seed=0",
-            "--disable-log-stats",
-            "--disable-uvicorn-access-log",
         ]
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ Shape suffixes: A active rows, R rows and T vocabulary entries of a block, C ent
 hidden size, S vocabulary tiles.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from alphaspin_kernels._triton.common import (
     Kernel,
     Launch,
     capability_of,
+    cdiv,
     dot,
     multiples_of_16,
     multiply_add,
@@ -285,7 +287,7 @@ def forward_with_row(
     blocks = _blocks(capability_of(weight))
     tile = blocks["BLOCK_T"]
     piece, programs = tile // 2, processors(weight)
-    row_blocks, parts = triton.cdiv(count, blocks["BLOCK_R"]), triton.cdiv(vocabulary, tile)
+    row_blocks, parts = cdiv(count, blocks["BLOCK_R"]), cdiv(vocabulary, tile)
     chunk = tile * min(_chunk(row_blocks, parts, programs), parts)
     fp32 = {"dtype": torch.float32, "device": hidden_AH.device}
     sums_SA = torch.empty((2 * parts, count), **fp32)
@@ -295,23 +297,24 @@ def forward_with_row(
     # Finite where nothing is packed yet.
     packed = hidden_AH.new_zeros((count, chunk if skip_below else 0))
     p = hidden_AH.new_empty((count, chunk))
+    hidden = _blocked(hidden_AH, blocks["BLOCK_R"], blocks["BLOCK_H"])
     for start in range(0, vocabulary, chunk):
         weight_CH = weight[start : start + chunk]
         entries = len(weight_CH)
-        p_AC, used = p[:, :entries], triton.cdiv(entries, tile)
+        p_AC, used = p[:, :entries], cdiv(entries, tile)
         arguments["bias"] = None if bias is None else bias[start : start + chunk].contiguous()
         sums_CA = sums_SA[2 * start // tile :][: 2 * used]
         # The first chunk is multiplied whole: nothing is known before of how large p is.
         sparse = skip_below > 0 and start > 0
         flags_BC = p.new_empty((row_blocks, entries if sparse else 0), dtype=torch.int8)
         _weights_kernel[False][(min(row_blocks * used, programs),)](
-            hidden=_blocked(hidden_AH, blocks["BLOCK_R"], blocks["BLOCK_H"]),
+            hidden=hidden,
             weight=_blocked(weight_CH, tile, blocks["BLOCK_H"]),
             p=_blocked(p_AC, blocks["BLOCK_R"], piece),
             targets=targets_A1,
             own=own_A,
             sums=sums_CA,
-            limits=so_far_A * skip_below,
+            limits=so_far_A * skip_below if sparse else so_far_A,
             flags=flags_BC,
             left=left_SA[2 * start // tile :],
             start=start,
@@ -334,7 +337,7 @@ def forward_with_row(
     gradient_AH = torch.empty_like(hidden_AH)
     block = min(1024, triton.next_power_of_2(width))
     even = multiples_of_16(mean_AH, weight, gradient_AH, width, weight.stride(0))
-    _row_kernel[even][(count, triton.cdiv(width, block))](
+    _row_kernel[even][(count, cdiv(width, block))](
         means=mean_AH,
         weight=weight,
         targets=targets_A1,
@@ -368,7 +371,7 @@ def _add_needed(
     places_BC = flags_BC.cumsum(1, dtype=torch.int32)
     kept_BC = torch.empty_like(places_BC)
     even = multiples_of_16(p_AC, packed, p_AC.stride(0))
-    _pack_kernel[even][(row_blocks, triton.cdiv(entries, PACKED["BLOCK_T"]))](
+    _pack_kernel[even][(row_blocks, cdiv(entries, PACKED["BLOCK_T"]))](
         p=p_AC,
         flags=flags_BC,
         places=places_BC,
@@ -380,7 +383,7 @@ def _add_needed(
         **PACKED,
     )
     even = multiples_of_16(weight_CH, width, weight_CH.stride(0))
-    _gathered_kernel[even][(row_blocks, triton.cdiv(width, config["BLOCK_H"]))](
+    _gathered_kernel[even][(row_blocks, cdiv(width, config["BLOCK_H"]))](
         packed=_blocked(packed, config["BLOCK_R"], config["BLOCK_K"]),
         weight=weight_CH,
         means=_blocked(mean_AH, config["BLOCK_R"], config["BLOCK_H"] // 4),
@@ -393,12 +396,13 @@ def _add_needed(
     )
 
 
+@functools.cache
 def _chunk(row_blocks: int, parts: int, programs: int) -> int:
     """Tiles of a chunk: of sizes about CHUNK, that with the fewest tiles a program in all."""
 
     def rounds(size: int) -> int:
         full, rest = divmod(parts, size)
-        return full * -(-row_blocks * size // programs) + -(-row_blocks * rest // programs)
+        return full * cdiv(row_blocks * size, programs) + cdiv(row_blocks * rest, programs)
 
     return min(range(CHUNK, CHUNK + 16), key=rounds)
 

@@ -40,6 +40,7 @@ from alphaspin_kernels._triton.common import (
     Kernel,
     Launch,
     capability_of,
+    cdiv,
     dot,
     multiples_of_16,
     processors,
@@ -372,8 +373,8 @@ def log_sums(
     """
     count, vocabulary, mixed = len(hidden_AH), len(weight), alpha is not None
     form = _Form(hidden_AH, weight, targets=False, mixed=mixed)
-    parts = triton.cdiv(vocabulary, form.blocks["BLOCK_T"])
-    tiles = triton.cdiv(count, form.blocks["BLOCK_R"]) * parts
+    parts = cdiv(vocabulary, form.blocks["BLOCK_T"])
+    tiles = cdiv(count, form.blocks["BLOCK_R"]) * parts
     shape = (2, parts, 3, count // 2) if mixed else (2, parts, 1, count)
     peaks_SMA, sums_SMA = weight.new_empty(shape, dtype=torch.float32)
     _forward_kernel[form.even][(min(tiles, processors(weight)),)](
@@ -402,7 +403,7 @@ def at_targets(
     for targets_A, chosen_A in zip(targets_AK.clamp(min=0).T, chosen_KA, strict=True):
         form = _Form(hidden_AH, weight[targets_A], targets=True, mixed=False)
         bias_A = None if bias is None else bias[targets_A]
-        _target_kernel[form.even][(triton.cdiv(len(hidden_AH), form.blocks["BLOCK_R"]),)](
+        _target_kernel[form.even][(cdiv(len(hidden_AH), form.blocks["BLOCK_R"]),)](
             chosen=chosen_A, **_arguments(bias_A, softcap, temperature), **form.arguments
         )
     return chosen_KA.T

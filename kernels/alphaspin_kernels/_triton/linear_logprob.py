@@ -25,6 +25,7 @@ from alphaspin_kernels._triton.common import (
     Kernel,
     Launch,
     bounded,
+    cdiv,
     chunk_entries,
     dot,
     head_arguments,
@@ -349,7 +350,7 @@ def _add_kept_tiles(
 ) -> Tensor:
     """Add the products of the tiles that some row of a block needs; return the mass left out."""
     (count, width), entries = mean_RH.shape, len(weight_CH)
-    row_blocks, tiles = triton.cdiv(count, SKIP_R), tops_RT.shape[1]
+    row_blocks, tiles = cdiv(count, SKIP_R), tops_RT.shape[1]
     padded_RT = torch.nn.functional.pad(tops_RT, (0, 0, 0, -count % SKIP_R))
     # Not >=: a row that is not finite must not take the tiles of the others.
     keep_BT = ~(padded_RT.view(row_blocks, SKIP_R, tiles).amax(1) < skip_below)
@@ -357,7 +358,7 @@ def _add_kept_tiles(
     even = width % 128 == 0
     even = even and multiples_of_16(p_RC, weight_CH, mean_RH, entries, weight_CH.stride(0))
     config = _kept_blocks(p_RC.dtype, even)
-    grid = (triton.cdiv(count, config["BLOCK_R"]), triton.cdiv(width, config["BLOCK_H"]))
+    grid = (cdiv(count, config["BLOCK_R"]), cdiv(width, config["BLOCK_H"]))
     _kept_tiles_kernel[even][grid](
         p=p_RC,
         weight=weight_CH,
