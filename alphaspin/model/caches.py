@@ -12,6 +12,7 @@ longest prompt in it, H hidden size, W width of the cache.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache
 
+from alphaspin.foundation import console
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Segment
+from alphaspin.model.graphs import Graphs, rounded
 from alphaspin.model.layout import unlike
 from alphaspin.model.tree import Tokens
 
@@ -78,6 +81,11 @@ class SlotCache(Cache):
         rows = torch.arange(len(positions_R), device=positions_R.device)
         self._index, self._source = (rows, slice(None), positions_R), None
         self._view = (len(positions_R), width)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns; what is stored stays where it is until they change."""
+        return self._rows, self._width
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -182,9 +190,15 @@ class Slots:
         width = int(self._lengths.max()) + 1
         self._cache.reserve(0, width)
         device = self._backbone.device
-        position_N = torch.from_numpy(self._lengths).to(device)
-        position_R = position_N[self._sequence_R]
-        columns_W = torch.arange(width, device=device)
+        position_R = torch.from_numpy(self._lengths).to(device)[self._sequence_R]
+        id_R = tokens_N.to(device, torch.int64)[self._sequence_R]
+        hidden_RH = self._tokens(id_R, position_R, width)
+        self._lengths = self._lengths + 1
+        return hidden_RH, self._rows
+
+    def _tokens(self, id_R: Tensor, position_R: Tensor, width: int) -> Tensor:
+        """The hidden states [R, H] of a token for each row, which sees `width` columns at most."""
+        columns_W = torch.arange(width, device=id_R.device)
 
         def seen(window: int | None) -> Tensor:
             mask_RW = columns_W <= position_R[:, None]
@@ -193,10 +207,7 @@ class Slots:
             return mask_RW[:, None, None]
 
         self._cache.expect_tokens(position_R, width)
-        ids_R1 = tokens_N.to(device, torch.int64)[self._sequence_R][:, None]
-        hidden_R1H = self._forward(self._segments, ids_R1, position_R[:, None], seen)
-        self._lengths = self._lengths + 1
-        return hidden_R1H[:, 0], self._rows
+        return self._forward(self._segments, id_R[:, None], position_R[:, None], seen)[:, 0]
 
     def select(self, indices: Sequence[int]) -> None:
         """Sequence i becomes what sequence `indices[i]` was."""
@@ -223,9 +234,10 @@ class Slots:
         segments: list[Segment] = []
         start = 0
         for name in sorted(members, key=lambda name: name or ""):
-            segments.append(Segment(name, start, start + len(members[name])))
+            stop = start + self._room(len(members[name]))
+            segments.append(Segment(name, start, stop))
             free = dict.fromkeys(range(start, start + len(members[name])))
-            start += len(members[name])
+            start = stop
             movers: list[tuple[int, int]] = []
             for i, c in members[name]:
                 if origins[i][c] in free:
@@ -253,6 +265,10 @@ class Slots:
             sequence[mine] = i
         self._sequence_R = torch.from_numpy(sequence).to(device)
 
+    def _room(self, rows: int) -> int:
+        """Rows for so many; those left over do what the first sequence does, and are not read."""
+        return rows
+
     def _forward(
         self,
         segments: Sequence[Segment],
@@ -268,6 +284,38 @@ class Slots:
             use_cache=True,
             **{self._backbone.cache_name: self._cache},
         ).last_hidden_state
+
+
+class Replayed(Slots):
+    """The same with each step's pass as a CUDA graph, at few numbers of rows and columns.
+
+    Where that fails it gives itself up, for all that comes after it.
+    """
+
+    def __init__(self, backbone: Backbone):
+        """No sequence, and nothing recorded yet."""
+        self._graphs = Graphs(partial(unlike, backbone, what="steps of a CUDA graph and without"))
+        self._recorded = (0, 0)
+        super().__init__(backbone)
+
+    def _room(self, rows: int) -> int:
+        return rounded(rows)
+
+    def _tokens(self, id_R: Tensor, position_R: Tensor, width: int) -> Tensor:
+        if self._cache.shape != self._recorded:
+            self._recorded = self._cache.shape
+            self._graphs.forget()
+        width = -(-width // BLOCK) * BLOCK
+        work = partial(super()._tokens, width=width)
+        if self._backbone.cache == "graphs":
+            key = (tuple(self._segments), width)
+            try:
+                return self._graphs.run(key, work, id_R, position_R)
+            except RuntimeError as error:  # what the host looks at, or no memory
+                give_up(self._backbone, next(iter(str(error).splitlines()), repr(error))[:100])
+                self._graphs.forget()
+                console.note(f"no CUDA graphs in sampling: {self._backbone.cache_reason}")
+        return work(id_R, position_R)
 
 
 @dataclass
@@ -453,18 +501,19 @@ def _parts(keys: list[Key], prompts: Mapping[Key, Tokens]) -> list[list[Key]]:
     return parts
 
 
-CACHES = {"slots": Slots, "own": Own, "none": Recomputed}
+CACHES = {"graphs": Replayed, "slots": Slots, "own": Own, "none": Recomputed}
 """By `Backbone.cache`, in the order in which they are tried."""
 
 
 @torch.no_grad()
 def choose(backbone: Backbone) -> None:
     """Set `backbone.cache` to the first of `CACHES`, from where it is, that is right."""
-    while backbone.cache != "none":
-        problem = _problem(backbone, CACHES[backbone.cache](backbone))
-        if not problem:
+    while (tried := backbone.cache) != "none":
+        problem = _problem(backbone, CACHES[tried](backbone))
+        if problem:
+            give_up(backbone, problem)
+        if backbone.cache == tried:
             break
-        give_up(backbone, problem)
 
 
 def give_up(backbone: Backbone, reason: str) -> None:
