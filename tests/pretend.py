@@ -77,7 +77,7 @@ class Log:
         self.kernels: Counter[str] = Counter()
         self.recorded, self.recording = 0, False
 
-    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(self, work: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Tensor], Any]:
         """Runs it as a capture does: nothing waits, nothing comes from the host."""
         self.recording = True
         try:
@@ -85,7 +85,7 @@ class Log:
         finally:
             self.recording = False
         self.recorded += 1
-        return work
+        return work, pool
 
     def touch(self) -> None:
         """The host and the device exchange something."""

@@ -154,10 +154,10 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """
     found: list[int] = []
 
-    def record(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor], None]:
         program = make_fx(work)()
         found.append(len(program.graph.nodes))
-        return program
+        return program, pool
 
     monkeypatch.setattr(graphs, "record", record)
     return found
@@ -194,13 +194,13 @@ def test_answers_do_not_depend_on_the_batch(family: Path, kind: Any) -> None:
             np.testing.assert_allclose(one.log_normalisers, other.log_normalisers, atol=1e-6)
 
 
-def stale(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def stale(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor], None]:
     """Plays the hidden states that it has seen."""
     output = work()
-    return lambda: output
+    return lambda: output, pool
 
 
-def refused(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def refused(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor], None]:
     raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
 
 

@@ -97,14 +97,14 @@ def stale_graphs(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
     """Right when they are held against the pass itself, wrong after that."""
     backbone.cache = "graphs"
 
-    def record(work: Any) -> Any:
+    def record(work: Any, pool: None) -> Any:
         calls: list[Any] = []
 
         def replay() -> Any:
             calls.append(work() if len(calls) < 1 else calls[-1])
             return calls[-1]
 
-        return replay
+        return replay, pool
 
     patch.setattr(graphs, "record", record)
 

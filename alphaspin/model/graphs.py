@@ -12,6 +12,7 @@ pass itself.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,21 +28,29 @@ def rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def record(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def record(work: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Tensor], Any]:
     """What `work` does, on the same places, at each call; it runs once. CUDA only.
+
+    Args:
+        work: its result and all between lie in memory of the graph's own.
+        pool: that memory of others, which are never replayed between the replay of this one and
+            the last look at its result; None for none.
+
+    Returns:
+        The replay, and the pool.
 
     Raises:
         RuntimeError: it waits for the GPU, or there is no memory for its results.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = work()
 
     def replay() -> Tensor:
         graph.replay()
         return output
 
-    return replay
+    return replay, graph.pool()
 
 
 @dataclass(slots=True)
@@ -59,11 +68,13 @@ class Graphs:
     def __init__(self, differs: Callable[[Tensor, Tensor], str]):
         """`differs`: what is wrong with a result, given the right one, or nothing."""
         self._kept: dict[Hashable, _Kept] = {}
+        self._pool: Any = None
         self._differs = differs
 
     def forget(self) -> None:
         """What passes read and write has moved."""
         self._kept.clear()
+        self._pool = None
 
     def run(self, key: Hashable, work: Work, *inputs: Tensor) -> Tensor:
         """work(*inputs), whose result is one tensor.
@@ -81,7 +92,8 @@ class Graphs:
         if kept is None:
             result = work(*inputs)  # this also makes what kernels need at their first call
             own = tuple(given.clone() for given in inputs)
-            kept = _Kept(own, record(lambda: work(*own)))
+            replay, self._pool = record(lambda: work(*own), self._pool)
+            kept = _Kept(own, replay)
         else:
             for own, given in zip(kept.inputs, inputs, strict=True):
                 own.copy_(given)
