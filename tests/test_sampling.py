@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from alphaspin.model import backbone as module
-from alphaspin.model import caches, graphs, routing
+from alphaspin.model import caches, graphs, routing, slots
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.caches import CACHES
 from alphaspin.model.routing import POLICY
@@ -142,8 +142,9 @@ def make_requests(prompts: Sequence[Tokens], policies: Sequence[Policy]) -> list
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that soon has to grow, and prompts that do not fit into one pass."""
-    monkeypatch.setattr(caches, "BLOCK", 4)
-    monkeypatch.setattr(caches, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(slots, "BLOCK", 4)
+    for where in (slots, caches):
+        monkeypatch.setattr(where, "PREFILL_TOKENS", 30)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from test_families import FAMILIES, save
 
 from alphaspin.errors import InputError
-from alphaspin.model import attention, caches, graphs, verify
+from alphaspin.model import attention, graphs, slots, verify
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY, RoutedLinear
@@ -85,12 +85,12 @@ def wrong_strength(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_cache(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
-    right = caches.SlotCache.update
+    right = slots.SlotCache.update
 
     def wrong(self: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         return right(self, key, value * (1.01 if value.shape[2] == 1 else 1), *args, **kwargs)
 
-    patch.setattr(caches.SlotCache, "update", wrong)
+    patch.setattr(slots.SlotCache, "update", wrong)
 
 
 def stale_graphs(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:

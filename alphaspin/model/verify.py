@@ -32,9 +32,10 @@ from alphaspin.foundation.artefacts import read_record, write_record
 from alphaspin.model import varlen
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
-from alphaspin.model.caches import CACHES, give_up
+from alphaspin.model.caches import CACHES
 from alphaspin.model.routing import NOT_JOINT
 from alphaspin.model.scoring import hidden_logps
+from alphaspin.model.slots import give_up
 from alphaspin.model.stepper import Stepper
 from alphaspin.model.tree import Tree
 
