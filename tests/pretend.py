@@ -10,7 +10,7 @@ autograd, views and parameters are PyTorch's own.
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from alphaspin.model import varlen
+from alphaspin.model import graphs, varlen
 
 ROOT = Path(__file__).parents[1]
 CUDA, UNDERNEATH = torch.device("cuda", 0), torch.device("privateuseone", 0)
@@ -67,7 +67,7 @@ class Log:
     """What happened on the device.
 
     waits: of the host, by hot loop ("" for none), file and function. unordered: operators whose
-    result may differ from run to run.
+    result may differ from run to run. recorded: passes that were recorded as graphs.
     """
 
     def __init__(self) -> None:
@@ -75,9 +75,26 @@ class Log:
         self.unordered: Counter[str] = Counter()
         self.operators: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
+        self.recorded, self.recording = 0, False
+
+    def record(self, work: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Tensor], Any]:
+        """Runs it as a capture does: nothing waits, nothing comes from the host."""
+        self.recording = True
+        try:
+            work()
+        finally:
+            self.recording = False
+        self.recorded += 1
+        return work, pool
+
+    def touch(self) -> None:
+        """The host and the device exchange something."""
+        if self.recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     def wait(self) -> None:
         """Note the innermost function of this project that is at work."""
+        self.touch()
         loop, where = "", ("elsewhere", "")
         for frame in traceback.extract_stack():
             path = Path(frame.filename)
@@ -240,6 +257,7 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> Te
 
 def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Tensor:
     """Of a list that serves as an index."""
+    OnGpu.events.touch()
     target.host.copy_(source)
     return target
 
@@ -249,6 +267,7 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        OnGpu.events.touch()
         return OnGpu(x.detach().clone())
 
     @staticmethod
@@ -336,6 +355,7 @@ def gpu(version: tuple[int, int] = NEWEST) -> Generator[Log]:
     OnGpu.events, OnGpu.torch_version = Log(), version
     with pytest.MonkeyPatch.context() as patch, Redirect():
         patch.setattr(varlen, "CHOSEN", {})
+        patch.setattr(graphs, "record", OnGpu.events.record)
         if version < (2, 10):
             patch.setitem(sys.modules, "torch.nn.attention.varlen", None)
         patch.setattr(common, "TORCH", version)

@@ -485,7 +485,8 @@ def test_launchers(
 def test_processes_of_a_node_share_the_pages_of_a_base(tmp_path: Path) -> None:
     """What is loaded is the mapped file itself; only the head is written to, when it is tried."""
     base = save_model(tmp_path / "base", hidden_size=256, intermediate_size=2048)
-    backbone, _ = load_base(str(base), dtype="fp32", device=torch.device("cpu"))
+    second = torch.device("cpu:1")  # as Accelerate calls it in the second process of a node
+    backbone, _ = load_base(str(base), dtype="fp32", device=second)
     backbone.add_adapter(POLICY, LoraConfig(r=2), seed=0, iteration=0)
     mapped, ours, written = list[range](), False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -53,6 +53,7 @@ WAITS = {
     ("score", f"{KERNELS}/numerics.py", "active_rows"): "as in training",
     ("score", "alphaspin/model/scoring.py", "score"): "once a pass: the log-probs are kept on disk",
     ("sample", "alphaspin/sampling/decode.py", "choose"): "once a token: which answers have ended",
+    ("sample", "alphaspin/model/layout.py", "unlike"): "once a CUDA graph: is its replay right",
 }
 """Where the host waits for the device in what is repeated, and why it has to."""
 
@@ -93,6 +94,7 @@ def check(summary: dict[str, Any], events: Any, iterations: int) -> None:
         assert events.kernels[kernel], f"{kernel} was never launched"
     assert events.operators["torch_attn._varlen_attn_backward.default"]
     assert not events.unordered
+    assert events.recorded, "no step of the sampler was a CUDA graph"
     hot = {where for where in events.waits if where[0]}
     assert hot <= WAITS.keys(), f"the host waits in {hot - WAITS.keys()}"
 

@@ -5,7 +5,7 @@ stay in fp32).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_backbone import LORA, PREVIOUS, load, make_folder, mixed_batch, perturb, plain_model
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from alphaspin.model import backbone as module
-from alphaspin.model import caches, routing
+from alphaspin.model import caches, graphs, routing, slots
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.caches import CACHES
 from alphaspin.model.routing import POLICY
@@ -42,11 +43,13 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 SWEEP = bool(os.environ.get("ALPHASPIN_SWEEP"))
-"""Each family with each cache; else each with the one that it gets, and two kinds with all."""
+"""Each family with each cache; else each with the one that it gets, and two kinds with all but
+graphs, whose like on CPUs takes a second to record."""
 
 
 def pick(family: Path, kind: str) -> None:
-    if not SWEEP and kind != "slots" and not family.name.startswith(("llama", "gemma3_text")):
+    few = kind != "graphs" and family.name.startswith(("llama", "gemma3_text"))
+    if not (SWEEP or kind == "slots" or few):
         pytest.skip("needs ALPHASPIN_SWEEP=1")
 
 
@@ -139,11 +142,29 @@ def make_requests(prompts: Sequence[Tokens], policies: Sequence[Policy]) -> list
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that soon has to grow, and prompts that do not fit into one pass."""
-    monkeypatch.setattr(caches, "BLOCK", 4)
-    monkeypatch.setattr(caches, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(slots, "BLOCK", 4)
+    for where in (slots, caches):
+        monkeypatch.setattr(where, "PREFILL_TOKENS", 30)
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In the place of CUDA graphs their like on CPUs: the operators of one pass, on its tensors.
+
+    Returns how many operators each has.
+    """
+    found: list[int] = []
+
+    def record(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor], None]:
+        program = make_fx(work)()
+        found.append(len(program.graph.nodes))
+        return program, pool
+
+    monkeypatch.setattr(graphs, "record", record)
+    return found
+
+
+@pytest.mark.usefixtures("narrow", "frozen")
 @pytest.mark.parametrize("kind", CACHES)
 def test_answers_do_not_depend_on_the_batch(family: Path, kind: Any) -> None:
     """Neighbours, their policies, batch size, and the order in which rows end and begin."""
@@ -172,6 +193,56 @@ def test_answers_do_not_depend_on_the_batch(family: Path, kind: Any) -> None:
             assert one.truncated == other.truncated
             np.testing.assert_allclose(one.logps, other.logps, rtol=1e-6)
             np.testing.assert_allclose(one.log_normalisers, other.log_normalisers, atol=1e-6)
+
+
+def stale(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor], None]:
+    """Plays the hidden states that it has seen."""
+    output = work()
+    return lambda: output, pool
+
+
+def refused(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor], None]:
+    raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+
+
+def test_graphs_are_few_and_are_replayed(llama: Path, frozen: list[int]) -> None:
+    backbone, calls = load(llama, POLICY, PREVIOUS).double(), list[int]()
+    requests = [
+        Request(prompt, mixture(POLICY, 0.5), 40, Draw(0, 0, "sample", i))
+        for i, prompt in enumerate(make_prompts(16, 4))
+    ]
+    config = SamplingConfig(batch_size=16)
+    expected = decode(backbone, requests, stop_ids=frozenset(), config=config)
+    backbone.cache = "graphs"
+    step = backbone.decoder.register_forward_hook(lambda *_: calls.append(1))
+    answers = decode(backbone, requests, stop_ids=frozenset(), config=config)
+    step.remove()
+    assert [a.tokens.tolist() for a in answers] == [a.tokens.tolist() for a in expected]
+    # 39 steps of one width or, beyond 64 columns, two: each is made, recorded, and checked once.
+    assert 1 <= len(frozen) <= 2 and len(calls) == 1 + 3 * len(frozen)
+
+
+@pytest.mark.parametrize(
+    ("record", "why"), [(stale, "steps of a CUDA graph"), (refused, "stream is capturing")]
+)
+def test_graphs_that_fail_are_given_up_and_cost_no_answer(
+    record: Any, why: str, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(llama, POLICY, PREVIOUS).double()
+    requests, config = make_requests(make_prompts(24, 12), POLICIES), SamplingConfig(batch_size=7)
+    expected = decode(backbone, requests, stop_ids=STOPS, config=config)
+    monkeypatch.setattr(graphs, "record", record)
+    backbone.cache = "graphs"
+    found = decode(backbone, requests, stop_ids=STOPS, config=config)
+    assert [a.tokens.tolist() for a in found] == [a.tokens.tolist() for a in expected]
+    assert backbone.cache == "slots" and why in backbone.cache_reason
+    (note,) = [note for note in backbone.notes() if "answers with" in note]
+    assert "a launch for each kernel" in note and "\n" not in note
+    monkeypatch.undo()
+    backbone.cache, backbone.cache_reason = "graphs", ""
+    monkeypatch.setattr(graphs, "record", record)
+    caches.choose(backbone)  # as at load
+    assert backbone.cache == "slots" and why in backbone.cache_reason
 
 
 def test_mixtures_equal_full_forward_passes(family: Path) -> None:
@@ -244,7 +315,7 @@ def load_tiny() -> Backbone:
     return Backbone(helpers.make_model(), "nowhere", "identity")
 
 
-@pytest.mark.usefixtures("narrow")
+@pytest.mark.usefixtures("narrow", "frozen")
 @pytest.mark.parametrize("kind", CACHES)
 def test_sequences_are_dropped_duplicated_and_reordered(family: Path, kind: Any) -> None:
     """The stepper as sequential Monte Carlo uses it, against full passes over each history."""

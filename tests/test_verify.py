@@ -9,7 +9,7 @@ import torch
 from test_families import FAMILIES, save
 
 from alphaspin.errors import InputError
-from alphaspin.model import attention, caches, verify
+from alphaspin.model import attention, graphs, slots, verify
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.load import load_base
 from alphaspin.model.routing import POLICY, RoutedLinear
@@ -85,12 +85,28 @@ def wrong_strength(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_cache(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
-    right = caches.SlotCache.update
+    right = slots.SlotCache.update
 
     def wrong(self: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         return right(self, key, value * (1.01 if value.shape[2] == 1 else 1), *args, **kwargs)
 
-    patch.setattr(caches.SlotCache, "update", wrong)
+    patch.setattr(slots.SlotCache, "update", wrong)
+
+
+def stale_graphs(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
+    """Right when they are held against the pass itself, wrong after that."""
+    backbone.cache = "graphs"
+
+    def record(work: Any, pool: None) -> Any:
+        calls: list[Any] = []
+
+        def replay() -> Any:
+            calls.append(work() if len(calls) < 1 else calls[-1])
+            return calls[-1]
+
+        return replay, pool
+
+    patch.setattr(graphs, "record", record)
 
 
 def wrong_last(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
@@ -122,6 +138,7 @@ def wrong_joint(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
         (wrong_window, "packed"),
         (wrong_last, "last"),
         (stale_cache, "slots"),
+        (stale_graphs, "graphs"),
         (wrong_joint, "joint"),
     ],
 )
@@ -132,9 +149,9 @@ def test_a_wrong_way_is_found_and_replaced(
     assert backbone.layout == "packed" and backbone.joint_problem() is None
     fault(backbone, monkeypatch)
     found = verify.verify(backbone, POLICY, longest=LONGEST)
-    kinds = ("packed", "last", "joint", "slots")
+    kinds = ("packed", "last", "joint", "graphs", "slots")
     reasons = {kind: getattr(found, kind) for kind in kinds}
-    implied = {"packed", "joint", "slots"} if finds == "packed" else {finds}
+    implied = {"packed", "joint", "graphs", "slots"} if finds == "packed" else {finds}
     assert {name for name, reason in reasons.items() if reason} == implied
     assert "nats a token, where rounding in this dtype explains" in reasons[finds]
     if finds == "packed":
@@ -145,6 +162,9 @@ def test_a_wrong_way_is_found_and_replaced(
         assert backbone.layout == "packed" and backbone.joint_problem() is None
         assert any("the whole last layer for all tokens" in note for note in backbone.notes())
         assert not verify.verify(backbone, POLICY, longest=LONGEST).last  # used no more
+    elif finds == "graphs":
+        assert backbone.cache == "slots"
+        assert any("a launch for each kernel" in note for note in backbone.notes())
     elif finds == "slots":
         assert backbone.cache == "own"
         assert any("answers with the family's own cache" in note for note in backbone.notes())

@@ -34,6 +34,7 @@ from alphaspin.foundation.gpus import GPUS, HERE, Target
 from alphaspin.foundation.paths import packaged
 from alphaspin.foundation.section import at
 from alphaspin.foundation.vllm import CPU_CACHE, SHARE
+from alphaspin.model.backbone import COPIES
 from alphaspin.model.load import loading
 from alphaspin.training.trainer import total_steps
 
@@ -215,9 +216,11 @@ def sampling_memory(
         policies = 2 if "mixture" in config.selfplay.opponent else 1
         caches = policies * sampling.batch_size * answer * each
         logits = 2 * policies * sampling.batch_size * facts.vocabulary * 4
+        copies = _copies(config, facts, width)
         return [
-            f"memory, sampling: about {(base + caches + logits) / GIB:.2f} GiB on {kind} = base "
-            f"{base / GIB:.2f} + keys and values of {sampling.batch_size} answers of full length "
+            f"memory, sampling: about {(base + copies + caches + logits) / GIB:.2f} GiB on {kind} "
+            f"= base {base / GIB:.2f} + copies of its layers with the adapter {copies / GIB:.2f} + "
+            f"keys and values of {sampling.batch_size} answers of full length "
             f"{caches / GIB:.2f} + fp32 logits {logits / GIB:.2f}"
         ]
     own = base / (sampling.tensor_parallel or 1)
@@ -237,6 +240,14 @@ def sampling_memory(
         f"memory, sampling: about {needed / GIB:.2f} GiB on {kind} = base "
         f"{base / GIB:.2f} + vLLM's {own / GIB:.2f} + {rest}"
     ]
+
+
+def _copies(config: Config, facts: PlanHints, width: int) -> int:
+    """Bytes of the weights to which `Backbone.merged` adds a policy: all but embeddings, head."""
+    whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
+    copies = (facts.parameters - whole) * width
+    alone = width == 4 and (config.train.quantization, config.train.sharding) == ("none", "none")
+    return copies if alone and copies <= COPIES else 0
 
 
 def estimates(config: Config, facts: PlanHints, target: Target) -> list[str]:

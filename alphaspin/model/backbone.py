@@ -74,9 +74,9 @@ class Backbone(nn.Module):
     """Why it is not `packed`, where it is not."""
     whole_reason = ""
     """Why the last layer computes all of all tokens, where it does (see `batching`)."""
-    cache: Literal["slots", "own", "none"]
-    """What the sampler keeps of a sequence: keys and values in slots of ours, the family's own
-    cache, or nothing but its tokens (see `caches`)."""
+    cache: Literal["graphs", "slots", "own", "none"]
+    """What the sampler keeps of a sequence: keys and values in slots of ours (with CUDA graphs for
+    its steps), the family's own cache, or nothing but its tokens (see `caches`)."""
     cache_reason = ""
     """Why it is not what its layout would have, where that was found to be wrong."""
     scale: float
@@ -139,7 +139,8 @@ class Backbone(nn.Module):
             self.whole_reason = "its weights would be dequantised twice"
         self.layout_reason = why_not_packed(self)
         self.layout = "padded" if self.layout_reason else "packed"
-        self.cache = "slots" if self.layout == "packed" else "own"
+        slots = "graphs" if self.device.type == "cuda" else "slots"
+        self.cache = slots if self.layout == "packed" else "own"
 
     @property
     def device(self) -> torch.device:
@@ -630,7 +631,11 @@ class Backbone(nn.Module):
                 f"attention, scoring and training: {way}" for way in varlen.on(self.device)
             )
         if self.cache_reason:
-            instead = "each of its tokens" if self.cache == "none" else "the family's own cache"
+            instead = {
+                "slots": "a launch for each kernel",
+                "own": "the family's own cache",
+                "none": "each of its tokens",
+            }[self.cache]
             found.append(f"answers with {instead}, which is slower: {self.cache_reason}")
         if self.pinned:
             found.append(

@@ -95,7 +95,8 @@ def load_base(
     if liger == "auto":
         fuse(model, device)
     identity = identity or base_hash(path) or f"{path}@{getattr(config, '_commit_hash', None)}"
-    model = cast(PreTrainedModel, cast(nn.Module, model).to(device))
+    if device.type != "cpu":  # where it is: `to("cpu:1")`, Accelerate's second process, is a copy
+        model = cast(PreTrainedModel, cast(nn.Module, model).to(device))
     try:
         backbone = Backbone(model, where, identity, longest=longest)
         caches.choose(backbone)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from alphaspin.model.backbone import Backbone
-from alphaspin.model.caches import CACHES, Rows
+from alphaspin.model.caches import CACHES
+from alphaspin.model.slots import Rows
 from alphaspin.model.tree import Tokens
 
 Policy = Mapping[str | None, float]

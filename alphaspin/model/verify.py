@@ -5,8 +5,8 @@ exact only for models whose layers do what it assumes. Instead of a list of such
 tried on the model at hand, with random adapters on all adapted modules, at a short length and near
 the longest of the run, and held against plain passes of transformers and PEFT, one sequence at a
 time. What differs is not used: the whole last layer takes the place of its part, padded rows that
-of packed trees, the family's own cache that of ours, recomputation that of both, and where nothing
-is left the model is refused.
+of packed trees, launches that of CUDA graphs, the family's own cache that of ours, recomputation
+that of both, and where nothing is left the model is refused.
 
 How much may differ follows from the dtype: the plain passes are repeated with each adapted
 module's output moved by one rounding, and that moves the log-probs as far as other orders of the
@@ -32,9 +32,10 @@ from alphaspin.foundation.artefacts import read_record, write_record
 from alphaspin.model import varlen
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
-from alphaspin.model.caches import CACHES, give_up
+from alphaspin.model.caches import CACHES
 from alphaspin.model.routing import NOT_JOINT
 from alphaspin.model.scoring import hidden_logps
+from alphaspin.model.slots import give_up
 from alphaspin.model.stepper import Stepper
 from alphaspin.model.tree import Tree
 
@@ -61,6 +62,7 @@ class Verdict:
     packed: str = ""
     last: str = ""
     joint: str = ""
+    graphs: str = ""
     slots: str = ""
     own: str = ""
 
@@ -69,7 +71,8 @@ class Verdict:
         if self.packed:
             backbone.layout, backbone.layout_reason = "padded", self.packed
         backbone.whole_reason = backbone.whole_reason or self.last
-        for cache, reason in (("slots", self.slots), ("own", self.own)):
+        for cache in ("graphs", "slots", "own"):
+            reason = cast(str, getattr(self, cache))
             if backbone.cache == cache and reason:
                 give_up(backbone, reason)
         if self.joint:
@@ -92,8 +95,8 @@ class Verdict:
             return None
         try:
             found = read_record(folder / FILE, "the model is checked again")
-            return Verdict(**{field.name: found[field.name] for field in fields(Verdict)})
-        except (InputError, KeyError) as error:
+            return Verdict(**{f.name: found[f.name] for f in fields(Verdict) if f.name in found})
+        except (InputError, TypeError) as error:
             console.note(str(error))
             return None
 
@@ -198,11 +201,12 @@ class _Trial:
         Raises:
             InputError: as `verify`.
         """
-        backbone, cache, training = self.backbone, self.backbone.cache, self.backbone.training
+        backbone, training = self.backbone, self.backbone.training
+        cache, cache_reason = backbone.cache, backbone.cache_reason
         backbone.eval()
         packed = last = joint = ""
         whole = backbone.whole_reason
-        wrong = {"slots": "", "own": ""}
+        wrong = {"graphs": "", "slots": "", "own": ""}
         try:
             for number, name in enumerate(NAMES):
                 backbone.random_adapter(name, self.like, len(NAMES) * self.seed + number)
@@ -217,7 +221,7 @@ class _Trial:
             elif backbone.joint_problem() is None:
                 joint = self._differs(self._joint)
             if packed:
-                wrong["slots"] = packed
+                wrong["graphs"] = wrong["slots"] = packed
             kinds = list(CACHES)
             for kind in kinds[kinds.index(cache) :]:
                 backbone.cache = cast(Any, kind)
@@ -225,10 +229,13 @@ class _Trial:
                     self._must(self._differs(self._sampled, STEPS), "answers by recomputation")
                 elif not wrong[kind]:
                     wrong[kind] = self._differs(self._sampled, STEPS)
+                    if backbone.cache != kind:  # it has given itself up
+                        wrong[kind] = backbone.cache_reason
                 if not wrong.get(kind):
                     break
         finally:
-            backbone.cache, backbone.whole_reason = cache, whole
+            backbone.cache, backbone.cache_reason = cache, cache_reason
+            backbone.whole_reason = whole
             for name in NAMES:
                 if backbone.has_adapter(name):
                     backbone.remove_adapter(name)
@@ -306,18 +313,20 @@ class _Trial:
             policies.append({policy: 1.0})
         stepper = Stepper(self.backbone)
         logits_NV = stepper.prefill(texts, policies).logits
-        going = list(range(len(texts)))
+        rows = list(range(len(texts)))
         found: list[list[Tensor]] = [[] for _ in texts]
         for step in range(STEPS):
-            for row, i in enumerate(going):
-                logps_V = logits_NV[row].log_softmax(-1)
-                found[i].append(logps_V[int(answers[i][step])].float())
-            rows = [row for row, i in enumerate(going) if step + 1 < len(answers[i])]
-            going = [going[row] for row in rows]
-            if not going:
+            for row, i in enumerate(rows):
+                if step < len(answers[i]):
+                    logps_V = logits_NV[row].log_softmax(-1)
+                    found[i].append(logps_V[int(answers[i][step])].float())
+            if step == STEPS // 2:  # until here what has ended goes on, so that shapes stay
+                kept = [row for row, i in enumerate(rows) if step + 1 < len(answers[i])]
+                rows = [rows[row] for row in kept]
+                stepper.select(kept)
+            if not rows or step + 1 == STEPS:
                 break
-            stepper.select(rows)
-            tokens = [int(answers[i][step]) for i in going]
+            tokens = [int(answers[i][min(step, len(answers[i]) - 1)]) for i in rows]
             logits_NV = stepper.step(torch.tensor(tokens, device=self.backbone.device)).logits
         return [torch.stack(parts) for parts in found]
 
