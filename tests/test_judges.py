@@ -369,6 +369,7 @@ def test_server_judges_in_both_orders(serve: Callable[..., Any]) -> None:
     asked = [answers_of(r["messages"][-1]["content"]) for r in requests]
     assert len(asked) == len(set(asked)) == 12
     assert {r["path"] for r in requests} == {"/v1/chat/completions"}
+    assert {m["role"] for r in requests for m in r["messages"]} == {"user"}  # Gemma has no system
     assert all("which number is larger?" in r["messages"][-1]["content"] for r in requests)
     assert requests[0]["headers"]["Authorization"] == "Bearer secret"
     assert (requests[0]["model"], requests[0]["temperature"]) == ("tiny", 0)

@@ -72,7 +72,6 @@ class Served(JudgeConfig):
             counting=counting,
             reach=lambda: self._awake(server),
             identity=f"vllm:{which}",
-            one_message=True,  # some models, Gemma's, have no system role
         )
         weakref.finalize(judge, server.close)
         return judge
