@@ -120,16 +120,14 @@ def wrong_last(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_joint(backbone: Backbone, patch: pytest.MonkeyPatch) -> None:
-    right = Backbone._both
-
-    def wrong(self: Any, layer: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
-        found = right(self, layer, hidden, *args, **kwargs)
-        return found if self.route.beside is None else 1.01 * found
-
     for layer in backbone._layers:
-        patch.setattr(
-            layer, "forward", lambda *a, layer=layer, **k: wrong(backbone, layer, *a, **k)
-        )
+        right = layer.forward
+
+        def wrong(*args: Any, right: Any = right, **kwargs: Any) -> Any:
+            found = right(*args, **kwargs)
+            return found if backbone.route.beside is None else 1.01 * found
+
+        patch.setattr(layer, "forward", wrong)
 
 
 @pytest.mark.parametrize(

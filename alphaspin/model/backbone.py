@@ -6,7 +6,7 @@ only, y += (alpha / r) B A x. The adapters are PEFT's, in memory and on disk; on
 forward pass is ours.
 
 One class, and so one long file, since all of it shares one state: transformers' model with PEFT's
-layers in it. What can be said without it is in `routing`, `head` and `layout`.
+layers in it. What can be said without it is in `routing`, `layers`, `head` and `layout`.
 """
 
 import copy
@@ -16,7 +16,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -36,8 +35,8 @@ from transformers.pytorch_utils import Conv1D
 from alphaspin.errors import InputError
 from alphaspin.foundation import rng
 from alphaspin.foundation.artefacts import file_hash
-from alphaspin.model import varlen
-from alphaspin.model.attention import KEYS_ONLY, TREES, Keys, Places, pick
+from alphaspin.model import layers, varlen
+from alphaspin.model.attention import TREES
 from alphaspin.model.batching import Batch, Segment
 from alphaspin.model.head import head_product, numbers, scale_and_cap
 from alphaspin.model.layout import pin_positions, why_not_joint, why_not_packed
@@ -60,7 +59,6 @@ from alphaspin.model.settings import NOT_HERE, LoraConfig
 COPIES = 2**30
 """Of weights with an adapter, at most: in layers that large the update costs next to nothing."""
 EXACT = (torch.float32, torch.float64)
-SEEN = 2**62  # added to the seed of the noise on tokens that only have keys and values
 PREFIX = "base_model.model."  # PEFT's, before a module's own name
 WEIGHTS = "adapter_model.safetensors"
 
@@ -131,7 +129,7 @@ class Backbone(nn.Module):
         self.eval()
         self._layers: list[nn.Module] = list(getattr(self.decoder, "layers", ()))
         for layer in self._layers:
-            layer.forward = partial(self._both, layer)
+            layer.forward = partial(layers.run, self, layer, layer is self._layers[-1])
         self._takes = set(inspect.signature(self.decoder.forward).parameters)
         few = torch.from_numpy(np.resize(self.ordinary_tokens, 8)).long().to(self.device)[None]
         self.scale, self.softcap = scale_and_cap(model, few, self.plain_hidden, path)
@@ -553,70 +551,6 @@ class Backbone(nn.Module):
         windows = {"full_attention": None, "sliding_attention": self.window}
         return {kind: mask(windows[kind]) for kind in sorted(self.layer_types)}
 
-    def _both(self, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """A decoder layer's forward: the policy's tokens, then, without a graph, those beside."""
-        route = self.route
-        if route.beside is None:
-            return self._one(layer, route.batch, hidden, args, kwargs)
-        assert route.batch is not None
-        results, start = list[Tensor](), 0
-        route.dequantised, route.inside = {}, True
-        for batch in (route.batch, route.beside):
-            span = slice(start, start := start + batch.input_ids.numel())
-            route.segments = batch.segments
-            try:
-                part, mine, given = _divided(hidden, args, kwargs, lambda x, s=span: x[:, s])
-            except InputError as error:
-                raise InputError(f"{NOT_JOINT}: {error}") from None
-            given["places"] = batch.places
-            with torch.set_grad_enabled(torch.is_grad_enabled() and batch is route.batch):
-                # A clone: the graph would keep a view, and with it the tokens beside.
-                output = self._one(layer, batch, part.clone(), mine, given)
-            if not isinstance(output, Tensor):
-                raise InputError(f"{NOT_JOINT}: its layers return more than hidden states")
-            results.append(output)
-        route.dequantised, route.inside = None, False
-        return torch.cat(results, 1)
-
-    def _one(
-        self,
-        layer: nn.Module,
-        batch: Batch | None,
-        hidden: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """The same for the tokens of one batch: in the last layer, 0 where nothing is predicted."""
-        route, run = self.route, type(layer).forward  # also where FSDP has changed the class
-        # Another batch, or none, where the sampler or a plain pass is at work.
-        last = batch.last if batch and kwargs.get("places") is batch.places else None
-        if last is None or self.whole_reason or layer is not self._layers[-1]:
-            return run(layer, hidden, *args, **kwargs)
-
-        def part(tokens: Tensor, places: Any) -> Any:
-            only = partial(_tokens_of, tokens)
-            mine, args_, kwargs_ = _divided(hidden, args, kwargs, only)
-            return run(layer, mine, *args_, **kwargs_ | {"places": places})
-
-        segments, seed, before = route.segments, route.seed, None
-        recompute = getattr(layer, "gradient_checkpointing", False)
-        try:
-            route.segments, route.seed = last.seen.segments, seed + SEEN
-            cast(Any, layer).gradient_checkpointing = False  # it would not survive the exception
-            try:
-                part(last.seen.tokens, KEYS_ONLY)
-            except Keys as keys:
-                before = cast(tuple[Tensor, Tensor], keys.args)
-            cast(Any, layer).gradient_checkpointing = recompute
-            route.segments, route.seed = last.asking.segments, seed
-            output = part(last.asking.tokens, replace(last.places, before=before))
-        finally:
-            cast(Any, layer).gradient_checkpointing = recompute
-            route.segments, route.seed = segments, seed
-        if before is None or not isinstance(output, Tensor):
-            raise InputError("its last layer is not attention and what comes after it")
-        return output.new_zeros(hidden.shape).index_copy(1, last.asking.tokens, output)
-
     def notes(self) -> list[str]:
         """What a user should know of how this model is served, a sentence each."""
         found: list[str] = []
@@ -709,39 +643,6 @@ class Backbone(nn.Module):
             yield
         finally:
             config._attn_implementation = usual
-
-
-def _divided(
-    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], only: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """A layer's arguments for some of the tokens of its one row, which `only` takes.
-
-    Raises:
-        InputError: something in them may belong to tokens in a way that is not known here.
-    """
-    whole = hidden.shape[:2]
-    if hidden.ndim != 3 or whole[0] != 1:
-        raise InputError(f"its layers pass on hidden states {hidden.ndim}-fold")
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(cut, cast(tuple[Any, ...], value)))
-        if isinstance(value, Tensor) and whole[1] in value.shape:
-            if value.shape[:2] != whole:
-                raise InputError(f"its layers take a tensor {[*value.shape]}")
-            return only(value)
-        if value is None or isinstance(value, (Tensor, bool, int, float, str, Places)):
-            return value
-        raise InputError(
-            f"its layers share a {type(value).__name__}, which a second pass would overwrite"
-        )
-
-    return only(hidden), cut(args), {key: cut(value) for key, value in kwargs.items()}
-
-
-def _tokens_of(tokens: Tensor, x: Tensor) -> Tensor:
-    """Some of the tokens of a row, [1, n, …]."""
-    return pick(x[0], tokens)[None]
 
 
 def average_adapters(
