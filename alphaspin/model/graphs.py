@@ -11,6 +11,7 @@ pass itself.
 """
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,8 @@ def record(work: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Tensor],
 
     Args:
         work: its result and all between lie in memory of the graph's own.
-        pool: that memory of others, which are never replayed between the replay of this one and
-            the last look at its result; None for none.
+        pool: memory of others that it may share, as returned for one of them, if none of these is
+            replayed between a replay of this one and the last look at its result; None for none.
 
     Returns:
         The replay, and the pool.
@@ -43,14 +44,24 @@ def record(work: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], Tensor],
         RuntimeError: it waits for the GPU, or there is no memory for its results.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        output = work()
+    stream, memory = pool or (torch.cuda.Stream(), None)  # a pool belongs to a stream
+    torch.cuda.synchronize()
+    # By hand: torch.cuda.graph empties the allocator, and stays on its stream after a failure.
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=memory, capture_error_mode="thread_local")
+        try:
+            output = work()
+        except BaseException:
+            with suppress(RuntimeError):  # that the capture is void
+                graph.capture_end()
+            raise
+        graph.capture_end()
 
     def replay() -> Tensor:
         graph.replay()
         return output
 
-    return replay, graph.pool()
+    return replay, (stream, graph.pool())
 
 
 @dataclass(slots=True)
