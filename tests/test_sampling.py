@@ -4,8 +4,10 @@ Where a comparison must not hinge on rounding, the model is in float64 (norms an
 stay in fp32).
 """
 
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,54 @@ def stale(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor],
 
 def refused(work: Callable[[], Tensor], pool: None) -> tuple[Callable[[], Tensor], None]:
     raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_leaves_its_stream_and_shares_its_pool(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.cuda is called, which is not there: by its own signatures."""
+    begin, events = inspect.signature(torch.cuda.CUDAGraph.capture_begin), list[Any]()
+
+    class Graph:
+        def capture_begin(self, **given: Any) -> None:
+            events.append(begin.bind(self, **given).arguments["pool"])
+
+        def capture_end(self) -> None:
+            events.append("end")
+            if fails:
+                raise RuntimeError("capture invalidated")
+
+        def pool(self) -> str:
+            return "pool"
+
+        def replay(self) -> None:
+            events.append("replay")
+
+    @contextmanager
+    def stream(which: Any) -> Iterator[None]:
+        events.append("enter")
+        try:
+            yield
+        finally:
+            events.append("left")
+
+    def work() -> Tensor:
+        if fails:
+            raise RuntimeError("the host waits")
+        return torch.ones(1)
+
+    for name, fake in (("CUDAGraph", Graph), ("Stream", object), ("stream", stream)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    if fails:
+        with pytest.raises(RuntimeError, match="the host waits"):
+            graphs.record(work, None)
+        assert events == ["enter", None, "end", "left"]
+        return
+    replay, pool = graphs.record(work, None)
+    assert replay() == 1 and graphs.record(work, pool)[1] == pool
+    assert events == ["enter", None, "end", "left", "replay", "enter", "pool", "end", "left"]
 
 
 def test_graphs_are_few_and_are_replayed(llama: Path, frozen: list[int]) -> None:
