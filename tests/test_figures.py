@@ -16,7 +16,8 @@ FIGURE = re.compile(rf"(?<![\w.,-])[-+]?({NUMBER})(?:\*\*)?(?: ± ({NUMBER}))?(?
 UNIT = re.compile(r" (?:MiB|ms|µs|s|tokens/s|nats|×)\b")
 NO_FIGURE = re.compile(
     r"^```.*?^```|`[^`]*`|(?<=\])\([^)]*\)|\[\d{4}\.\d{5}\]|\d{4}-\d\d-\d\d"
-    r"|(?i:python|torch|transformers|triton|trl|numpy|xeon|capability) (?:\d[\d.]*(?:, | and | to )?)+",
+    r"|(?i:python|torch|transformers|triton|trl|numpy|xeon|capability)"
+    r" (?:\d[\d.]*(?:, | and | to )?)+",
     re.MULTILINE | re.DOTALL,
 )
 """Code, links, papers, dates and versions."""
@@ -44,7 +45,11 @@ def shown(values: list[float]) -> str:
 def computed() -> dict[str, Iterator[str] | list[str]]:
     """What pages compute from results, by page."""
     trl = result("trl")
-    saved = (f"{trl[k + ' + patch_trl']['MiB'] / one['MiB']:.6f}" for k, one in trl.items() if k.endswith("TRL"))
+    saved = (
+        f"{trl[k + ' + patch_trl']['MiB'] / one['MiB']:.6f}"
+        for k, one in trl.items()
+        if k.endswith("TRL")
+    )
     rows = {
         (run["label"], run["seed"], row["name"]): row["nll"]
         for run in result("successors-tiny")
@@ -97,7 +102,7 @@ def strange(text: str, known: str) -> list[str]:
 
 
 def sections(page: str) -> Iterator[tuple[str, str]]:
-    """(its text, what the results have that it links to) of each section; the first one's count to all."""
+    """(its text, what the results have that it links to) of each section and of the first."""
     head, *parts = re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE)
     for part in (head, *parts):
         links = re.findall(r"\]\(([^)#]*results/[^)]*\.md)\)", part + head)
