@@ -245,7 +245,7 @@ def sampling_memory(
     ]
 
 
-def _copies(config: Config, facts: PlanHints, width: int) -> int:
+def _copies(config: Config, facts: PlanHints, width: int) -> float:
     """Bytes of the weights to which `Backbone.merged` adds a policy: all but embeddings, head."""
     whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
     copies = (facts.parameters - whole) * width
