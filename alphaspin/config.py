@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -185,10 +186,11 @@ class Config(Sections):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> "Config":
-        if self.train.batch_size % self.train.accumulation:
+        size, parts = self.train.batch_size, self.train.accumulation
+        if size % parts:
             raise ValueError(
-                f"train.batch_size = {self.train.batch_size} is not a multiple of "
-                f"train.accumulation = {self.train.accumulation}"
+                f"train.batch_size = {size} is not a multiple of train.accumulation = {parts}, the "
+                f"number of its micro-batches: --train.accumulation {math.gcd(size, parts)} goes"
             )
         if self.train.quantization != "none" and self.train.sharding != "none":
             raise ValueError(

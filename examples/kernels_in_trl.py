@@ -2,10 +2,10 @@
 
     pip install trl && cd examples && python kernels_in_trl.py      (seconds, nothing is downloaded)
 
-TRL computes log-probs of a batch from logits, a matrix [tokens, vocabulary]: for 8,192 tokens and
-a vocabulary of 128k in fp32 that is 4 GiB, and its gradient as much again. `patch_trl` puts
-`linear_logprob` there, which goes over the vocabulary in blocks. Nothing else of TRL changes, so
-it is one line in a script that you have.
+TRL takes log-probs from one function, which goes over the logits in chunks and multiplies by the
+head three times with a frozen head, four with a trained one. `patch_trl` puts `linear_logprob`
+there, which needs two with a frozen one. Nothing else of TRL changes, so it is one line in a script
+that you have.
 """
 
 # %% 1. A model and pairs: the embedded model of 870k parameters, and its demonstrations against

@@ -25,6 +25,12 @@ def test_short_tells_of_what_ran(capsys: pytest.CaptureFixture[str]) -> None:
         assert (f"{name} " in printed) == bool(importlib.util.find_spec(name)), name
 
 
+def test_the_table_tells_of_the_device_here_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.show()
+    printed = capsys.readouterr().out
+    assert ".cuda" not in printed and all(f"kernel {name} " in printed for name in OPERATORS)
+
+
 def test_short_tells_of_what_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

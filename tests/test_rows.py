@@ -119,6 +119,7 @@ def test_what_stands_in_other_columns_is_in_the_conversation(row, messages):
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": ""}, ["chosen: a text", "prompt"]),
         ({"text": "a b"}, ["found columns text", "where its answer begins"]),
         ({"prompt": "a"}, ["found columns prompt", "prompts alone", "judge"]),
+        ({"question;answer": "a;b"}, ["found columns question;answer", "separated by commas"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, row, parts):

@@ -296,3 +296,9 @@ def test_samples_are_those_on_which_policies_differ() -> None:
     assert {*by_prompt(alone, [None] * 6, None)} == {"length", "judged"}
     assert paired(by_prompt([rows[0]], gold[:1] * 6, None)) is not None
     assert paired({"length": np.zeros((2, 1))}) is None and paired(by_prompt([], [], None)) is None
+
+
+def test_a_distance_is_never_told_as_negative() -> None:
+    found = verdict(facts({"base": 0.5, "0": 0.6}, changes={"0": {"kl": -0.014}}))
+    said = " ".join(answer.why for answer in found)
+    assert "no distance from the base" in said and "-0.0" not in said

@@ -37,6 +37,7 @@ TRIALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def show() -> None:
     """Print the findings."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    status = kernel_status()
     lines = [
         ("alphaspin", __version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
@@ -45,12 +46,12 @@ def show() -> None:
         ("device", _device(device)),
         ("threads", f"{torch.get_num_threads()} for PyTorch on the CPU"),
         ("base and activations", _dtype(device)),
-        *((f"kernel {name}", reason) for name, reason in kernel_status().items()),
+        *((f"kernel {name}", status[f"{name}.{device.type}"]) for name in TRIALS),
         ("attention, training", _attention(device)),
         ("norms, RoPE, MLPs", _layers(device)),
         ("attention, sampling", "PyTorch SDPA on a cache with a slot per sequence"),
     ]
-    console.table("", ["what", "finding"], [list(line) for line in lines])
+    console.table("", ["what", "finding"], [list(line) for line in lines], words=True)
 
 
 def show_short() -> None:

@@ -93,7 +93,10 @@ def _parted(
     else:
         count = min(config.evaluate.prompts, len(demonstrations) // 5)
         if count < config.evaluate.prompts:
-            console.note(f"only {count} of {len(demonstrations)} demonstrations are held out")
+            console.note(
+                f"{count} of {len(demonstrations)} demonstrations are held out: a fifth, in place "
+                f"of evaluate.prompts = {config.evaluate.prompts}"
+            )
         demonstrations, heldout = hold_out(demonstrations, count, config.seed)
     if not demonstrations:
         raise InputError(f"data = {config.data}: no demonstration is left to train on")

@@ -209,7 +209,9 @@ def _run(config: Config, guard: SignalGuard, callbacks: Sequence[Callback]) -> d
         with team.together():
             mirror = trackers.start(accelerator, config, folder) if team.main else None
         tell = teller(callbacks)
-        metrics = Metrics(folder.path / "metrics.jsonl", mirror, writes=team.main, tell=tell)
+        metrics = Metrics(
+            folder.path / "metrics.jsonl", mirror, folder=folder, writes=team.main, tell=tell
+        )
         with team.together():
             if team.main:
                 # All settings, with what the identity leaves out: the folder alone tells how to

@@ -60,13 +60,11 @@ def show(config: Config, target: Target = HERE) -> None:
 
 def tell(config: Config, facts: PlanHints, target: Target = HERE) -> None:
     """Print the plan of what is known."""
-    title = (
-        f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows; in tokens:"
-    )
+    title = f"{config.name}: {config.model} on {config.data}, {facts.demonstrations:,} rows"
     against = "answers of" if config.preference.judged else "against"
     console.table(
         title,
-        ["t", against, "prompts", "pairs", "steps", "sampled", "trained", "lr", "β"],
+        ["t", against, "prompts", "pairs", "steps", "tokens sampled", "trained", "lr", "β"],
         [_row(config, facts, t) for t in range(config.selfplay.iterations)],
     )
     if warning := config.preference.warning(config):
@@ -88,10 +86,10 @@ def gather(
     local = fresh or model.exists()
     local_data = fresh or config.data == "tiny" or Path(config.data).exists()
     if not (local and local_data) and config.hints is None:
-        missing = config.data if model.exists() else config.model
+        missing = f"data = {config.data}" if model.exists() else f"model = {config.model}"
         raise InputError(
-            f"--plan downloads nothing, and {missing!r} is not a local path: give the recipe a "
-            f"`hints` section ({', '.join(PlanHints.model_fields)})"
+            f"{missing}: is not there; if it is a hub id, --plan downloads nothing: give the "
+            f"recipe a `hints` section ({', '.join(PlanHints.model_fields)})"
         )
     facts = config.hints.model_dump() if config.hints else {}
     if local:
@@ -148,11 +146,16 @@ def _row(config: Config, facts: PlanHints, t: int) -> list[str]:
         f"{prompts:,}",
         f"{pairs:,}",
         f"{steps:,}",
-        f"≤ {prompts * longest / 1e6:,.1f}M",
-        f"~ {trained / 1e6:,.1f}M",
+        f"≤ {_short(prompts * longest)}",
+        f"~ {_short(trained)}",
         f"{at(config.train.lr, t):g}",
         f"{config.preference.reward_scale(config, t):g}",
     ]
+
+
+def _short(count: float) -> str:
+    """A number of tokens in three digits or so."""
+    return f"{count / 1e6:,.1f}M" if count >= 1e5 else f"{count / 1e3:.1f}k"
 
 
 def known(target: Target) -> Target:
@@ -242,7 +245,7 @@ def sampling_memory(
     ]
 
 
-def _copies(config: Config, facts: PlanHints, width: int) -> int:
+def _copies(config: Config, facts: PlanHints, width: int) -> float:
     """Bytes of the weights to which `Backbone.merged` adds a policy: all but embeddings, head."""
     whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
     copies = (facts.parameters - whole) * width

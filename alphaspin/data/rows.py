@@ -148,6 +148,8 @@ def _format(columns: Mapping[str, Any], answers: bool) -> tuple[str, ...]:
         hint = "; a text does not say where its answer begins: make it prompt and completion"
     elif any(filled(names[:1]) for names in FORMATS):
         hint = "; prompts alone serve a judge that needs no answers, without `control: sft`"
+    elif len(columns) == 1 and re.search(r"[;\t|]", next(iter(columns))):
+        hint = "; columns of a CSV file are separated by commas"
     raise InputError(f"found columns {', '.join(columns)}; expected one of {accepted}{hint}")
 
 

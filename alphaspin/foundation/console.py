@@ -146,13 +146,14 @@ def sample(prompt: str, trained: str) -> None:
     )
 
 
-def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table with right-aligned numbers behind a first column of names."""
+def table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False
+) -> None:
+    """A table with right-aligned numbers, or words, behind a first column of names."""
     result = Table(title=Text(_plain(title), style="table.title"), title_justify="left")
     for i, name in enumerate(header):
-        result.add_column(
-            Text(_plain(name)), justify="left" if i == 0 else "right", overflow="fold"
-        )
+        justify = "left" if i == 0 or words else "right"
+        result.add_column(Text(_plain(name)), justify=justify, overflow="fold")
     for row in rows:
         result.add_row(*(Text(_plain(cell)) for cell in row))
     console.print(result)

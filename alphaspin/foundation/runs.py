@@ -58,20 +58,27 @@ class Metrics:
         path: Path,
         mirror: Mirror | None = None,
         *,
+        folder: "Run | None" = None,
         writes: bool = True,
         tell: Callable[[str, int, Mapping[str, float | str]], None] = lambda *_: None,
     ):
         """Open `path`; `mirror` also gets the numbers (TensorBoard, …), `tell` the records.
 
-        A step of the mirror is a line of the file, so that one which goes on goes forwards; what
-        an earlier process sent is not sent again, though that work may be repeated. With `writes`
-        off nothing is written: a file has one writer among several processes.
+        Steps of the mirror count what it gets, so that one which goes on goes forwards; what an
+        earlier process sent is not sent again, though that work may be repeated: the manifest of
+        `folder` has how far each stage had come. With `writes` off nothing is written: a file has
+        one writer among several processes.
         """
         self._path = path
         self._mirror = mirror
         self._writes = writes
         self._tell = tell
-        self._step = self._sent = len(self.read()) if mirror else 0
+        self._folder = folder
+        self._sent: dict[str, int] = {"": len(self.read())} if mirror else {}
+        if mirror and folder:
+            known = folder.manifest.get("sent", {})
+            self._sent = {**known, "": max(self._sent[""], known.get("", 0))}
+        """How far a stage had come that is repeated; under "" the mirror's own last step."""
 
     def read(self, but: Collection[str] = ()) -> list[dict[str, Any]]:
         """All whole records, but those of some stages; what is torn by a kill is passed over."""
@@ -107,9 +114,13 @@ class Metrics:
         """Forget what a stage recorded after `step`: that work is about to be repeated."""
         if not self._writes:
             return
-        kept = [r for r in self.read() if r.get("stage") != stage or r.get("step", 0) <= step]
+        found = self.read()
+        kept = [r for r in found if r.get("stage") != stage or r.get("step", 0) <= step]
+        if self._mirror and self._folder and len(kept) < len(found):
+            last = max(r.get("step", 0) for r in found if r.get("stage") == stage)
+            self._sent[stage] = max(last, self._sent.get(stage, 0))
+            self._folder.record(sent=self._sent)
         write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._step = len(kept)
 
     def keep(self) -> None:
         """Flush the records to disk: before work that they belong to is made durable."""
@@ -122,11 +133,11 @@ class Metrics:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        self._step += 1
-        if self._mirror and self._step > self._sent:
+        if self._mirror and step > self._sent.get(stage, -1):
+            self._sent[""] += 1
             prefix = stage.split("/")[0]
             numbers = {f"{prefix}/{k}": v for k, v in values.items() if not isinstance(v, str)}
-            self._mirror(numbers, self._step)
+            self._mirror(numbers, self._sent[""])
         self._tell(stage, step, values)
 
 

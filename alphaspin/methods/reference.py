@@ -32,7 +32,10 @@ def choose_mode(
         return "joint" if joint else "online", f"only {uses:.0%} of the pairs are trained on"
     if sharded and joint and train.epochs == 1:
         return "joint", "one epoch, and a sharded base is gathered once for three policies"
-    return "cached", f"each pair is scored once, for {train.epochs} epochs of training"
+    return (
+        "cached",
+        f"each pair is scored once, for {train.epochs} epoch{'s' * (train.epochs > 1)} of training",
+    )
 
 
 def reference_mode(session: Session, pairs: int) -> tuple[str, str]:

@@ -87,8 +87,9 @@ def contraction_note(config: Sections) -> str | None:
     if not isinstance(config.loss, DPO) or (low := min(config.loss.beta)) > bound:
         return None
     return (
-        f"β = {low:g} is outside the contraction bound β > {formula} = {bound:.3g}: trained to "
-        "its optimum, each iteration would overshoot; few steps at a small rate keep it in check"
+        f"β = {low:g} is not above {formula} = {bound:.3g}: an iteration that is trained to its "
+        "optimum would overshoot (docs/theory.md); few steps at a small rate, as in the papers, "
+        "keep it in check"
     )
 
 

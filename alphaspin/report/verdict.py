@@ -36,6 +36,9 @@ STATE = {
 }
 """What tells an over-optimised policy, and how it is written."""
 
+AT_THE_BASE = "no distance from the base that so many prompts can measure (KL)"
+"""An estimate below zero, which no KL is."""
+
 UNBROKEN = re.compile(r"(?<=\d) (?=%)|(?<=\bt) (?==)|(?<=\bt =) (?=\d)")
 """Blanks at which no line ends."""
 
@@ -205,7 +208,8 @@ def overdone(facts: Facts) -> Answer:
     """Whether it pleases the measure at the cost of the rest."""
     signs = [f"{sign}." for sign in symptoms(facts)]
     measured = [
-        text.format(now) + (f", the base {text.format(base).split()[0]}" if m != "kl" else "")
+        (AT_THE_BASE if m == "kl" and now <= 0 else text.format(now))
+        + (f", the base {text.format(base).split()[0]}" if m != "kl" else "")
         for m, text in STATE.items()
         if (now := value(facts.rows[facts.last], m)) is not None
         and (base := value(facts.rows[0], m)) is not None
