@@ -207,6 +207,16 @@ def test_empty_words(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: 
     assert stop.value.code == 2 and "is no path" in capsys.readouterr().err
 
 
+def test_an_environment_that_no_launcher_makes(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["alphaspin", "evaluate", "run"])
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "WORLD_SIZE = 'two'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [

@@ -192,6 +192,19 @@ def test_a_manifest_names_no_other_folders(run: Path, stage: str) -> None:
         Played.open(run).policies()
 
 
+def test_settings_that_are_not_those_of_the_run(run: Path) -> None:
+    """Sealed anew by whoever edited them; and a summary whose manifest is gone."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["sampling"]["temperature"] = 0.1
+    path.write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(InputError, match=r"was edited.*config\.sampling\.temperature is 1"):
+        Played.open(run)
+    path.unlink()
+    with pytest.raises(InputError, match=r"manifest\.json: missing"):
+        report.write(run)
+
+
 def test_names_that_are_ways() -> None:
     for name in ("../x", "a/b", "..", "a\\b", "/x", "a\nb"):
         with pytest.raises(ValueError, match="name"):

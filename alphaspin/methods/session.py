@@ -293,7 +293,7 @@ class Session:
         ids = [self.backbone.adapter_ids[policy] for policy in policies]
         return any(self.cache.missing(identity, trees) for identity in ids)
 
-    def finished(self, stage: str, folder: Path) -> bool:
+    def finished(self, stage: str, folder: Path, made_of: dict[str, str]) -> bool:
         """Whether a stage's adapter is on disk; its hash is then recorded or compared."""
 
         def look() -> bool:
@@ -301,7 +301,8 @@ class Session:
             known = stage in self.run.manifest["adapters"]
             if known and intact(adapter):  # an exchanged one is refused
                 self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)
-            if not stands(adapter):
+            # Versions that recorded one did not all write down what it was made of.
+            if not stands(adapter, None if known else made_of):
                 return False
             if not known:
                 self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)
