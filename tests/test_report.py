@@ -3,9 +3,9 @@
 import base64
 import hashlib
 import json
-import shutil
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
