@@ -252,12 +252,12 @@ class Session:
         wanted, policies = policies, list(dict.fromkeys(policies))  # at t = 0 they are one
         hashes = {name or "base": self.backbone.adapter_ids[name] for name in policies}
         shards = list(batched(trees, config.sampling.shard_size))
-        folder = self.folder(iteration) / "reference"
+        folder, made_of = self.folder(iteration) / "reference", self.lineage(iteration)
         expected = 0
         with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
 
             def read(number: int, shard: Sequence[Tree]) -> None:
-                self.cache.load(folder / f"{number:05d}")
+                self.cache.load(folder / f"{number:05d}", made_of)
                 advance(len(shard), 0)
 
             def make(number: int, shard: Sequence[Tree]) -> None:
@@ -267,7 +267,7 @@ class Session:
                     self.cache.expect(hashes.values(), earlier)
                 expected = number
                 path = folder / f"{number:05d}"
-                if self.cache.load(path) and not self._incomplete(policies, shard):
+                if self.cache.load(path, made_of) and not self._incomplete(policies, shard):
                     advance(len(shard), 0)
                     return
                 scored = score(
@@ -278,7 +278,7 @@ class Session:
                     config.train.scored_together,
                     progress=advance,
                 )
-                self.cache.save(path, *scored, hashes)
+                self.cache.save(path, *scored, hashes, made_of)
 
             self.team.each(shards, make, read)
 
