@@ -27,7 +27,7 @@ from alphaspin.commands.played import Played
 from alphaspin.config import Config, load_config
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError, JudgeError
-from alphaspin.foundation.artefacts import sealed
+from alphaspin.foundation.artefacts import commit, intact, sealed
 from alphaspin.foundation.paths import for_others, published
 from alphaspin.foundation.runs import Run
 from alphaspin.foundation.section import flat
@@ -203,6 +203,13 @@ def test_settings_that_are_not_those_of_the_run(run: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match=r"manifest\.json: missing"):
         report.write(run)
+
+
+def test_a_file_in_the_place_of_an_artefact(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("")
+    with commit(tmp_path / "adapter") as folder:
+        (folder / "x").write_text("1")
+    assert intact(tmp_path / "adapter") and len([*tmp_path.iterdir()]) == 1
 
 
 def test_names_that_are_ways() -> None:

@@ -125,7 +125,10 @@ def remove(folder: Path) -> None:
         doomed = folder.with_name(f"{TEMPORARY}old-{folder.name.removeprefix(TEMPORARY)}")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_dir():
+            shutil.rmtree(doomed)
+        else:  # what somebody put there
+            doomed.unlink()
 
 
 def _whose(path: Path) -> dict[str, str]:
