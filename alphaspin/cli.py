@@ -396,6 +396,9 @@ def _guarded(body: Callable[[Sequence[str]], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         console.forgive(stream)
     try:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+            if not (value := os.environ.get(name, "0")).removeprefix("-").isdecimal():
+                raise InputError(f"{name} = {value!r} in the environment: needs a whole number")
         body(sys.argv[1:])
         sys.stdout.flush()
         return EXIT_OK

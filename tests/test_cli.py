@@ -338,7 +338,13 @@ def test_a_damaged_manifest(folder: Path, tmp_path: Path, alphaspin: Any, conten
 def test_garbage_in_the_metrics_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     good = b'{"stage": "train/0", "step": 1, "loss": 0.5}\n'
-    path.write_bytes(good + b'17\n{"loss": 1}\n\xff\xfe\n[]\n{"stage": 3}\n{"stage": "tr')
+    path.write_bytes(
+        good
+        + b'17\n{"loss": 1}\n\xff\xfe\n[]\n{"stage": 3}\n{"stage": "pairs"}\n'
+        + b'{"stage": "pairs", "step": "x"}\n'
+        + b"[" * 100_000
+        + b'\n{"stage": "tr'
+    )
     assert Metrics(path).read() == [json.loads(good)]
 
 

@@ -69,6 +69,26 @@ def test_printing_goes_on_where_nobody_reads(monkeypatch: pytest.MonkeyPatch) ->
             advance(1, 1)
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("x = 'https://u:pw@h.org/a?key=pw#pw': no", "x = 'https://…@h.org/a?…': no"),
+        ("/here/https:/u:pw@h/a?pw: no such file", "/here/https:/…@h/a?… no such file"),
+        ("me:pw@x/y is none", "…@x/y is none"),
+        ("https://pw@h", "https://…@h"),
+        ("http://h:8000/v1/completions: HTTP 400", "http://h:8000/v1/completions: HTTP 400"),
+        ("rows.jsonl:3: turn 2: a#b? is no@one", "rows.jsonl:3: turn 2: a#b? is no@one"),
+    ],
+)
+def test_keys_in_addresses_are_not_told(
+    said: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stream, tell in (("stderr", console.error), ("stdout", console.note)):
+        monkeypatch.setattr(sys, stream, io.StringIO())
+        tell(said)
+        assert kept in getattr(sys, stream).getvalue()
+
+
 def test_texts_of_others_do_not_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stream in (("stdout", io.StringIO()), ("stderr", io.StringIO())):
         monkeypatch.setattr(sys, name, stream)

@@ -83,10 +83,17 @@ def test_a_recipes_split_gives_way_with_its_data():
 
 def test_held_out_prompts_that_are_trained_on(tmp_path, chat, capsys):
     data = str(write_rows(tmp_path / "a.jsonl", arithmetic(9)))
-    other = str(write_rows(tmp_path / "b.jsonl", arithmetic(11)[8:]))
+    rows = arithmetic(11)[8:]
+    rows[0]["prompt"] = rows[0]["prompt"].replace(" ", "\u00a0 ") + "\n"  # is no other prompt
+    other = str(write_rows(tmp_path / "b.jsonl", rows))
     both = {"data": data, "heldout": other}
     with pytest.raises(InputError, match=r"1 of 3 held-out .*b\.jsonl:1 \(as .*a\.jsonl:9\): eval"):
         checked(config(**both, evaluate={"prompts": 3}), chat)
+    doubled = [{**rows[0], "prompt": rows[0]["prompt"] + " " * (i % 2)} for i in range(4)]
+    parted = config(data=str(write_rows(tmp_path / "c.jsonl", [*doubled, *arithmetic(9)[:4]])))
+    assert {len(part) for part in inputs.load_data(parted, chat)} <= {1, 4, 7}, (
+        "variants stay together"
+    )
     kept = config(**both, evaluate={"prompts": 3, "overlap": "keep"})
     assert checked(kept, chat) == (9, 3)
     assert "ALARM 1 of 3 held-out" in said(capsys)

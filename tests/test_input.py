@@ -49,6 +49,7 @@ def refused(path: Path) -> str:
         ("1: 2", "FILE:1: a key is a name"),
         ("? [a]\n: b", "FILE:1: a key is a name"),
         ("<<: 3", "FILE:1: << takes keys and values"),
+        ("train:\n  <<: {lr: 1}\n  <<: {lr: 2}", "FILE:3: train.<< stands here again"),
         ("a: &a [*a]", "FILE:1: an alias without end"),
         ("a: &a {b: *a}", "FILE:1: an alias without end"),
         (LAUGHS, "an alias without end, or one that grows too large"),
@@ -81,6 +82,8 @@ def test_yaml_that_is_not_plain(tmp_path: Path, text: str, said: str) -> None:
         ("train: {lr: 1e300}", "train.lr = '1e300': needs a number between 1e-30 and 1e+30"),
         ("train: {lr: 1e-300}", "train.lr = '1e-300': needs a number between"),
         ("loss: {beta: [1, 1.0e+99]}", "loss.beta = [1, 1e+99]: needs a number between"),
+        ("text: {template_options: {a: .nan}}", "a is no finite number"),
+        ("output: 'https://u:pw@h/x'", "output = 'https://…@h/x': is an address"),
         ("train: {lr: .nan}", "train.lr = nan: needs a finite number"),
         ("reference: {alpha: .nan}", "reference.alpha = nan: needs"),
         ("train: {batch_size: 10000000000}", "train.batch_size = 10000000000: needs a whole"),
@@ -172,6 +175,7 @@ def test_sections_of_ones_own_are_as_strict() -> None:
         (["--plan", "words"], "--plan: 'words' is neither true nor false"),
         (["--no_seed"], "--seed is no flag"),
         (["--train", "3"], "--train is a section: set one of its keys"),
+        (["--preference", "3"], "--preference is a section: this kind has no settings"),
         (["-x"], "'-x': belongs to no option"),
         (["--"], "'--': belongs to no option"),
         (["--seed=True"], "seed = 'True': needs a whole number"),
@@ -201,6 +205,16 @@ def test_empty_words(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: 
     with pytest.raises(SystemExit) as stop:
         (cli.train if len(words) == 1 else cli.main)()
     assert stop.value.code == 2 and "is no path" in capsys.readouterr().err
+
+
+def test_an_environment_that_no_launcher_makes(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["alphaspin", "evaluate", "run"])
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "WORLD_SIZE = 'two'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,17 @@ def test_comparisons_and_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert elements.open in ([], ["html"])
     assert not {name for name, _ in elements.tags} & {"img", "iframe"}
     assert elements.plots == 11
+    for content in (
+        "[]",
+        "{}",
+        '{"title": "x", "results": 5}',
+        '{"title": 5, "results": {"a": 3}}',
+    ):
+        with commit(tmp_path / "evaluation" / "tasks-0" / "0") as folder:
+            (folder / "results.json").write_text(content)
+        with pytest.raises(InputError, match="tasks-0: not as alphaspin writes it"):
+            report.write(tmp_path)
+    shutil.rmtree(tmp_path / "evaluation" / "tasks-0")
     (place / "10" / "evaluation.json").write_text("{}")
     assert report.write(tmp_path).read_text(encoding="utf-8").count("[55.0, 65.0]") == 3
     (place / "about.json").unlink()

@@ -304,6 +304,28 @@ def test_a_checkpoint_of_another_iteration_is_passed_over(
     assert result(tmp_path / "run") == expected
 
 
+def test_what_was_made_from_other_iterates_is_passed_over(
+    world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
+) -> None:
+    """Of the same run: another way to cut up the work rounds otherwise, from its first iterate."""
+    folder, expected, _ = world
+    log = tmp_path / "log"
+    changes = {"train.accumulation": "1", "train.layout": "padded"}
+    assert finish(settings(folder, tmp_path / "other", **changes), log, ("training", 6)) < 0
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["adapters"]["train/1"]
+    (run / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    for gone in ("adapter", "evaluation"):
+        shutil.rmtree(run / "iterations/1" / gone)
+    over(run, tmp_path / "other/iterations/1/checkpoints", "iterations/1/checkpoints")
+    over(run, tmp_path / "other/iterations/1/reference", "iterations/1/reference")
+    assert finish(settings(folder, run), log) == 0, log.read_text()
+    said = " ".join(log.read_text().split())
+    assert said.count("is made again: it was made from other iterates") >= 3
+    assert by_stage(result(run)) == by_stage(expected)
+
+
 def test_a_file_that_does_not_belong_to_an_artefact_is_named(
     world: tuple[Path, dict[str, str], Counter[str]], tmp_path: Path
 ) -> None:

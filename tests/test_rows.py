@@ -18,7 +18,7 @@ from alphaspin.data.demonstrations import (
     load_demonstrations,
 )
 from alphaspin.data.files import read_rows
-from alphaspin.data.rows import PREFERRED, UNWANTED, conversation
+from alphaspin.data.rows import FIELDS, PREFERRED, UNWANTED, conversation
 from alphaspin.data.settings import TextConfig
 from alphaspin.errors import InputError
 
@@ -93,6 +93,13 @@ def test_what_stands_in_other_columns_is_in_the_conversation(row, messages):
         (QA | {"documents": [{"text": "a page"}]}, ["column documents"]),
         (QA | {"chat_template_kwargs": {"a": 1}}, ["column chat_template_kwargs", "template_opt"]),
         (QA | {"weight": 0}, ["column weight = 0"]),
+        (QA | {"weight": "0.0"}, ["column weight = '0.0'"]),
+        (QA | {"train": False}, ["column train = False: rows cannot be weighted"]),
+        (QA | {"loss_mask": "0"}, ["column loss_mask = '0': rows cannot be weighted"]),
+        ({"instruction": "a", "input": 0, "output": "b"}, ["input: expected text, found int"]),
+        (QA | {"context": 0}, ["column context", "prompt"]),
+        ({"messages": [user("a") | {"from": "gpt"}, assistant("b")]}, ["role and from differ"]),
+        ({"messages": [user("a") | {"value": "c"}, assistant("b")]}, ["content and value differ"]),
         (QA | {"input": "more"}, ["column input", "prompt"]),
         ({"question": "a", "options": ["x", "y"], "answer": "x"}, ["column options", "prompt"]),
         ({"prompt": "c", "chosen": [user("a"), assistant("b")]}, ["prompt and chosen"]),
@@ -211,7 +218,8 @@ def test_tool_turns():
     text = CALL | {"function": CALL["function"] | {"arguments": '{"word": "kite"}'}}
     for given in ([CALL], [text], json.dumps([text])):  # arguments as OpenAI has them: JSON text
         talk = [user("a"), calls | {"tool_calls": given}, tool, tool, assistant("b")]
-        found = conversation({"messages": talk, "tools": json.dumps(TOOLS)})
+        read = {*FIELDS, "name", "tool_call_id"}  # as a template has them
+        found = conversation({"messages": talk, "tools": json.dumps(TOOLS)}, fields=read)
         assert found.tools == TOOLS and found.ends == (2, 5)
         assert found.messages[1] == calls | {"content": ""}
         assert found.messages[2:4] == [tool, tool]
@@ -233,6 +241,28 @@ def test_prompts_alone_where_no_answer_is_needed():
     assert conversation(QA, answers=False).answered
     with pytest.raises(InputError, match="last turn"):
         conversation({"messages": [SYSTEM]}, answers=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "read", "unread"),
+    [
+        ({"messages": [user("a"), assistant("b")], "context": "c", "prompt": "p", "output": ""},
+         1, ["context", "prompt"]),
+        (QA | {"prompt": "c", "chosen": "d"}, 1, ["answer", "question"]),
+        ({"messages": [user("a") | {"name": "n"}, assistant("b")]}, 1, ["name of turns"]),
+        (QA | {"label": 0}, 1, ["label"]),
+        (QA | {"label": False}, 0, []),
+        ({"messages": [user("a"), assistant("b")], "label": "false"}, 0, []),
+        ({"prompt": "a", "completion": "b", "label": 0.0}, 0, []),
+        ({"prompt": "a", "completion": "b", "label": "0.0"}, 0, []),
+        ({"prompt": "a", "completion": "b", "label": "bad"}, 1, ["label"]),
+        (QA | {"weight": "1.0", "train": True, "loss_mask": 1}, 1, []),
+    ],
+)  # fmt: skip
+def test_nothing_that_a_row_says_is_dropped_without_a_word(row, read, unread):
+    found = conversation(row)
+    assert (len(found.ends), sorted(found.unread)) == (read, unread)
+    assert read or found.note == UNWANTED
 
 
 def test_notes_count_rows(tmp_path):

@@ -27,7 +27,7 @@ from alphaspin.commands.played import Played
 from alphaspin.config import Config, load_config
 from alphaspin.data.demonstrations import ChatFormat
 from alphaspin.errors import InputError, JudgeError
-from alphaspin.foundation.artefacts import sealed
+from alphaspin.foundation.artefacts import commit, intact, sealed
 from alphaspin.foundation.paths import for_others, published
 from alphaspin.foundation.runs import Run
 from alphaspin.foundation.section import flat
@@ -190,6 +190,26 @@ def test_a_manifest_names_no_other_folders(run: Path, stage: str) -> None:
     file.write_text(json.dumps(sealed(manifest)))
     with pytest.raises(InputError, match="damaged at adapter"):
         Played.open(run).policies()
+
+
+def test_settings_that_are_not_those_of_the_run(run: Path) -> None:
+    """Sealed anew by whoever edited them; and a summary whose manifest is gone."""
+    path = run / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["config"]["sampling"]["temperature"] = 0.1
+    path.write_text(json.dumps(sealed(manifest)))
+    with pytest.raises(InputError, match=r"was edited.*config\.sampling\.temperature is 1"):
+        Played.open(run)
+    path.unlink()
+    with pytest.raises(InputError, match=r"manifest\.json: missing"):
+        report.write(run)
+
+
+def test_a_file_in_the_place_of_an_artefact(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_text("")
+    with commit(tmp_path / "adapter") as folder:
+        (folder / "x").write_text("1")
+    assert intact(tmp_path / "adapter") and len([*tmp_path.iterdir()]) == 1
 
 
 def test_names_that_are_ways() -> None:

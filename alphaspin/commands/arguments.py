@@ -68,8 +68,9 @@ def read(
                 f"--{plain} is given twice, as {short(found[plain])} and once more: leave one out"
             )
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            some = next(other for other in known if other.startswith(f"{plain}."))
-            raise InputError(f"--{plain} is a section: set one of its keys, as --{some}")
+            some = [f"--{other}" for other in known if other.startswith(f"{plain}.")]
+            said = f"set one of its keys, as {some[0]}" if some else "this kind has no settings"
+            raise InputError(f"--{plain} is a section: {said}")
         following: list[str] = [value] if sign else []
         if not sign:
             while words and not words[0].startswith("--"):

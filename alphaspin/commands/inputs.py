@@ -85,8 +85,8 @@ def _parted(
     if config.heldout:
         heldout = heldout[: config.evaluate.prompts]
         if config.evaluate.overlap == "drop":
-            prompts = {one.prompt.tobytes() for one in heldout}
-            kept = [one for one in demonstrations if one.prompt.tobytes() not in prompts]
+            prompts = {name for one in heldout for name in one.names}
+            kept = [one for one in demonstrations if prompts.isdisjoint(one.names)]
             if dropped := len(demonstrations) - len(kept):
                 console.note(f"{config.data}: {dropped} rows dropped: their prompts are held out")
             demonstrations = kept

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -396,7 +397,7 @@ def summarise(
     for record in records:
         kind, _, phase = record["stage"].partition("/")
         value = record.get("seconds" if kind == "time" else "tokens")
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             continue  # a record without, or a file that was edited
         if kind == "time":
             seconds[phase] = round(seconds.get(phase, 0) + value, 3)
@@ -415,7 +416,12 @@ def summarise(
         "seconds": seconds,
         "trained_tokens": tokens,
         "pairs": [
-            {"iteration": r["step"], **{k: v for k, v in r.items() if k not in ("stage", "step")}}
+            {"iteration": r["step"]}
+            | {
+                k: v
+                for k, v in r.items()
+                if k not in ("stage", "step") and isinstance(v, int | float)
+            }
             for r in records
             if r["stage"] == "pairs" and "alarm" not in r
         ],

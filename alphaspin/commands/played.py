@@ -4,6 +4,7 @@ What is loaded is what the run was made of, or an error: base, tokenizer and hel
 compared with the hashes in the manifest, adapters with their own.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +14,16 @@ import torch
 from pydantic import ValidationError
 
 from alphaspin.commands.inputs import load_data, load_heldout
-from alphaspin.commands.job import OTHER_DAY
+from alphaspin.commands.job import OTHER_DAY, renewed
 from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.commands.sizing import recorded_limits
 from alphaspin.config import Config, explain
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
-from alphaspin.foundation.artefacts import fault, file_hash, read_manifest
+from alphaspin.foundation.artefacts import EDITED, SEAL, fault, file_hash, read_manifest
 from alphaspin.foundation.paths import check_there, refuse_links
-from alphaspin.foundation.runs import clock
+from alphaspin.foundation.runs import clock, differences, relocated
 from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.load import load_base
@@ -86,7 +87,13 @@ class Played:
             config = Config.model_validate(manifest["config"], context=RECORDED)
         except ValidationError as error:
             raise InputError(f"{file}: {explain(error)}") from None
-        return cls(path, config.sized(recorded_limits(path)), manifest)
+        config = config.sized(recorded_limits(path))
+        known: dict[str, Any] = renewed(manifest["identity"])
+        mine = json.loads(json.dumps({**known, "config": config.identity()}))
+        if SEAL in manifest:
+            for line in differences(known, relocated(mine, known)):
+                raise InputError(f"{file}: {EDITED} (of what decides the result {line})")
+        return cls(path, config, manifest)
 
     def moved(self, options: EvaluateOptions | ExportOptions) -> "Played":
         """The same run, with base and data where the options say that they are now."""

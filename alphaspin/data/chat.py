@@ -281,8 +281,9 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generation, **options
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise InputError(f"text.template: the template refuses this: {error}") from error
+        except Exception as error:  # a template is a program, which may raise anything
+            said = str(error) or type(error).__name__
+            raise InputError(f"text.template: the template refuses this: {said}") from error
 
     def _setting(self, options: Mapping[str, Any]) -> str:
         """Jinja that sets variables of the template.

@@ -6,6 +6,7 @@ line.
 """
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,17 @@ class Demonstration:
     origin: str  # file:line of JSON lines; file[row] or hub-id:split[row], from 0, elsewhere
     messages: Messages = field(default_factory=list[dict[str, Any]])  # the turns before the answer
     whole: int = 0  # tokens of the response before it was cut
+
+    @property
+    def names(self) -> tuple[bytes, bytes]:
+        """Prompts are one where one of these is: the tokens; the turns, but for white space and
+        how letters are composed."""
+        turns = [
+            (turn["role"], unicodedata.normalize("NFC", turn["content"]).split())
+            for turn in self.messages
+        ]
+        tokens = self.prompt.tobytes()
+        return tokens, repr(turns).encode() if turns else tokens
 
 
 def load_conversations(
@@ -217,25 +229,28 @@ def hold_out(
 ) -> tuple[list[Demonstration], list[Demonstration]]:
     """Training and held-out demonstrations, both in the order given.
 
-    Those with the same prompt tokens stay together, so that no held-out prompt is trained on; fewer
-    than `count` are held out where groups do not fit. The choice depends on the seed and the set of
+    Those with the same prompt stay together, so that no held-out prompt is trained on; fewer than
+    `count` are held out where groups do not fit. The choice depends on the seed and the set of
     prompts, not on their order.
 
     Raises:
         InputError: nothing would be left to train on, or nothing can be held out.
     """
     groups: dict[bytes, list[int]] = {}
+    known: dict[bytes, bytes] = {}
     for position, one in enumerate(demonstrations):
-        groups.setdefault(one.prompt.tobytes(), []).append(position)
+        tokens, turns = one.names
+        groups.setdefault(known.setdefault(tokens, turns), []).append(position)
 
-    def rank(prompt: bytes) -> int:
+    def rank(positions: list[int]) -> int:
+        prompt = min(demonstrations[position].prompt.tobytes() for position in positions)
         identity = int.from_bytes(hashlib.sha256(prompt).digest(), "little")
         return rng.key(seed, 0, "heldout", identity)
 
     chosen: set[int] = set()
-    for prompt in sorted(groups, key=rank):
-        if len(chosen) + len(groups[prompt]) <= count:
-            chosen.update(groups[prompt])
+    for positions in sorted(groups.values(), key=rank):
+        if len(chosen) + len(positions) <= count:
+            chosen.update(positions)
     if count and len(chosen) in (0, len(demonstrations)):
         raise InputError(
             f"{count} held-out prompts cannot be set aside from {len(demonstrations)} "
@@ -251,9 +266,9 @@ def shared(
     demonstrations: Iterable[Demonstration], heldout: Iterable[Demonstration]
 ) -> list[tuple[Demonstration, Demonstration]]:
     """Held-out demonstrations whose prompts are also trained on, each with one that has its own."""
-    trained = {one.prompt.tobytes(): one for one in demonstrations}
-    pairs = ((one, trained.get(one.prompt.tobytes())) for one in heldout)
-    return [(one, other) for one, other in pairs if other]
+    trained = {name: one for one in demonstrations for name in one.names}
+    found = ((one, [name for name in one.names if name in trained]) for one in heldout)
+    return [(one, trained[names[0]]) for one, names in found if names]
 
 
 def lengths(demonstrations: Sequence[Demonstration]) -> str:

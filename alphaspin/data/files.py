@@ -254,6 +254,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _check_names(names: list[str], where: str) -> None:
+    """Whether no column that is read stands twice.
+
+    Raises:
+        InputError: one does.
+    """
+    for name, count in Counter(names).items():
+        if count > 1 and name in COLUMNS:
+            raise InputError(f"{where}: {count} columns {name}")
+
+
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # 128 KiB unless told; it holds for the whole process
     with _opened(path) as file:
@@ -264,9 +275,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             for cells in reader:
                 if names is None and any(cell.strip() for cell in cells):
                     names, first = cells, line
-                    for name, count in Counter(names).items():
-                        if count > 1 and name in COLUMNS:
-                            raise InputError(f"{path}:{line}: {count} columns {name}")
+                    _check_names(names, f"{path}:{line}")
                 elif names and cells and len(cells) != len(names):
                     reason = f"{len(cells)} cells, but {len(names)} columns in line {first}"
                     raise InputError(f"{path}:{line}: {reason}")
@@ -286,6 +295,7 @@ def _parquet_rows(path: Path, fields: Collection[str]) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, str(path))
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
             wanted = [leaf for leaf in leaves if _looked_at(leaf, fields)]
             unread = dict.fromkeys(_name(leaf) for leaf in leaves if leaf not in wanted)

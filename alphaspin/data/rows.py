@@ -51,8 +51,8 @@ REFUSED = {  # columns that change what a row means, and what to do about them
 }
 ASIDE = ("input", "context", "choices", "options")  # more of the question, beside a prompt
 UNTOLD = ("train_detail", *REFUSED)  # of a turn
-FIELDS = frozenset({*OWN, *ANSWERED, *UNTOLD, "function_call", "name", "tool_call_id"})
-OTHERS = (*ASIDE, "history", "tools", "label", "weight")
+FIELDS = frozenset({*OWN, *ANSWERED, *UNTOLD, "function_call"})
+OTHERS = (*ASIDE, "history", "tools", "label", *WEIGHTS)
 COLUMNS = frozenset({*sum(FORMATS, ()), *SYSTEM, *THINKING, *REFUSED, *OTHERS})
 """All columns that are looked at; others are not read."""
 PREFERRED = "rows of preferences: chosen is the demonstration, rejected is not read"
@@ -90,21 +90,52 @@ def conversation(row: Any, answers: bool = True, fields: Collection[str] = FIELD
         raise InputError(f"expected an object of columns, found {kind_of(row)}")
     columns = {name: _listwise(value) for name, value in cast("dict[str, Any]", row).items()}
     names = _format(columns, answers)
-    paired = names in (("prompt", "completion"), ("prompt", "response"))
-    if paired and str(columns.get("label")).lower() in ("false", "0"):
-        return Conversation([], (), note=UNWANTED)  # TRL's unpaired preferences
+    if _unwanted(columns.get("label"), names):
+        return Conversation([], (), note=UNWANTED)
     for name, hint in REFUSED.items():
         if columns.get(name):
             raise InputError(f"column {name}: cannot be honoured: {hint}")
-    if columns.get("weight") not in (None, 1, "1", ""):
-        raise InputError(f"column weight = {columns['weight']!r}: rows cannot be weighted")
+    for name in WEIGHTS:
+        number = _flag(value := columns.get(name))
+        if number == 0 or (name == "weight" and value not in (None, "") and number != 1):
+            raise InputError(f"column {name} = {value!r}: rows cannot be weighted")
     turns = _turns(columns, names, answers)
-    unread = columns.keys() - COLUMNS
+    unread = (columns.keys() - COLUMNS) | _unused(columns, names)
     messages, counted = _checked([*_before(columns, turns), *turns], answers, fields, unread)
     tools = _listed(columns.get("tools") or None, "tools", "descriptions") or None
     _check_whole(tools, "tools")
     note = PREFERRED if names[-1] == "chosen" else None
     return Conversation(messages, counted, tools, note, frozenset(unread - {note and "rejected"}))
+
+
+def _flag(value: Any) -> float | None:
+    """A flag as a number, however a file spells it; None where it is something else."""
+    value = {"true": 1, "false": 0}.get(str(value).lower(), value)
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value)
+    return None
+
+
+def _given(value: Any) -> bool:
+    """Whether a cell holds something; 0 is something."""
+    return value is not None and value not in ("", [], {})
+
+
+def _unwanted(label: Any, names: tuple[str, ...]) -> bool:
+    """Whether a row says that its completion is not to be learnt, as TRL's unpaired preferences.
+
+    Elsewhere 0 may be the number of a class, and only false says so.
+    """
+    paired = names in (("prompt", "completion"), ("prompt", "response"))
+    return _flag(label) == 0 and (paired or str(label).lower() == "false")
+
+
+def _unused(columns: Mapping[str, Any], names: tuple[str, ...]) -> set[str]:
+    """Columns that some rows are made of, and this one is not."""
+    used = {*names, *SYSTEM, *THINKING, *REFUSED, "history", "tools", "weight"}
+    used |= {ASIDE[0]} if names[0] == "instruction" else set()
+    flags = {name for name in ("label", *WEIGHTS) if _flag(columns.get(name)) == 1}
+    return {name for name in COLUMNS - used - flags if _given(columns.get(name))}
 
 
 def _listwise(value: Any) -> Any:
@@ -215,9 +246,9 @@ def _turns(columns: Mapping[str, Any], names: tuple[str, ...], answers: bool) ->
 def _asked(columns: Mapping[str, Any], first: str) -> Any:
     """The prompt of a format of two columns, with what stands in others."""
     for name in ASIDE[first == "instruction" :]:
-        if columns.get(name):
+        if _given(columns.get(name)):
             raise InputError(f"column {name}: cannot be honoured: put it into the prompt")
-    if first != "instruction" or not columns.get("input"):
+    if first != "instruction" or not _given(columns.get("input")):
         return columns[first]
     return "\n\n".join(_text(columns[name], name) for name in (first, "input"))
 
@@ -252,6 +283,10 @@ def _checked(
         fields = cast("dict[str, Any]", turn)
         role = fields.get("role", fields.get("from"))
         role = SHAREGPT_ROLES.get(str(role), str(role))
+        for one, other in SPELT:
+            values = [fields[name] for name in (one, other) if fields.get(name) is not None]
+            if len({SHAREGPT_ROLES.get(str(v), str(v)) for v in values}) > 1:
+                raise InputError(f"turn {number}: {one} and {other} differ: leave one of them out")
         _check_order(messages, role, number)
         message = {"role": role, "content": ""} | {
             key: value

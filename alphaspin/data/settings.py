@@ -1,5 +1,6 @@
 """Settings of the data."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,8 @@ class TextConfig(Section):
         for name, value in options.items():
             if str(value).lower() in ("on", "off", "yes", "no") or value in ("true", "false"):
                 raise ValueError(f"{name} is text, which is true to a template: true or false")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is no finite number, which no template knows")
         return options
 
     def free(self) -> set[str]:

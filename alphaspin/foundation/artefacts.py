@@ -26,6 +26,8 @@ from alphaspin.foundation import console
 
 HASHES = "hashes.json"
 MANIFEST = "manifest.json"
+PARTS = ("config", "environment", "metrics", "trackers")
+"""Of a manifest, beside what each has: keys and values all."""
 SEAL = "sha256"
 TEMPORARY = ".tmp-"
 EDITED = (
@@ -123,7 +125,10 @@ def remove(folder: Path) -> None:
         doomed = folder.with_name(f"{TEMPORARY}old-{folder.name.removeprefix(TEMPORARY)}")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        if doomed.is_dir():
+            shutil.rmtree(doomed)
+        else:  # what somebody put there
+            doomed.unlink()
 
 
 def _whose(path: Path) -> dict[str, str]:
@@ -285,9 +290,14 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not ("identity" in manifest and isinstance(manifest["adapters"], dict)):
+        parts = [manifest["identity"], manifest["adapters"]]
+        parts += [manifest[key] for key in PARTS if key in manifest]
+        hashes = manifest["adapters"].values()
+        if not all(isinstance(part, dict) for part in parts) or not all(
+            isinstance(digest, str) for digest in hashes
+        ):
             return {}
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return {}
     if SEAL in manifest and manifest != sealed(manifest):
         raise InputError(f"{path}: {EDITED}")

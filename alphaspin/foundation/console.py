@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -22,6 +23,24 @@ from rich.text import Text
 
 STEERING = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
 """Control characters, but tab and newline: in the texts of others they would steer a terminal."""
+
+
+ADDRESS = re.compile(r"(\b\w+:)(/*)([^/\s'\"?#@]*@)?([^\s'\"?#]*)([?#])?([^\s'\"]*)")
+
+
+def without_keys(text: str) -> str:
+    """A text whose addresses lack what stands before the host and behind the path.
+
+    There may be passwords and keys, and what is printed may be kept.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        scheme, slashes, user, path, mark, rest = (part or "" for part in found.groups())
+        rest = "…" if mark and slashes else rest
+        start = f"{scheme}{slashes}" if slashes or not user else ""
+        return f"{start}{'…@' * bool(user)}{path}{mark}{rest}"
+
+    return ADDRESS.sub(shown, text)
 
 
 def forgive(stream: Any) -> None:
@@ -115,17 +134,17 @@ def _plain(text: str) -> str:
 
 def error(text: str) -> None:
     """Why a command ends."""
-    errors.print(Text(f"error: {_plain(text)}", style="red"), soft_wrap=True)
+    errors.print(Text(f"error: {_plain(without_keys(text))}", style="red"), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """One line of information."""
-    console.print(Text(_plain(text), style="dim"))
+    console.print(Text(_plain(without_keys(text)), style="dim"))
 
 
 def alarm(text: str) -> None:
     """One line that asks for attention."""
-    console.print(Text(f"ALARM  {_plain(text)}", style="bold yellow"))
+    console.print(Text(f"ALARM  {_plain(without_keys(text))}", style="bold yellow"))
 
 
 def text(line: str) -> None:

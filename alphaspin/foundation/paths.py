@@ -133,16 +133,16 @@ def packaged(name: str) -> Path:
     return Path(str(resources.files("alphaspin") / "recipes" / name))
 
 
-Expanded = Annotated[str, AfterValidator(home)]
-
-
-Place = Annotated[str, AfterValidator(place)]
-
-
 def _no_address(name: str) -> str:
     if "://" in name:
         raise InputError("is an address: give a hub id, or a file or folder that is here")
     return name
+
+
+Expanded = Annotated[str, AfterValidator(_no_address), AfterValidator(home)]
+
+
+Place = Annotated[str, unless_recorded(_no_address), AfterValidator(place)]
 
 
 Source = Annotated[str, unless_recorded(_no_address), AfterValidator(source)]

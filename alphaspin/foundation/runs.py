@@ -85,9 +85,11 @@ class Metrics:
         records: list[dict[str, Any]] = []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
-                    if isinstance(record, dict) and isinstance(record.get("stage"), str):
+                    if not isinstance(record, dict):
+                        continue
+                    if (type(record.get("stage")), type(record.get("step"))) == (str, int):
                         records.append(record)
         return [record for record in records if record["stage"] not in but]
 

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from alphaspin.errors import InputError
+from alphaspin.foundation.console import without_keys
 
 T = TypeVar("T")
 
@@ -232,15 +233,10 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """A value for a message, without what an address has in front of its host or behind its path.
-
-    There may be passwords and keys.
-    """
+    """A value for a message, without the keys that it may hold."""
     if isinstance(value, float) and math.isfinite(value):
         return f"{value:g}"
-    text = repr(value)
-    if "://" in text:
-        text = re.sub(r"(?<=//)[^/\s]*(?=@)|(?<=[?#])\S+(?=['\"])", "…", text)
+    text = without_keys(repr(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -290,7 +286,10 @@ def refusals(
     for item in items:
         key = name(item)
         if item["type"] == "value_error":
-            said = str(item["ctx"]["error"])
+            said = without_keys(str(item["ctx"]["error"]))
+            if key.endswith("key_variable"):  # which may have been given the key itself
+                yield key, f"{key}: {said}"
+                continue
             yield (
                 key,
                 said

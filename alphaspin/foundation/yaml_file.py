@@ -132,8 +132,9 @@ class YamlFile:
         first: dict[str, int] = {}
         prefix = f"{key}." if key else ""
         for name_node, value_node in node.value:
-            mark = name_node.start_mark
-            if name_node.tag == MERGE:
+            mark, name = name_node.start_mark, name_node.value
+            if name_node.tag == MERGE and name not in first:
+                first[name] = mark.line + 1
                 parts = value_node.value if value_node.id == "sequence" else [value_node]
                 for part in parts:
                     found = self._built(part, key, room - 1)
@@ -141,9 +142,9 @@ class YamlFile:
                         raise self._refuse(mark, "<< takes keys and values")
                     merged = {**found, **merged}
                 continue
-            name = name_node.value
-            if not isinstance(name_node, yaml.ScalarNode) or not isinstance(
-                self._loader.construct_object(name_node), str
+            if name_node.tag != MERGE and (
+                not isinstance(name_node, yaml.ScalarNode)
+                or not isinstance(self._loader.construct_object(name_node), str)
             ):
                 raise self._refuse(mark, "a key is a name")
             if name in first:

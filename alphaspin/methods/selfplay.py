@@ -103,7 +103,7 @@ def train_iterate(session: Session, iteration: int) -> None:
     """Phases 1 to 3 of iteration t; nothing to do where its adapter is on disk."""
     config = session.config
     folder = session.folder(iteration)
-    if session.finished(f"train/{iteration}", folder):
+    if session.finished(f"train/{iteration}", folder, origin(session, "train", iteration)):
         for shard in sorted((folder / "reference").glob("*")):
             # The base's log-probs serve later iterations too.
             session.cache.load(shard, otherwise="left out")
@@ -144,6 +144,7 @@ def fit(
 ) -> None:
     """Train an adapter and make it durable as `folder`/adapter."""
     start_policy(session, iteration, before)
+    made_of = origin(session, stage, iteration)
     job = Job(
         objective=objective,
         config=config.train,
@@ -154,13 +155,22 @@ def fit(
         checkpoints=folder / "checkpoints",
         remedy=config.preference.remedy(config),
         online=online,
+        made_of=made_of,
     )
     train(session.team, session.backbone, examples, job, session.metrics)
     with session.team.together():
         if session.team.main:
-            with commit(folder / "adapter") as temporary:
+            with commit(folder / "adapter", made_of) as temporary:
                 session.backbone.save_adapter(POLICY, temporary)
-    session.finished(job.stage, folder)
+    session.finished(job.stage, folder, made_of)
+
+
+def origin(session: Session, stage: str, iteration: int) -> dict[str, str]:
+    """Hashes of the adapters of a stage that iteration t comes after, by name."""
+    if stage == "train":
+        return session.lineage(iteration)
+    before = control_folder(session, iteration - 1) / "adapter"
+    return {"control": recorded(before)[WEIGHTS]} if iteration else {}
 
 
 def train_control(session: Session, iteration: int) -> Path:
@@ -171,7 +181,7 @@ def train_control(session: Session, iteration: int) -> Path:
     """
     config = session.config
     folder = control_folder(session, iteration)
-    if session.finished(f"control/{iteration}", folder):
+    if session.finished(f"control/{iteration}", folder, origin(session, "control", iteration)):
         return folder
     chosen = session.examples(iteration)
     if config.selfplay.mixing and iteration:

@@ -252,12 +252,12 @@ class Session:
         wanted, policies = policies, list(dict.fromkeys(policies))  # at t = 0 they are one
         hashes = {name or "base": self.backbone.adapter_ids[name] for name in policies}
         shards = list(batched(trees, config.sampling.shard_size))
-        folder = self.folder(iteration) / "reference"
+        folder, made_of = self.folder(iteration) / "reference", self.lineage(iteration)
         expected = 0
         with console.bar(f"t={iteration} reference", len(trees), "pairs") as advance:
 
             def read(number: int, shard: Sequence[Tree]) -> None:
-                self.cache.load(folder / f"{number:05d}")
+                self.cache.load(folder / f"{number:05d}", made_of)
                 advance(len(shard), 0)
 
             def make(number: int, shard: Sequence[Tree]) -> None:
@@ -267,7 +267,7 @@ class Session:
                     self.cache.expect(hashes.values(), earlier)
                 expected = number
                 path = folder / f"{number:05d}"
-                if self.cache.load(path) and not self._incomplete(policies, shard):
+                if self.cache.load(path, made_of) and not self._incomplete(policies, shard):
                     advance(len(shard), 0)
                     return
                 scored = score(
@@ -278,7 +278,7 @@ class Session:
                     config.train.scored_together,
                     progress=advance,
                 )
-                self.cache.save(path, *scored, hashes)
+                self.cache.save(path, *scored, hashes, made_of)
 
             self.team.each(shards, make, read)
 
@@ -293,7 +293,7 @@ class Session:
         ids = [self.backbone.adapter_ids[policy] for policy in policies]
         return any(self.cache.missing(identity, trees) for identity in ids)
 
-    def finished(self, stage: str, folder: Path) -> bool:
+    def finished(self, stage: str, folder: Path, made_of: dict[str, str]) -> bool:
         """Whether a stage's adapter is on disk; its hash is then recorded or compared."""
 
         def look() -> bool:
@@ -301,7 +301,8 @@ class Session:
             known = stage in self.run.manifest["adapters"]
             if known and intact(adapter):  # an exchanged one is refused
                 self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)
-            if not stands(adapter):
+            # Versions that recorded one did not all write down what it was made of.
+            if not stands(adapter, None if known else made_of):
                 return False
             if not known:
                 self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)

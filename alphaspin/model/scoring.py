@@ -7,7 +7,7 @@ the hash of all three, so that a value of another adapter or other tokens is nev
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -171,20 +171,34 @@ class ReferenceCache:
         self._values.update(zip(keys, values, strict=True))
 
     def save(
-        self, folder: Path, keys: list[bytes], values: list[float], policies: dict[str, str]
+        self,
+        folder: Path,
+        keys: list[bytes],
+        values: list[float],
+        policies: dict[str, str],
+        made_of: Mapping[str, str] | None = None,
     ) -> None:
-        """Add values and write them as a durable shard; the header names the policies' hashes."""
+        """Add values and write them as a durable shard; the header names the policies' hashes.
+
+        `made_of`: hashes of what the responses come from, by name.
+        """
         packed = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
-        with commit(folder) as temporary:
+        with commit(folder, made_of) as temporary:
             tensors = {"key": packed, "logp": np.array(values, np.float32)}
             # One entry: safetensors writes several in an order that differs between processes.
             header = {"policies": json.dumps(policies, sort_keys=True)}
             save_file(tensors, temporary / "logps.safetensors", metadata=header)
         self.store(keys, values)
 
-    def load(self, folder: Path, *, otherwise: str = "made again") -> bool:
+    def load(
+        self,
+        folder: Path,
+        made_of: Mapping[str, str] | None = None,
+        *,
+        otherwise: str = "made again",
+    ) -> bool:
         """Read a shard; False where there is none that stands, and then `otherwise` is said."""
-        if not stands(folder, otherwise=otherwise):
+        if not stands(folder, made_of, otherwise=otherwise):
             return False
         tensors = load_file(folder / "logps.safetensors")
         keys = [row.tobytes() for row in tensors["key"]]

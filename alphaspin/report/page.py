@@ -6,11 +6,12 @@ Nothing here needs torch, so that a report is quick to write afresh.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
@@ -172,7 +173,10 @@ def read(folder: Path) -> tuple[Summary, list[dict[str, Any]]]:
     refuse_links(folder)
     path, metrics = folder / "summary.json", Metrics(folder / "metrics.jsonl")
     manifest = read_manifest(folder / MANIFEST) if (folder / MANIFEST).exists() else None
-    summary = _valid(Summary, path, read_record(path, AT_THE_END))
+    record = read_record(path, AT_THE_END)
+    if record.get("of") and not manifest:
+        raise InputError(f"{folder / MANIFEST}: missing; restore it")
+    summary = _valid(Summary, path, record)
     gone = metrics.lost(manifest or {"adapters": {} if metrics.read() else summary.adapters})
     if gone and (told := LOST.format(", ".join(gone))) not in summary.alarms:
         summary = summary.model_copy(update={"alarms": [told, *summary.alarms]})
@@ -210,11 +214,24 @@ def read_comparisons(folder: Path) -> list[Comparison]:
     """All comparisons on held-out prompts in RUN/evaluation."""
     found: list[Comparison] = []
     for place in sorted((folder / "evaluation").glob("heldout-*")):
-        parts = _whole(place)
-        rows = [_json(parts[name] / "evaluation.json") for name in in_order(parts)]
-        if rows and (about := read_about(place)):
-            found.append(_valid(Comparison, place / "about.json", {**about, "rows": rows}))
+        with _as_written(place):
+            parts = _whole(place)
+            rows = [_json(parts[name] / "evaluation.json") for name in in_order(parts)]
+            if rows and (about := read_about(place)):
+                found.append(_valid(Comparison, place / "about.json", {**about, "rows": rows}))
     return found
+
+
+@contextlib.contextmanager
+def _as_written(place: Path) -> Generator[None]:
+    """For content of a run folder, which may be anybody's."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{place}: not as alphaspin writes it ({said}); move it away") from None
 
 
 def read_about(place: Path) -> dict[str, Any] | None:
@@ -244,15 +261,16 @@ def read_tasks(folder: Path) -> list[Tasks]:
     for place in sorted((folder / "evaluation").glob("*-*")):
         if place.name.startswith(("heldout-", "answers-")):
             continue
-        parts = _whole(place)
-        results = {name: _json(parts[name] / "results.json") for name in in_order(parts)}
-        for first in [*results.values()][:1]:
-            title = first.get("title") or (  # of earlier versions
-                f"lm-evaluation-harness {first['harness']}" + ", chat template" * first["chat"]
-            )
-            curves = [("", name, css_of(name)) for name in results]
-            rows, notes = task_rows(results), task_notes(results)
-            found.append(Tasks(title, [*results], rows, notes, _charts(results), curves))
+        with _as_written(place):
+            parts = _whole(place)
+            results = {name: _json(parts[name] / "results.json") for name in in_order(parts)}
+            for first in [*results.values()][:1]:
+                title = first.get("title") or (  # of earlier versions
+                    f"lm-evaluation-harness {first['harness']}" + ", chat template" * first["chat"]
+                )
+                curves = [("", name, css_of(name)) for name in results]
+                rows, notes = task_rows(results), task_notes(results)
+                found.append(Tasks(title, [*results], rows, notes, _charts(results), curves))
     return found
 
 

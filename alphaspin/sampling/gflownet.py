@@ -335,7 +335,7 @@ def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) 
     made_of = {str(name): backbone.adapter_ids[name] for name in task.weights}
     inputs = made_of | {"form": "correction"}  # it once was the sampler by itself
     if not team.from_main(lambda: stands(done, inputs)):
-        _train(backbone, task, metrics, team)
+        _train(backbone, task, metrics, team, inputs)
         with team.together():
             if team.main:
                 with commit(done, inputs) as temporary:
@@ -345,7 +345,9 @@ def train_sampler(backbone: Backbone, task: Task, metrics: Metrics, team: Team) 
     return done
 
 
-def _train(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> None:
+def _train(
+    backbone: Backbone, task: Task, metrics: Metrics, team: Team, made_of: dict[str, str]
+) -> None:
     config = task.config
     if backbone.has_adapter(POLICY):
         backbone.remove_adapter(POLICY)
@@ -376,6 +378,7 @@ def _train(backbone: Backbone, task: Task, metrics: Metrics, team: Team) -> None
         gradient,
         config.clip,
         kept=replay,
+        made_of=made_of,
     )
     parameters = backbone.policy_parameters().values()
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)

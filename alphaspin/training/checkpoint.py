@@ -1,5 +1,6 @@
 """Durable checkpoints: the adapter's and the optimiser's tensors, and what a loop keeps besides."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -46,11 +47,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def save(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, kept: Kept | None, folder: Path, step: int
+    backbone: Backbone,
+    optimizer: torch.optim.Optimizer,
+    kept: Kept | None,
+    folder: Path,
+    step: int,
+    made_of: Mapping[str, str],
 ) -> None:
-    """A durable checkpoint; the one before it is deleted afterwards."""
+    """A durable checkpoint; the one before it is deleted afterwards. `made_of` as in `Loop`."""
     older = list(folder.glob("step-*"))
-    with commit(folder / f"step-{step:06d}") as temporary:
+    with commit(folder / f"step-{step:06d}", made_of) as temporary:
         backbone.save_adapter(POLICY, temporary)
         save_file(optimizer_tensors(optimizer), temporary / "optimizer.safetensors")
         if kept is not None:  # an empty one is false
@@ -60,10 +66,10 @@ def save(
             remove(path)
 
 
-def newest_checkpoint(folder: Path) -> int:
-    """The step of the newest checkpoint that verifies, 0 without one."""
+def newest_checkpoint(folder: Path, made_of: Mapping[str, str]) -> int:
+    """The step of the newest checkpoint that verifies and is made of the same, 0 without one."""
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if stands(path):
+        if stands(path, made_of):
             return int(path.name.removeprefix("step-"))
     return 0
 

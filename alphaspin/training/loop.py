@@ -7,8 +7,8 @@ and the optimiser's tensors, and a resumed run repeats the very numbers of an un
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,8 @@ class Loop:
     rate: of a step. gradient: adds a step's gradient to `.grad`, which is zero, and gives its
     metrics: at least loss, tokens, and stop, the number of processes that a signal reached; raises
     what must end the run. clip: largest gradient norm, or None. remedy: against log-probs that fall
-    together. kept: what a checkpoint holds besides adapter and optimiser.
+    together. kept: what a checkpoint holds besides adapter and optimiser. made_of: hashes of what
+    the adapter comes from, by name; checkpoints of another origin do not count.
     """
 
     stage: str
@@ -45,6 +46,7 @@ class Loop:
     clip: float | None
     remedy: str = REMEDY
     kept: Kept | None = None
+    made_of: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def learning_rate(
@@ -91,7 +93,7 @@ def run(
         Elsewhere: one of these was raised in another process.
     """
     parameters = backbone.policy_parameters()
-    step = team.from_main(lambda: checkpoint.newest_checkpoint(loop.checkpoints))
+    step = team.from_main(lambda: checkpoint.newest_checkpoint(loop.checkpoints, loop.made_of))
     if step:
         checkpoint.load(backbone, optimizer, loop.kept, loop.checkpoints, step)
     metrics.rewind(loop.stage, step)
@@ -136,7 +138,9 @@ def run(
                 with team.together():
                     if team.main:
                         metrics.keep()
-                        checkpoint.save(backbone, optimizer, loop.kept, loop.checkpoints, step)
+                        checkpoint.save(
+                            backbone, optimizer, loop.kept, loop.checkpoints, step, loop.made_of
+                        )
                     if stop:
                         raise Interrupted
     metrics.keep()

@@ -12,8 +12,8 @@ Shapes: B examples of a micro-batch, K responses each (chosen, rejected, and per
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Job:
     checkpoints: Path
     remedy: str = REMEDY  # against log-probs that fall together
     online: OnlineReference | None = None  # in place of the examples' references
+    made_of: Mapping[str, str] = field(default_factory=dict[str, str])  # see `Loop`
 
 
 def total_steps(examples: int, config: TrainConfig) -> int:
@@ -93,6 +94,7 @@ def train(
         gradient,
         config.clip,
         job.remedy,
+        made_of=job.made_of,
     )
     run(team, backbone, _optimizer(backbone.policy_parameters(), config), loop, metrics)
 
