@@ -5,17 +5,19 @@ import importlib.util
 import os
 import sys
 
-import alphaspin_kernels
-import pytest
 import torch
-from helpers import painted
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose own functions look
+    import alphaspin_kernels
+
     for operator in alphaspin_kernels.OPERATORS:
         importlib.import_module(f"alphaspin_kernels._triton.{operator}")
     # Only the tests that ask for it use the interpreted kernels.
     del os.environ["TRITON_INTERPRET"]
+
+import pytest
+from helpers import painted
 
 
 @pytest.fixture(autouse=True)
