@@ -105,6 +105,13 @@ class LogConfig(Section):
     """Trackers to report to, as Accelerate names them; each must be installed. A run that is
     stopped goes on in them as the same run."""
 
+    @field_validator("trackers")
+    @classmethod
+    def _once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if len({*trackers}) < len(trackers):
+            raise ValueError(f"names {max(trackers, key=trackers.count)} twice")
+        return trackers
+
 
 class PlanHints(Section):
     """Facts about a hub model and data set that `--plan` needs and may not download."""

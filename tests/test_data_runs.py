@@ -73,6 +73,10 @@ def test_splits_of_a_run(tmp_path, chat):
         checked(config(data=one, split="dev"), chat)
     with pytest.raises(InputError, match=r"heldout_split = dev: heldout = .* has no splits"):
         checked(config(data=data, heldout=one, heldout_split="dev"), chat)
+    with pytest.raises(InputError, match="split = dev: data = tiny has no splits"):
+        checked(config(data="tiny", split="dev"), chat)
+    with pytest.raises(InputError, match="heldout_split = test is a split of heldout: set that"):
+        checked(config(data=data, heldout_split="test"), chat)
 
 
 def test_a_recipes_split_gives_way_with_its_data():

@@ -108,6 +108,7 @@ def test_yaml_that_is_not_plain(tmp_path: Path, text: str, said: str) -> None:
         ("evaluate: {answer: '(a{99999999999})'}", "not a regular expression"),
         ("method: '../x:y'", "needs module:Name"),
         ("loss: {kind: 'a b:c'}", "needs module:Name"),
+        ("log: {trackers: [wandb, mlflow, wandb]}", "names wandb twice"),
     ],
 )
 def test_values_that_are_not_meant(tmp_path: Path, text: str, said: str) -> None:

@@ -115,9 +115,13 @@ def check_data(
     data_split = config.split if config.split != "train" else ""
     for key, source, setting, split in (
         ("data", config.data, "split", data_split),
-        ("heldout", config.heldout or "tiny", "heldout_split", config.heldout_split or ""),
+        ("heldout", config.heldout, "heldout_split", config.heldout_split or ""),
     ):
-        if source != "tiny" and is_one(source) and split not in Path(source).name:
+        if split and source is None:
+            raise InputError(
+                f"{setting} = {split} is a split of {key}: set that too, as --{key} {config.data}"
+            )
+        if source and (source == "tiny" or is_one(source)) and split not in Path(source).name:
             raise InputError(f"{setting} = {split}: {key} = {source} has no splits: leave it out")
     console.note(lengths(demonstrations))
     if both := shared(demonstrations, heldout):
