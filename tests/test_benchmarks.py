@@ -241,8 +241,8 @@ def test_what_a_server_says_that_cannot_be_read(
     """Counted and told, never scored, and not asked again; the rest is graded."""
 
     def respond(path: str, body: dict[str, Any], number: int) -> tuple[int, bytes, dict[str, str]]:
-        system, question = (m["content"] for m in body["messages"])
-        if "You grade" not in system:
+        (question,) = (m["content"] for m in body["messages"])
+        if "You grade" not in question:
             return reply("I cannot choose." if "add 2 and" in question else "[[C]]")
         if "add 2 and" in question:
             return reply("Rather good, a seven.")
@@ -282,8 +282,8 @@ def test_a_served_judge_that_dies_half_way(
     def respond(path: str, body: dict[str, Any], number: int) -> tuple[int, bytes, dict[str, str]]:
         if alive[0] and number > 20:
             return 400, b'{"error": "the model is gone"}', {}
-        system, question = (m["content"] for m in body["messages"])
-        if "You grade" not in system:
+        (question,) = (m["content"] for m in body["messages"])
+        if "You grade" not in question:
             return reply("[[A]]")
         return reply(f"[[{1 + len(question) % 10}]]")
 

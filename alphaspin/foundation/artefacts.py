@@ -183,7 +183,7 @@ def intact(folder: Path) -> bool:
     return not _read(folder)[1]
 
 
-def fault(folder: Path, inputs: Mapping[str, str] | None = None) -> str:
+def fault(folder: Path, inputs: Mapping[str, str] | None = None, *, silent: bool = False) -> str:
     """What is wrong with an artefact, or nothing.
 
     Artefacts of versions that did not write down where they belong count in the runs that these
@@ -192,6 +192,7 @@ def fault(folder: Path, inputs: Mapping[str, str] | None = None) -> str:
     Args:
         folder: the artefact.
         inputs: see `commit`; None where the caller does not know them.
+        silent: it may also say nothing of them, as those of earlier versions do.
 
     Raises:
         InputError: it holds a file that does not belong to it.
@@ -202,7 +203,8 @@ def fault(folder: Path, inputs: Mapping[str, str] | None = None) -> str:
     here = _whose(folder)
     if here and (elsewhere := _elsewhere(record.get("of"), here)):
         return elsewhere
-    if inputs is not None and record.get("inputs") != inputs:
+    told = record.get("inputs")
+    if inputs is not None and told != inputs and (told or not silent):
         return "it was made from other " + ", ".join(sorted(inputs))
     return ""
 
@@ -222,10 +224,14 @@ def verifies(folder: Path, inputs: Mapping[str, str] | None = None) -> bool:
 
 
 def stands(
-    folder: Path, inputs: Mapping[str, str] | None = None, *, otherwise: str = "made again"
+    folder: Path,
+    inputs: Mapping[str, str] | None = None,
+    *,
+    silent: bool = False,
+    otherwise: str = "made again",
 ) -> bool:
     """The same; says why one that is there does not stand, and what is done about it."""
-    found = fault(folder, inputs)
+    found = fault(folder, inputs, silent=silent)
     if found and folder.exists():
         console.note(f"{folder} is {otherwise}: {found}")
     return not found

@@ -36,6 +36,8 @@ def without_keys(text: str) -> str:
 
     def shown(found: re.Match[str]) -> str:
         scheme, slashes, user, path, mark, rest = (part or "" for part in found.groups())
+        if user and not slashes and not re.match(r"localhost|\S*[./]", path):
+            return found[0]  # no host behind it: a judge's name:function@hash
         rest = "…" if mark and slashes else rest
         start = f"{scheme}{slashes}" if slashes or not user else ""
         return f"{start}{'…@' * bool(user)}{path}{mark}{rest}"

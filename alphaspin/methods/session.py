@@ -301,8 +301,7 @@ class Session:
             known = stage in self.run.manifest["adapters"]
             if known and intact(adapter):  # an exchanged one is refused
                 self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)
-            # Versions that recorded one did not all write down what it was made of.
-            if not stands(adapter, None if known else made_of):
+            if not stands(adapter, made_of, silent=known):
                 return False
             if not known:
                 self.run.record_adapter(stage, adapter / WEIGHTS, self.metrics)
