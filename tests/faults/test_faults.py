@@ -292,6 +292,8 @@ def test_a_flipped_bit_is_found_or_harmless(
         if code:
             assert code == EXIT_INPUT and file.name in said, f"{which}: {said}"
             continue
+        if file.name == "metrics.jsonl":  # it may not even be one of lines of JSON any more
+            file.write_text("")
         found, expected = essence(root), dict(case.expected)
         # Numbers of a log of numbers cannot be checked; nothing reads answers and log-probs of an
         # iteration that has ended.
