@@ -18,6 +18,7 @@ from alphaspin.commands.sizing import (
     STATES,
     base_bytes,
     choose_limits,
+    embedded,
     memory,
     model_facts,
     number_bytes,
@@ -247,8 +248,7 @@ def sampling_memory(
 
 def _copies(config: Config, facts: PlanHints, width: int) -> float:
     """Bytes of the weights to which `Backbone.merged` adds a policy: all but embeddings, head."""
-    whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
-    copies = (facts.parameters - whole) * width
+    copies = (facts.parameters - embedded(facts)) * width
     alone = width == 4 and (config.train.quantization, config.train.sharding) == ("none", "none")
     return copies if alone and copies <= COPIES else 0
 

@@ -68,11 +68,16 @@ def _kv_width(text: Any) -> int | None:
     return heads * (getattr(text, "head_dim", None) or text.hidden_size // all_heads)
 
 
+def embedded(facts: PlanHints) -> float:
+    """Numbers of the embeddings and the head."""
+    return (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
+
+
 def base_bytes(facts: PlanHints, quantization: str, width: int) -> float:
     """Bytes of the frozen base; `width` is that of a number that is not quantised."""
     if quantization == "none":
         return facts.parameters * width
-    whole = (1 if facts.tied else 2) * facts.vocabulary * facts.hidden
+    whole = embedded(facts)
     return whole * width + (facts.parameters - whole) * NF4_BITS / 8
 
 

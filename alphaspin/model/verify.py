@@ -32,10 +32,9 @@ from alphaspin.foundation.artefacts import read_record, write_record
 from alphaspin.model import varlen
 from alphaspin.model.backbone import Backbone
 from alphaspin.model.batching import Batch, collate
-from alphaspin.model.caches import CACHES
 from alphaspin.model.routing import NOT_JOINT
 from alphaspin.model.scoring import hidden_logps
-from alphaspin.model.slots import give_up
+from alphaspin.model.slots import KINDS, give_up
 from alphaspin.model.stepper import Stepper
 from alphaspin.model.tree import Tree
 
@@ -71,7 +70,7 @@ class Verdict:
         if self.packed:
             backbone.layout, backbone.layout_reason = "padded", self.packed
         backbone.whole_reason = backbone.whole_reason or self.last
-        for cache in ("graphs", "slots", "own"):
+        for cache in KINDS[:-1]:
             reason = cast(str, getattr(self, cache))
             if backbone.cache == cache and reason:
                 give_up(backbone, reason)
@@ -206,7 +205,7 @@ class _Trial:
         backbone.eval()
         packed = last = joint = ""
         whole = backbone.whole_reason
-        wrong = {"graphs": "", "slots": "", "own": ""}
+        wrong: dict[str, str] = dict.fromkeys(KINDS[:-1], "")
         try:
             for number, name in enumerate(NAMES):
                 backbone.random_adapter(name, self.like, len(NAMES) * self.seed + number)
@@ -222,8 +221,7 @@ class _Trial:
                 joint = self._differs(self._joint)
             if packed:
                 wrong["graphs"] = wrong["slots"] = packed
-            kinds = list(CACHES)
-            for kind in kinds[kinds.index(cache) :]:
+            for kind in KINDS[KINDS.index(cache) :]:
                 backbone.cache = cast(Any, kind)
                 if kind == "none":
                     self._must(self._differs(self._sampled, STEPS), "answers by recomputation")
