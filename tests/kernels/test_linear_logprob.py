@@ -399,6 +399,9 @@ def test_what_is_skipped_costs_no_more_than_the_mass_it_reports(
     if implementation == "triton":
         frozen_head = importlib.import_module("alphaspin_kernels._triton.frozen_head")
         monkeypatch.setattr(frozen_head, "_chunk", lambda *_: 1)
+        # Chunks of which nothing is needed too.
+        linear = importlib.import_module("alphaspin_kernels._triton.linear_logprob")
+        monkeypatch.setattr(linear, "_chunks", lambda *_, frozen: (2 * 128,))
     n, last, rare, epsilon = 16, 5 * CSRC_TILE, 2 * CSRC_TILE + 200, 1e-3
     case = problem(n=n, h=64, v=last + 40, k=k, ignored=0.0, dtype=dtype, bias=True)
     case["bias"][:] = 0

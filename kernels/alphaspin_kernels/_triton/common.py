@@ -196,6 +196,18 @@ def dot(a, b, accumulator):
 
 
 @triton.jit
+def at_least_one(rounds):
+    """max(rounds, 1), known to be positive.
+
+    A product's loop that may not run at all makes each wgmma wait for the one before (triton 3.6):
+    the sum's registers then have zeros moved into them on a way past the loop.
+    """
+    rounds = tl.maximum(rounds, 1)
+    tl.assume(rounds > 0)
+    return rounds
+
+
+@triton.jit
 def tanh(x):
     """tanh for fp32; by its series near 0, where 1 - 2 / (1 + e^2x) would lose digits."""
     # 2 log2(e) x, bounded where e^2x would overflow.

@@ -33,6 +33,7 @@ from alphaspin_kernels._triton.common import (
     Fast,
     Kernel,
     Launch,
+    at_least_one,
     capability_of,
     cdiv,
     dot,
@@ -214,7 +215,7 @@ def _gathered_kernel(
     count = tl.load(places + block * V + V - 1)
     row, h = block * BLOCK_R, first + tl.arange(0, BLOCK_H)
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    for at in range(0, count, BLOCK_K):
+    for at in range(0, at_least_one(count), BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         t = tl.load(kept + block * V + k, mask=k < count, other=0)
         inside = (k < count)[:, None] & (h < H)[None, :]

@@ -24,6 +24,7 @@ from alphaspin_kernels._triton.common import (
     SIGNATURE,
     Kernel,
     Launch,
+    at_least_one,
     bounded,
     cdiv,
     chunk_entries,
@@ -158,7 +159,8 @@ def _kept_tiles_kernel(
     sum_RH = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     row = tl.minimum(r, A - 1).to(tl.int64)
     STEPS: tl.constexpr = BLOCK_T // BLOCK_K
-    for step in range(0, tl.load(counts + block) * STEPS):
+    # Where no tile is needed a part of one is added all the same.
+    for step in range(0, at_least_one(tl.load(counts + block) * STEPS)):
         tile = tl.load(kept + block * tiles + step // STEPS)
         t = tile * BLOCK_T + step % STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
         p_RT = tl.load(p + row[:, None] * width + t[None, :], mask=(t < width)[None, :], other=0.0)
