@@ -171,7 +171,7 @@ def choose(operator: str, tensor: Tensor) -> Implementation:
     if tensor.is_cuda or interpreting():
         reason = triton_problem()
         if tensor.is_cuda and tensor.dtype == torch.bfloat16:
-            reason = reason or _bf16_problem(torch.cuda.get_device_capability(tensor.device))
+            reason = reason or _bf16_problem(tensor.get_device())
         if reason is None:
             return "triton"
     elif operator not in CSRC:
@@ -198,8 +198,10 @@ def triton_problem() -> str | None:
     return None
 
 
-def _bf16_problem(capability: tuple[int, int]) -> str | None:
-    """Return None, or that Triton has no bfloat16 for a GPU of this compute capability."""
+@functools.cache
+def _bf16_problem(gpu: int) -> str | None:
+    """Return None, or that Triton has no bfloat16 for a GPU of its compute capability."""
+    capability = torch.cuda.get_device_capability(gpu)
     if capability < (8, 0):
         return "compute capability {}.{} has no bfloat16 (8.0 has)".format(*capability)
     return None

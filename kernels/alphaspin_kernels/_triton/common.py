@@ -1,5 +1,6 @@
 """What the kernels share: dtypes under the interpreter, and the record of a launch."""
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,15 +129,23 @@ class Launch:
 
 def capability_of(x: Tensor) -> int:
     """Compute capability of the tensor's GPU, 10 x major + minor; 90 where there is none."""
-    if not x.is_cuda:
-        return 90
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+    return _capability_and_processors(x.get_device())[0] if x.is_cuda else 90
 
 
 def processors(x: Tensor) -> int:
     """Multiprocessors of the tensor's GPU; 4 in the interpreter, to split work there too."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return _capability_and_processors(x.get_device())[1] if x.is_cuda else 4
+
+
+@functools.cache  # each linear asks
+def _capability_and_processors(gpu: int) -> tuple[int, int]:
+    major, minor = torch.cuda.get_device_capability(gpu)
+    return 10 * major + minor, torch.cuda.get_device_properties(gpu).multi_processor_count
+
+
+def part(x: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of x; all of them without a view, which takes as long as all else before a launch."""
+    return x if start == 0 and stop == x.shape[0] else x[start:stop]
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from alphaspin_kernels._triton.common import (
     cdiv,
     multiples_of_16,
     multiply_add,
+    part,
     processors,
     unit_stride,
 )
@@ -84,8 +85,9 @@ def segmented_lora(
     """Same arguments and results as the portable version."""
     a, b = near or (a, b)
     x, weight = unit_stride(x), unit_stride(weight)
-    y_NO = x.new_empty((len(x), len(weight)))
-    kept_PI = x.new_empty((segments[0] if keep else 0, x.shape[1]))
+    count, inputs = x.shape
+    y_NO = x.new_empty((count, weight.shape[0]))
+    kept_PI = x.new_empty((segments[0] if keep else 0, inputs))
     pairs = segment_pairs(a, b, others_a, others_b, segments, slots)
     # Adapters of several dtypes meet in fp32.
     dtypes = {pair[0].dtype for _, pair in pairs if pair is not None}
@@ -93,13 +95,14 @@ def segmented_lora(
     # Ranks are filled up with zeros to a multiple of 16, which can be read in vectors.
     width = max((len(pair[0]) for _, pair in pairs if pair is not None), default=0)
     width = 16 * cdiv(width, 16)
-    low_NR = x.new_empty((len(x), width), dtype=dtype)
+    low_NR = x.new_empty((count, width), dtype=dtype)
     for s, (rows, pair) in enumerate(pairs):
         if pair is not None and segments[s]:
             drop = dropout if s == 0 else 0.0
             factor = scaling[s] / (1 - drop)
             kept = kept_PI if s == 0 and keep else None
-            _low(x[rows], pair[0], low_NR[rows], kept, factor, drop, seed)
+            x_SI, low_SR = (part(z, rows.start, rows.stop) for z in (x, low_NR))
+            _low(x_SI, pair[0], low_SR, kept, factor, drop, seed)
     for first in range(0, len(pairs), SEGMENTS):
         _linear(x, weight, bias, low_NR, pairs[first : first + SEGMENTS], y_NO)
     return y_NO, kept_PI
@@ -149,7 +152,7 @@ def _linear(
 ) -> None:
     """Rows of up to SEGMENTS segments."""
     start, end = pairs[0][0].start, pairs[-1][0].stop
-    if start == end or not len(weight):
+    if start == end or not weight.shape[0]:
         return
     # Where there is no adapter, `low` stands for a pointer that is not read.
     ups = [low if pair is None else _filled(pair[1], low) for _, pair in pairs]
@@ -157,29 +160,30 @@ def _linear(
     adapted = sum(1 << s for s, (_, pair) in enumerate(pairs) if pair is not None)
     stops = [rows.stop - start for rows, _ in pairs]
     stops += [end - start] * (SEGMENTS - len(stops))
-    part, low_part, result = x[start:end], low[start:end], y[start:end]
-    even = x.shape[1] % 64 == 0  # the largest BLOCK_K
-    even = even and multiples_of_16(part, weight, low_part, *ups, result, len(weight), low.shape[1])
+    x, low, y = (part(z, start, end) for z in (x, low, y))
+    outputs, inputs = weight.shape
+    even = inputs % 64 == 0  # the largest BLOCK_K
+    even = even and multiples_of_16(x, weight, low, *ups, y, outputs, low.shape[1])
     even = even and multiples_of_16(x.stride(0), weight.stride(0))
     for wide in (True, False):
         options = blocks(x.dtype, low.dtype, capability_of(x), even=even, wide=wide)
         height = options["BLOCK_R"]
         count = sum(cdiv(rows.stop - rows.start, height) for rows, _ in pairs)
-        programs = count * cdiv(len(weight), options["BLOCK_C"])
+        programs = count * cdiv(outputs, options["BLOCK_C"])
         if programs >= processors(x):
             break
     _linear_kernel[even][(programs,)](
-        part,
+        x,
         weight,
         bias,
-        low_part,
+        low,
         *ups,
-        result,
+        y,
         count,
         *stops,
         adapted,
-        x.shape[1],
-        len(weight),
+        inputs,
+        outputs,
         low.shape[1],
         x.stride(0),
         weight.stride(0),
@@ -215,9 +219,8 @@ def segmented_lora_backward(
     """Same arguments and results as the portable version: no copies of dy and x in fp32."""
     needs_x, needs_a, needs_b = needs
     factor, drop = scaling / (1 - dropout), 0.0 if dropped else dropout
-    dx, da, db = (grad.new_empty((0,)) for _ in needs)
-    low_PR = None
-    dy_PO = grad[:rows]
+    dx = da = db = low_PR = None
+    dy_PO = part(grad, 0, rows)
     if a is not None and b is not None:
         dtype = torch.float32 if wide else a.dtype
         low_PR = _product(dy_PO, b).mul_(factor)
@@ -235,9 +238,12 @@ def segmented_lora_backward(
         if needs_a:
             da = _product(low_PR.to(a.dtype).T, kept).to(dtype)
     if needs_x:
-        dx = grad.new_empty((len(grad), weight.shape[1]))
-        dx[rows:] = 0
-        _input_gradient(dx[:rows], dy_PO, weight, low_PR, a, dropout, seed)
+        count = grad.shape[0]
+        dx = grad.new_empty((count, weight.shape[1]))
+        if rows < count:
+            dx[rows:] = 0
+        _input_gradient(part(dx, 0, rows), dy_PO, weight, low_PR, a, dropout, seed)
+    dx, da, db = (grad.new_empty((0,)) if g is None else g for g in (dx, da, db))
     return dx, da, db
 
 
