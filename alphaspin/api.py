@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from alphaspin.commands import compare, exporting, job
 from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.commands.played import Played
-from alphaspin.config import Config, explain
+from alphaspin.config import Config
 from alphaspin.errors import InputError
 from alphaspin.evaluation.record import Evaluation
 from alphaspin.foundation.paths import home
@@ -30,6 +30,7 @@ from alphaspin.foundation.runs import Metrics
 from alphaspin.foundation.section import Section
 from alphaspin.methods.selfplay import Callback
 from alphaspin.report import page as report
+from alphaspin.schema import explain
 
 S = TypeVar("S", bound=Section)
 

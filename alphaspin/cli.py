@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from alphaspin import __version__
 from alphaspin.commands import arguments
 from alphaspin.commands.options import EvaluateOptions, ExportOptions, GFlowNetRun
-from alphaspin.config import TABLES, Config, explain, load_config, recipe_names, special
+from alphaspin.config import Config, load_config, recipe_names
 from alphaspin.errors import (
     EXIT_CODES,
     EXIT_OK,
@@ -36,6 +36,7 @@ from alphaspin.foundation.gpus import HERE, Target, find_gpu
 from alphaspin.foundation.paths import home, packaged
 from alphaspin.foundation.section import PositiveInt, Section
 from alphaspin.judges import JUDGE
+from alphaspin.schema import TABLES, explain, special
 
 S = TypeVar("S", bound=Section)
 

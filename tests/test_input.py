@@ -9,9 +9,10 @@ import pytest
 
 from alphaspin import cli
 from alphaspin.cli import parse
-from alphaspin.config import OURS, Config, all_keys, load_config
+from alphaspin.config import Config, load_config
 from alphaspin.errors import InputError
 from alphaspin.foundation.section import RECORDED, Section
+from alphaspin.schema import OURS, all_keys
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)

@@ -13,10 +13,10 @@ from helpers import arithmetic, save_model, write_rows
 from alphaspin import Config, InputError, play
 from alphaspin.cli import parse
 from alphaspin.commands.played import Played
-from alphaspin.config import explain
 from alphaspin.data.settings import LIMITS
 from alphaspin.losses.dpo import dpo
 from alphaspin.report.page import describe
+from alphaspin.schema import explain
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -135,7 +135,7 @@ def test_settings_are_on_the_command_line_and_in_its_help(
 def test_what_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError) as error:
         Config.model_validate(settings)
-    assert says in explain(error.value), explain(error.value)  # pyright: ignore[reportArgumentType]
+    assert says in explain(error.value, Config), explain(error.value, Config)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_module_that_fails_is_named(here: Path) -> None:

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaspin.commands import job
-from alphaspin.config import Config, explain, load_config
+from alphaspin.config import Config, load_config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import hold_out, load_demonstrations
 from alphaspin.errors import EXIT_INPUT, EXIT_RESUMABLE, EXIT_STOPPED, InputError
@@ -35,6 +35,7 @@ from alphaspin.model.stepper import mixture
 from alphaspin.sampling.answer import Answer, Draw
 from alphaspin.sampling.decode import Request, decode, uniforms
 from alphaspin.sampling.settings import SamplingConfig
+from alphaspin.schema import explain
 
 JUDGE = '''
 import json, os, pathlib, signal, zlib
@@ -497,7 +498,7 @@ def test_settings_that_would_have_no_effect_are_refused() -> None:
     def said(**fields: Any) -> str:
         with pytest.raises(ValueError) as error:
             Config.model_validate(fields)
-        return explain(error.value)  # pyright: ignore[reportArgumentType]
+        return explain(error.value, Config)  # pyright: ignore[reportArgumentType]
 
     for fields, message in (
         ({"method": "sppo", "loss": {"beta": 0.5}}, "loss.beta = (0.5,) has no effect with method"),

@@ -13,11 +13,12 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from alphaspin.config import KINDS, Config, all_keys, likely
+from alphaspin.config import Config
 from alphaspin.errors import InputError
 from alphaspin.evaluation.benchmarks import BENCHMARK
 from alphaspin.foundation.section import Section, leaves, short
 from alphaspin.model.settings import NOT_HERE
+from alphaspin.schema import KINDS, all_keys, likely
 
 FLAGS = {"true": True, "false": False}
 

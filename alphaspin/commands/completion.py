@@ -11,10 +11,11 @@ import shtab
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from alphaspin.config import KINDS, all_fields, recipe_names
+from alphaspin.config import recipe_names
 from alphaspin.errors import InputError
 from alphaspin.evaluation.benchmarks import BENCHMARK
 from alphaspin.foundation.section import leaves
+from alphaspin.schema import KINDS, all_fields
 
 PROGRAMS = ("alphaspin", "alphaspin-train")
 SHELLS = ("bash", "zsh", "fish")

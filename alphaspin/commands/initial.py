@@ -10,11 +10,12 @@ import yaml
 from alphaspin import __version__
 from alphaspin.commands import plan
 from alphaspin.commands.sizing import room, trained_together
-from alphaspin.config import TABLES, Config, PlanHints, load_config
+from alphaspin.config import Config, PlanHints, load_config
 from alphaspin.data.settings import LIMITS
 from alphaspin.errors import InputError
 from alphaspin.foundation import console
 from alphaspin.foundation.section import Section, at
+from alphaspin.schema import TABLES
 from alphaspin.training.trainer import total_steps
 
 STEPS = 32

@@ -17,7 +17,7 @@ from alphaspin.commands.inputs import load_data, load_heldout
 from alphaspin.commands.job import OTHER_DAY, renewed
 from alphaspin.commands.options import EvaluateOptions, ExportOptions
 from alphaspin.commands.sizing import recorded_limits
-from alphaspin.config import Config, explain
+from alphaspin.config import Config
 from alphaspin.data.chat import ChatFormat
 from alphaspin.data.demonstrations import Demonstration, fingerprint
 from alphaspin.errors import InputError
@@ -28,6 +28,7 @@ from alphaspin.foundation.section import RECORDED
 from alphaspin.model.backbone import WEIGHTS, Backbone
 from alphaspin.model.load import load_base
 from alphaspin.model.verify import Verdict
+from alphaspin.schema import explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class Played:
         try:
             config = Config.model_validate(manifest["config"], context=RECORDED)
         except ValidationError as error:
-            raise InputError(f"{file}: {explain(error)}") from None
+            raise InputError(f"{file}: {explain(error, Config)}") from None
         config = config.sized(recorded_limits(path))
         known: dict[str, Any] = renewed(manifest["identity"])
         mine = json.loads(json.dumps({**known, "config": config.identity()}))
