@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ WORLDS: tuple[Place, ...] = (
     (3, 7, 4, 0.0, 1500),
     (4, 8, 4, 0.0, 4000),
 )
-BOUNDARY: tuple[Place, ...] = (  # most answers reach the cap
+CAPPED: tuple[Place, ...] = (  # most answers reach the cap
     (5, 5, 4, -4.0, 1500),
     (1, 9, 3, 0.0, 1500),
     (2, 9, 3, 0.0, 1500),
@@ -57,6 +58,7 @@ BOUNDARY: tuple[Place, ...] = (  # most answers reach the cap
     (4, 6, 4, -2.0, 1500),
     (7, 5, 5, -2.0, 1500),
 )
+PLACES = {"enumerable": WORLDS, "capped": CAPPED}
 PROMPT = np.array([2, 3], np.int32)
 DRAWS = 64
 
@@ -174,11 +176,14 @@ def enumerable(place: Place, alpha: float, runs: int, folder: Path) -> dict[str,
     return found
 
 
-def test_enumerable_worlds(measuring: bool, tmp_path: Path, record: Callable[..., Path]) -> None:
-    places = (*WORLDS, *BOUNDARY) if measuring else ((0, 5, 2, 0.0, 10),)
-    alphas = ALPHAS if measuring else (0.5,)
+@pytest.mark.parametrize("name", PLACES)
+def test_enumerable_worlds(
+    name: str, measuring: bool, tmp_path: Path, record: Callable[..., Path]
+) -> None:
+    places = PLACES[name] if measuring else ((0, 5, 2, 0.0, 10),)
+    alphas = ALPHAS if measuring and name == "enumerable" else (0.5,)
     runs = 2000 if measuring else 250
-    jobs = [(p, alpha) for p in places for alpha in (alphas if p in WORLDS else (0.5,))]
+    jobs = [(place, alpha) for place in places for alpha in alphas]
     count = os.cpu_count() if measuring else 1
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -245,7 +250,7 @@ one thread of a shared machine.""",
             judged("SMC, total variation, noise included", particles, 0.01),
         ]
     )
-    record("mixture-enumerable", header, rows, text, raw)
+    record(f"mixture-{name}", header, rows, text, raw)
 
 
 def test_embedded_model(tmp_path: Path, record: Callable[..., Path]) -> None:

@@ -60,6 +60,7 @@ GAP = {"kind": "dpo", "beta": 1.0}
 MIXED = {"loss": GAP, "reference": {"alpha": 0.95}}  # the paper's α
 SETTINGS: dict[str, dict[str, Any]] = {
     "SPIN": {"loss": GAP, "control": "sft"},
+    "SPIN + 10 NLL": {"loss": GAP | {"nll_weight": 10.0}},
     "α-SPIN, h = 1": MIXED,
     "α-SPIN, h = 2": MIXED | {"selfplay": {"history": 2}},
     "α-SPIN, h = ∞": MIXED | {"selfplay": {"opponent": "fictitious"}},
@@ -68,17 +69,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Rényi, order ½ (after IRIS)": {"loss": {"kind": "renyi"}},
     "T-SPIN": {"method": "t_spin"},
 }
+SMALLER = {"SPIN, lr 1e-4": {"loss": GAP, "control": "sft", "train": {"lr": 1e-4}}}
+PLAYED = {"tiny": SETTINGS, "chain": SETTINGS | SMALLER}
 
 
 def settings(world: str, label: str, seed: int) -> Config:
     """One run; SFT is the control of SPIN's, of the same prompts, steps and learning rates."""
-    changes = SETTINGS[label]
+    changes = PLAYED[world][label]
     name = f"{world}-" + re.sub(
         r"\W+", "-", label.replace("χ²", "chi2").replace("∞", "all"), flags=re.ASCII
     ).strip("-")
     fields = WORLDS[world] | COMMON | changes | {"name": name, "seed": seed}
     play = WORLDS[world]["selfplay"] | {"iterations": ITERATIONS}
     fields["selfplay"] = play | changes.get("selfplay", {})
+    fields["train"] = COMMON["train"] | changes.get("train", {})
     fields["output"] = str(RUNS / f"{name}-seed{seed}")
     return Config.model_validate(fields)
 
@@ -89,7 +93,14 @@ def play(world: str, label: str, seed: int) -> dict[str, Any]:
 
 
 def curves(found: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-    """NLL and shares in per cent [seeds, 1 + iterations] of each setting, SFT first."""
+    """NLL and shares in per cent [seeds, 1 + iterations] of each setting, controls first."""
+    labels = list(dict.fromkeys(entry["label"] for entry in found))
+    controls = {
+        label.replace("SPIN", "SFT"): label
+        for entry in found
+        if any(row["name"].startswith("sft") for row in entry["rows"])
+        for label in [entry["label"]]
+    }
 
     def curve(label: str, prefix: str) -> dict[str, np.ndarray]:
         names = ["base", *(f"{prefix}{t}" for t in range(ITERATIONS))]
@@ -103,7 +114,8 @@ def curves(found: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
             for key, scale in (("nll", 1.0), ("sampled", 100.0), ("greedy", 100.0))
         }
 
-    return {"SFT": curve("SPIN", "sft ")} | {label: curve(label, "") for label in SETTINGS}
+    sft = {name: curve(label, "sft ") for name, label in controls.items()}
+    return sft | {label: curve(label, "") for label in labels}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -112,14 +124,15 @@ def test_successors(world: str, record: Callable[..., Path]) -> None:
     if world == "chain" and not (CHAIN / "model").exists():
         script = Path(__file__).parent.parent / "scripts" / "make_chain.py"
         subprocess.run([sys.executable, script, "--out", CHAIN], check=True)
-    jobs = [(world, label, seed) for seed in SEEDS for label in SETTINGS]
+    jobs = [(world, label, seed) for seed in SEEDS for label in PLAYED[world]]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         found = list(pool.map(play, *zip(*jobs, strict=True)))
     header = ["setting", "best t", "NLL", "sampled %", "greedy %"]
     header += ["NLL - SFT's best", "sampled - SFT's best", "last: NLL", "sampled %", "greedy %"]
     known = curves(found)
-    bar = at_best(known["SFT"])
+    bars = [at_best(curve) for name, curve in known.items() if name.startswith("SFT")]
+    bar = min(bars, key=lambda best: best["nll"].mean())
     table = [["base", "", *cells(known["SFT"], 0), "", "", "", "", ""]]
     for label, curve in known.items():
         best, ours = int(curve["nll"].mean(0).argmin()), at_best(curve)
@@ -139,7 +152,7 @@ def test_successors(world: str, record: Callable[..., Path]) -> None:
     )
     path = record(f"successors-{world}", header, table, text, found)
     draw(known, path.with_suffix(".svg"))
-    runs = [settings(world, label, seed).run_folder() for label in SETTINGS for seed in SEEDS]
+    runs = [settings(world, label, seed).run_folder() for label in PLAYED[world] for seed in SEEDS]
     overview.write(runs, path.with_suffix(".html"))
 
 
@@ -171,7 +184,9 @@ def draw(known: dict[str, dict[str, np.ndarray]], path: Path) -> None:
         for i, (label, curve) in enumerate(known.items()):
             mean, n = curve[key].mean(0), len(curve[key])
             error = curve[key].std(0, ddof=1) / math.sqrt(n)
-            style = {"linewidth": 3} if label == "SFT" else {"marker": "osD^v<>x"[i - 1]}
+            style = (
+                {"linewidth": 3} if label.startswith("SFT") else {"marker": "osD^v<>xP*+"[i - 1]}
+            )
             axes.errorbar(range(-1, ITERATIONS), mean, error, label=label, capsize=2, **style)
         axes.set_title(name)
         axes.set_xlabel("iteration (-1: the base)")
