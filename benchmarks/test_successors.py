@@ -130,10 +130,11 @@ def test_successors(world: str, record: Callable[..., Path]) -> None:
         found = list(pool.map(play, *zip(*jobs, strict=True)))
     header = ["setting", "best t", "NLL", "sampled %", "greedy %"]
     header += ["NLL - SFT's best", "sampled - SFT's best", "last: NLL", "sampled %", "greedy %"]
+    header += ["last: NLL - SPIN's"]
     known = curves(found)
     bars = [at_best(curve) for name, curve in known.items() if name.startswith("SFT")]
     bar = min(bars, key=lambda best: best["nll"].mean())
-    table = [["base", "", *cells(known["SFT"], 0), "", "", "", "", ""]]
+    table = [["base", "", *cells(known["SFT"], 0), "", "", "", "", "", ""]]
     for label, curve in known.items():
         best, ours = int(curve["nll"].mean(0).argmin()), at_best(curve)
         ahead = [
@@ -141,7 +142,8 @@ def test_successors(world: str, record: Callable[..., Path]) -> None:
             for key, digits in (("nll", 3), ("sampled", 1))
         ]
         name = "base" if best == 0 else str(best - 1)
-        table.append([label, name, *cells(curve, best), *ahead, *cells(curve, -1)])
+        beside = spread((curve["nll"] - known["SPIN"]["nll"])[:, -1], 3, sign="+")
+        table.append([label, name, *cells(curve, best), *ahead, *cells(curve, -1), beside])
     prompts = WORLDS[world]["selfplay"]["prompts"]
     text = (
         f"`pytest benchmarks/test_successors.py --benchmark -k {world}`; {ITERATIONS} iterations "
