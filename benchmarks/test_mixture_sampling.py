@@ -58,7 +58,7 @@ CAPPED: tuple[Place, ...] = (  # most answers reach the cap
     (4, 6, 4, -2.0, 1500),
     (7, 5, 5, -2.0, 1500),
 )
-PLACES = {"enumerable": WORLDS, "capped": CAPPED}
+PLACES = {"enumerable": (WORLDS, ALPHAS), "capped": (CAPPED, (0.5,))}
 PROMPT = np.array([2, 3], np.int32)
 DRAWS = 64
 
@@ -180,8 +180,10 @@ def enumerable(place: Place, alpha: float, runs: int, folder: Path) -> dict[str,
 def test_enumerable_worlds(
     name: str, measuring: bool, tmp_path: Path, record: Callable[..., Path]
 ) -> None:
-    places = PLACES[name] if measuring else ((0, 5, 2, 0.0, 10),)
-    alphas = ALPHAS if measuring and name == "enumerable" else (0.5,)
+    places, alphas = PLACES[name]
+    if not measuring:
+        bias = places[0][3]
+        places, alphas = ((0, 5, 2, bias, 10),), (0.5,)
     runs = 2000 if measuring else 250
     jobs = [(place, alpha) for place in places for alpha in alphas]
     count = os.cpu_count() if measuring else 1

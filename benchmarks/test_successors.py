@@ -69,8 +69,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Rényi, order ½ (after IRIS)": {"loss": {"kind": "renyi"}},
     "T-SPIN": {"method": "t_spin"},
 }
-SMALLER = {"SPIN, lr 1e-4": {"loss": GAP, "control": "sft", "train": {"lr": 1e-4}}}
-PLAYED = {"tiny": SETTINGS, "chain": SETTINGS | SMALLER}
+PLAYED = {
+    "tiny": SETTINGS,
+    "chain": SETTINGS | {"SPIN, lr 1e-4": SETTINGS["SPIN"] | {"train": {"lr": 1e-4}}},
+}
 
 
 def settings(world: str, label: str, seed: int) -> Config:
@@ -93,14 +95,8 @@ def play(world: str, label: str, seed: int) -> dict[str, Any]:
 
 
 def curves(found: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
-    """NLL and shares in per cent [seeds, 1 + iterations] of each setting, controls first."""
-    labels = list(dict.fromkeys(entry["label"] for entry in found))
-    controls = {
-        label.replace("SPIN", "SFT"): label
-        for entry in found
-        if any(row["name"].startswith("sft") for row in entry["rows"])
-        for label in [entry["label"]]
-    }
+    """NLL and shares in per cent [seeds, 1 + iterations] of a world's settings, controls first."""
+    played = PLAYED[found[0]["world"]]
 
     def curve(label: str, prefix: str) -> dict[str, np.ndarray]:
         names = ["base", *(f"{prefix}{t}" for t in range(ITERATIONS))]
@@ -114,8 +110,12 @@ def curves(found: list[dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
             for key, scale in (("nll", 1.0), ("sampled", 100.0), ("greedy", 100.0))
         }
 
-    sft = {name: curve(label, "sft ") for name, label in controls.items()}
-    return sft | {label: curve(label, "") for label in labels}
+    controls = {
+        label.replace("SPIN", "SFT"): curve(label, "sft ")
+        for label, changes in played.items()
+        if "control" in changes
+    }
+    return controls | {label: curve(label, "") for label in played}
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -40,7 +40,7 @@ from alphaspin_kernels.checks import (
     check_segmented_lora,
     dropout_mask,
 )
-from alphaspin_kernels.numerics import segment_pairs, without_autocast
+from alphaspin_kernels.numerics import part, segment_pairs, without_autocast
 
 TILE = 512  # columns of 16-bit results that are summed in fp32 at a time
 
@@ -174,13 +174,12 @@ def _portable(
     a, b = near or (a, b)
     dtype, (height, width) = accumulation_dtype(x.dtype), weight.shape
     kept_PI = x.new_empty((segments[0] if keep else 0, width))
-    alone = len(segments) == 1
     updates: list[tuple[slice, Tensor, Tensor]] = []  # rows, scaling drop(x) A^T, B
     with without_autocast(x):
         native = multiplies_natively(x)
         wide_NI = x if native else _wide(x, dtype)
         for s, (rows, pair) in enumerate(segment_pairs(a, b, others_a, others_b, segments, slots)):
-            x_SI, factor = wide_NI if alone else wide_NI[rows], scaling[s]
+            x_SI, factor = part(wide_NI, rows), scaling[s]
             if s == 0 and dropout:
                 mask_SI = dropout_mask(len(x_SI), range(width), dropout, seed, x.device)
                 x_SI, factor = x_SI.where(mask_SI, 0.0), factor / (1 - dropout)
@@ -193,7 +192,7 @@ def _portable(
             y_NO = linear(x, weight, bias)
             for rows, low_SR, b_OR in updates:
                 if x.dtype == dtype:
-                    (y_NO if alone else y_NO[rows]).addmm_(low_SR, b_OR.T)
+                    part(y_NO, rows).addmm_(low_SR, b_OR.T)
                 else:
                     for y_TO, low_TR in zip(
                         y_NO[rows].split(TILE), low_SR.split(TILE), strict=True
@@ -260,7 +259,7 @@ def _portable_backward(
     """
     needs_x, needs_a, needs_b = needs
     dtype, factor = accumulation_dtype(grad.dtype), scaling / (1 - dropout)
-    dy_PO, low_PR = grad if rows == len(grad) else grad[:rows], None
+    dy_PO, low_PR = part(grad, slice(0, rows)), None
     dx_NI = da_RI = db_OR = None
     with without_autocast(grad):
         if a is not None and b is not None:

@@ -42,8 +42,7 @@ instruction is another), and of those that differ in a chunk's width alone with 
 takes most registers. Products of fp32 alone, which take longest to compile, are not among them."""
 
 
-HEADS, OTHERS = OPERATORS[:1], OPERATORS[1:]
-PARTS = [[operator] for operator in OPERATORS] if SWEEP else [HEADS, OTHERS]
+PARTS = [[operator] for operator in OPERATORS] if SWEEP else [OPERATORS[:1], OPERATORS[1:]]
 
 
 @needs_triton

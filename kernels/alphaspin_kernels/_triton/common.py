@@ -143,11 +143,6 @@ def _capability_and_processors(gpu: int) -> tuple[int, int]:
     return 10 * major + minor, torch.cuda.get_device_properties(gpu).multi_processor_count
 
 
-def part(x: Tensor, start: int, stop: int) -> Tensor:
-    """Rows of x; all of them without a view, which takes as long as all else before a launch."""
-    return x if start == 0 and stop == x.shape[0] else x[start:stop]
-
-
 def unit_stride(x: Tensor) -> Tensor:
     """The matrix itself, or a copy whose rows are contiguous."""
     return x if x.stride(1) == 1 else x.contiguous()

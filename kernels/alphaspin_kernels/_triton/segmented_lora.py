@@ -19,13 +19,12 @@ from alphaspin_kernels._triton.common import (
     cdiv,
     multiples_of_16,
     multiply_add,
-    part,
     processors,
     unit_stride,
 )
 from alphaspin_kernels._triton.lora_kernels import _linear_kernel, _low_kernel, _update_kernel
 from alphaspin_kernels.checks import dropout_key, dropout_threshold
-from alphaspin_kernels.numerics import segment_pairs
+from alphaspin_kernels.numerics import part, segment_pairs
 
 SEGMENTS = 8  # per launch; their ends are arguments of the kernel
 
@@ -101,8 +100,7 @@ def segmented_lora(
             drop = dropout if s == 0 else 0.0
             factor = scaling[s] / (1 - drop)
             kept = kept_PI if s == 0 and keep else None
-            x_SI, low_SR = (part(z, rows.start, rows.stop) for z in (x, low_NR))
-            _low(x_SI, pair[0], low_SR, kept, factor, drop, seed)
+            _low(part(x, rows), pair[0], part(low_NR, rows), kept, factor, drop, seed)
     for first in range(0, len(pairs), SEGMENTS):
         _linear(x, weight, bias, low_NR, pairs[first : first + SEGMENTS], y_NO)
     return y_NO, kept_PI
@@ -160,7 +158,7 @@ def _linear(
     adapted = sum(1 << s for s, (_, pair) in enumerate(pairs) if pair is not None)
     stops = [rows.stop - start for rows, _ in pairs]
     stops += [end - start] * (SEGMENTS - len(stops))
-    x, low, y = (part(z, start, end) for z in (x, low, y))
+    x, low, y = (part(z, slice(start, end)) for z in (x, low, y))
     outputs, inputs = weight.shape
     even = inputs % 64 == 0  # the largest BLOCK_K
     even = even and multiples_of_16(x, weight, low, *ups, y, outputs, low.shape[1])
@@ -220,7 +218,8 @@ def segmented_lora_backward(
     needs_x, needs_a, needs_b = needs
     factor, drop = scaling / (1 - dropout), 0.0 if dropped else dropout
     dx = da = db = low_PR = None
-    dy_PO = part(grad, 0, rows)
+    mine = slice(0, rows)
+    dy_PO = part(grad, mine)
     if a is not None and b is not None:
         dtype = torch.float32 if wide else a.dtype
         low_PR = _product(dy_PO, b).mul_(factor)
@@ -242,7 +241,7 @@ def segmented_lora_backward(
         dx = grad.new_empty((count, weight.shape[1]))
         if rows < count:
             dx[rows:] = 0
-        _input_gradient(part(dx, 0, rows), dy_PO, weight, low_PR, a, dropout, seed)
+        _input_gradient(part(dx, mine), dy_PO, weight, low_PR, a, dropout, seed)
     dx, da, db = (grad.new_empty((0,)) if g is None else g for g in (dx, da, db))
     return dx, da, db
 
